@@ -1,0 +1,59 @@
+"""Collectives that are identities on one process.
+
+Whether we are distributed is asked at call time: modules are built before the process group
+exists, and an answer cached then would leave the codebooks of each rank to themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over the ranks, in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_mean_with_grad(tensor: Tensor) -> Tensor:
+    """Mean of `tensor` over the ranks, with a gradient to each rank's share.
+
+    Needed where a loss is nonlinear in an average over the global batch (batch entropy).
+    """
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(tensor) / world_size()
+
+
+@torch.no_grad()
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenate equally long `(M, ...)` tensors of all ranks to `(world_size * M, ...)`."""
+    if world_size() == 1:
+        return tensor
+    out = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(out, tensor.contiguous())
+    return out
+
+
+@torch.no_grad()
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrite `tensor` with rank `source`'s values, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor

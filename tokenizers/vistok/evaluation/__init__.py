@@ -1,0 +1,1 @@
+"""Metrics and pictures of a trained tokenizer."""

@@ -1,0 +1,1 @@
+"""Codebooks and weights for other programs."""

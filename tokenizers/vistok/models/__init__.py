@@ -1,0 +1,1 @@
+"""Tokenizers: an encoder, a quantizer and a decoder put together."""

@@ -1,0 +1,1 @@
+"""Vector quantizers and their kin: the maths, torch only."""

@@ -1,0 +1,188 @@
+"""The contract of a quantizer: what makes a tokenizer discrete."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vistok.errors import ConfigError
+from vistok.quantizers.usage import CodeUsage
+from vistok.types import QuantizerOutput
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps latents `(B, N, D)` to integer indices `(B, N, Q)` and back to vectors.
+
+    A method subclasses this and writes three functions in *code space*, on float32 rows and
+    with autocast off: `_quantize`, `_search` and `_lookup`. The base class owns what must be the
+    same everywhere: the projection between the model's width D and the code dimension d, the
+    float32 island, the check for NaN and inf, the usage statistics, and the rule that in eval
+    mode the forward output *is* `decode(indices)`, bit for bit.
+
+    Statistics are gathered in `forward` and applied in `after_step`, which the trainer calls
+    once per optimizer step: gradient accumulation, activation checkpointing (where forward runs
+    twice) and several ranks then all see one update.
+
+    Args:
+        dim: width D of the latents, in and out.
+        codebook_dim: width d of the codes; None for d = D. If they differ, a linear layer on
+            either side projects (factorized codes, ViT-VQGAN, https://arxiv.org/abs/2110.04627).
+        codebook_sizes: number of codes of each of the Q index slots, each at least 2.
+        loss_weights: the weight of every loss that `_quantize` can return.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_dim: int | None,
+        codebook_sizes: Iterable[int],
+        loss_weights: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.codebook_dim = codebook_dim or dim
+        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        for size in self.codebook_sizes:
+            if size < 2:
+                raise ConfigError(f"quantizer.codebook_size={size}: a codebook needs 2 or more codes")
+        self.loss_weights = dict(loss_weights or {})
+        projects = self.codebook_dim != dim
+        self.project_in: nn.Module = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
+        self.project_out: nn.Module = nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
+        self.usage = CodeUsage(self.codebook_sizes)
+
+    # ------------------------------------------------------------------ what a method writes
+
+    @abstractmethod
+    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+        """Training forward in code space.
+
+        Args:
+            codes: `(B, N, d)` float32 with a gradient.
+            mask: `(B, N)` bool or None; a token marked False enters no loss and no statistic.
+
+        Returns:
+            Output whose `quantized` is `(B, N, d)`.
+        """
+
+    @abstractmethod
+    def _search(self, codes: Tensor) -> Tensor:
+        """Indices `(B, N, Q)` of `codes` `(B, N, d)` float32, by the shortest path."""
+
+    @abstractmethod
+    def _lookup(self, indices: Tensor) -> Tensor:
+        """Vectors `(B, N, d)` float32 of `indices` `(B, N, Q)`."""
+
+    @abstractmethod
+    def codebooks(self) -> list[Tensor]:
+        """The Q tables `(K_q, d_q)` float32 that a downstream model looks up, detached.
+
+        Implicit codebooks (FSQ, LFQ) are written out.
+        """
+
+    def initialize(self, latents: Tensor) -> None:  # noqa: B027
+        """Set the codebook from data, once, before training. The default does nothing.
+
+        Args:
+            latents: `(M, D)` encoder outputs of as many batches as the codebook needs, the
+                same on every rank. See `num_init_latents`.
+        """
+
+    @property
+    def num_init_latents(self) -> int:
+        """How many latent vectors `initialize` wants; 0 if it does nothing."""
+        return 0
+
+    def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
+        """Apply what the forwards since the last call have gathered (EMA, code restarts).
+
+        Args:
+            optimizers: those that train this quantizer; their moments are cleared for codes
+                that are replaced.
+
+        Returns:
+            Detached scalars to log.
+        """
+        return {}
+
+    # ------------------------------------------------------------------ what everyone calls
+
+    @property
+    def num_indices(self) -> int:
+        """Q, the number of index slots per token."""
+        return len(self.codebook_sizes)
+
+    @property
+    def bits_per_token(self) -> float:
+        """log2 of the number of different tokens."""
+        return sum(math.log2(size) for size in self.codebook_sizes)
+
+    def forward(self, latents: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """Quantize.
+
+        Args:
+            latents: `(B, N, D)`, any float type.
+            mask: `(B, N)` bool; a token marked False enters no loss and no statistic. It still
+                gets an index and a vector.
+
+        Returns:
+            The output with `quantized` `(B, N, D)` float32.
+
+        Raises:
+            ValueError: if the shape is wrong or a latent is NaN or infinite.
+        """
+        with torch.autocast(latents.device.type, enabled=False):
+            codes = self._codes(latents)
+            if not self.training:
+                indices = self._search(codes)
+                return QuantizerOutput(self.decode(indices), indices)
+            output = self._quantize(codes, mask)
+            self.usage.update(output.indices, mask)
+            quantized = self.project_out(output.quantized)
+            return QuantizerOutput(quantized, output.indices, output.losses, output.metrics)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """Indices `(B, N, Q)` of `latents` `(B, N, D)`: no losses, no statistics, no vectors."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self._search(self._codes(latents))
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Look up the vectors of the given indices.
+
+        Args:
+            indices: `(B, N, Q)` integers, slot q in [0, codebook_sizes[q]).
+
+        Returns:
+            `(B, N, D)` float32, the input that the decoder was trained on.
+
+        Raises:
+            ValueError: if the last dimension is not Q.
+        """
+        if indices.ndim != 3 or indices.shape[-1] != self.num_indices:
+            raise ConfigError(
+                f"{type(self).__name__}.decode: indices must be (B, N, {self.num_indices}), "
+                f"found {tuple(indices.shape)}"
+            )
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.project_out(self._lookup(indices.long()))
+
+    def _codes(self, latents: Tensor) -> Tensor:
+        if latents.ndim != 3 or latents.shape[-1] != self.dim:
+            raise ConfigError(
+                f"{type(self).__name__}: latents must be (B, N, {self.dim}), "
+                f"found {tuple(latents.shape)}"
+            )
+        codes = self.project_in(latents.float())
+        # Under torch.compile the check would break the graph, so the eager path alone has it.
+        # A sum is NaN or infinite if any of its terms is (or if it overflows, an error as well).
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(codes.detach().sum())):
+            raise ConfigError(
+                f"{type(self).__name__}: the latents contain NaN or inf; lower the learning rate, "
+                "clip gradients or use precision bf16 or 32"
+            )
+        return codes

@@ -1,0 +1,1 @@
+"""The LightningModule, schedules, EMA and callbacks."""
