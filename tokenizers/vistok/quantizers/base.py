@@ -9,9 +9,28 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from vistok.distributed import all_reduce_sum, world_size
 from vistok.errors import ConfigError
 from vistok.quantizers.usage import CodeUsage
 from vistok.types import QuantizerOutput
+
+
+def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of one value per token over the tokens that `mask` keeps, 0 if there are none.
+
+    With a mask the ranks keep different numbers of tokens. Each then divides by the mean count
+    over the ranks, so that the average of the ranks' gradients (DDP) is the gradient of the mean
+    over all tokens.
+
+    Args:
+        values: float32, one per token, any shape.
+        mask: bool of the same shape or None for all; masked or not must agree between ranks.
+    """
+    if mask is None:
+        return values.sum() / max(values.numel(), 1)
+    kept = torch.where(mask, values, 0.0).sum()
+    count = all_reduce_sum(mask.sum().to(values.dtype)) / world_size()
+    return torch.where(count > 0, kept / count.clamp(min=1e-6), 0.0)
 
 
 class Quantizer(nn.Module, ABC):
@@ -48,11 +67,17 @@ class Quantizer(nn.Module, ABC):
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         for size in self.codebook_sizes:
             if size < 2:
-                raise ConfigError(f"quantizer.codebook_size={size}: a codebook needs 2 or more codes")
+                raise ConfigError(
+                    f"quantizer.codebook_size={size}: a codebook needs 2 or more codes"
+                )
         self.loss_weights = dict(loss_weights or {})
         projects = self.codebook_dim != dim
-        self.project_in: nn.Module = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
-        self.project_out: nn.Module = nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
+        self.project_in: nn.Module = (
+            nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
+        )
+        self.project_out: nn.Module = (
+            nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
+        )
         self.usage = CodeUsage(self.codebook_sizes)
 
     # ------------------------------------------------------------------ what a method writes
@@ -84,7 +109,15 @@ class Quantizer(nn.Module, ABC):
         Implicit codebooks (FSQ, LFQ) are written out.
         """
 
-    def initialize(self, latents: Tensor) -> None:  # noqa: B027
+    def num_index_tokens(self, num_tokens: int) -> int:
+        """Length of the index sequence of `num_tokens` latents; longer for multi-scale only."""
+        return num_tokens
+
+    def index_mask(self, mask: Tensor) -> Tensor:
+        """The mask over index tokens `(B, num_index_tokens(N))` of one over latents `(B, N)`."""
+        return mask
+
+    def initialize(self, latents: Tensor) -> None:
         """Set the codebook from data, once, before training. The default does nothing.
 
         Args:
@@ -141,7 +174,7 @@ class Quantizer(nn.Module, ABC):
                 indices = self._search(codes)
                 return QuantizerOutput(self.decode(indices), indices)
             output = self._quantize(codes, mask)
-            self.usage.update(output.indices, mask)
+            self.usage.update(output.indices, None if mask is None else self.index_mask(mask))
             quantized = self.project_out(output.quantized)
             return QuantizerOutput(quantized, output.indices, output.losses, output.metrics)
 

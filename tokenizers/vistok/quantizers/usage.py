@@ -32,13 +32,15 @@ class CodeUsage(nn.Module):
 
     @torch.no_grad()
     def update(self, indices: Tensor, mask: Tensor | None = None) -> None:
-        """Count `indices` `(B, N, Q)`; with `mask` `(B, N)`, only tokens marked True."""
+        """Count `indices` `(B, N, Q)`; with `mask` `(B, N)`, only tokens marked True.
+
+        An index of -1 is absent (dropped layers and scales) and is not counted.
+        """
         flat = indices.reshape(-1, len(self.codebook_sizes))
-        weight = None if mask is None else mask.reshape(-1).long()
+        present = flat >= 0 if mask is None else (flat >= 0) & mask.reshape(-1, 1)
         for slot in range(len(self.codebook_sizes)):
-            ids = flat[:, slot] + self.offsets[slot]
-            ones = torch.ones_like(ids) if weight is None else weight
-            self.counts.index_add_(0, ids, ones)
+            ids = flat[:, slot].clamp(min=0) + self.offsets[slot]
+            self.counts.index_add_(0, ids, present[:, slot].long())
 
     def reset(self) -> None:
         """Start a new window."""

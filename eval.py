@@ -1,0 +1,10 @@
+"""Evaluate a tokenizer: uv run eval.py run=runs/<run>."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tokenizers"))
+from vistok.cli import evaluate  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(evaluate())

@@ -1,0 +1,10 @@
+"""Write a folder of images as shards: `python scripts/make_shards.py /photos out=/sets/photos`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tokenizers"))
+from vistok.data.make_shards import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Plain configs and weights to tokenizers and back. Nothing loaded here can run code.
+
+Weights are read as safetensors or with `weights_only=True`. Configs may name only classes of
+vistok's own layers, or classes that the running program registered itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistok.errors import CheckpointError, ConfigError, nearest
+from vistok.models.tokenizer import Tokenizer
+
+_LAYERS = ("encoders", "decoders", "quantizers", "models", "losses")
+_registered: dict[str, type[nn.Module]] = {}
+
+
+def register(cls: type[nn.Module]) -> type[nn.Module]:
+    """Let configs name a class of your own by its import path; usable as a decorator.
+
+    Only for code of your own: a config never causes an import outside vistok.
+    """
+    _registered[f"{cls.__module__}.{cls.__qualname__}"] = cls
+    return cls
+
+
+def resolve(target: str) -> type[nn.Module]:
+    """The class that a config's `_target_` names.
+
+    Raises:
+        ConfigError: unless it is a module class of vistok's layers, or a registered one.
+    """
+    if target in _registered:
+        return _registered[target]
+    module_name, _, class_name = str(target).rpartition(".")
+    parts = module_name.split(".")
+    if len(parts) < 3 or parts[0] != "vistok" or parts[1] not in _LAYERS:
+        raise ConfigError(
+            f"_target_={target}: not a class of vistok's registry "
+            f"(vistok.{{{','.join(_LAYERS)}}}.*, or registered with vistok.register)"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"_target_={target}: there is no module {module_name}") from error
+    cls = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module_name):
+        known = [
+            name for name, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module_name
+        ]
+        raise ConfigError(
+            f"_target_={target}: {module_name} defines no such module class"
+            f"{nearest(class_name, known)}"
+        )
+    return cls
+
+
+def build(config: Any, **given: Any) -> Any:
+    """Build the object that a config of plain containers describes.
+
+    Args:
+        config: a mapping with `_target_` and constructor arguments; nested mappings with a
+            `_target_` and lists are built first, everything else is passed as it is.
+        given: further constructor arguments.
+    """
+    if isinstance(config, Mapping):
+        values = {key: build(value) for key, value in config.items() if key != "_target_"}
+        if "_target_" not in config:
+            return values
+        cls = resolve(config["_target_"])
+        try:
+            return cls(**values, **given)
+        except TypeError as error:
+            raise ConfigError(f"{config['_target_']}: {error}") from error
+    if isinstance(config, (list, tuple)):
+        return [build(value) for value in config]
+    return config
+
+
+def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer from the `tokenizer` and `quantizer` parts of a resolved config."""
+    parts = {key: value for key, value in config["tokenizer"].items() if key != "latent_dim"}
+    tokenizer = build(parts, quantizer=build(config["quantizer"]))
+    if not isinstance(tokenizer, Tokenizer):
+        raise ConfigError(f"tokenizer._target_={parts.get('_target_')}: not a Tokenizer")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def load(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> Tokenizer:
+    """Load a tokenizer from a run folder, an export folder or a checkpoint file.
+
+    Args:
+        path: `runs/<run>` (its best checkpoint, else the last), an exported folder, a `.ckpt`.
+        weights: "ema" for the averaged weights where there are any, or "last" for the raw ones.
+        device: where to put it.
+
+    Returns:
+        The tokenizer in eval mode.
+
+    Raises:
+        CheckpointError: if there is none, it is damaged, or its weights do not fit its config.
+        ConfigError: if its config names a class outside the registry.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").exists():
+        config, state = _read_export(path)
+    else:
+        config, state = _read_checkpoint(find_checkpoint(path), weights)
+    tokenizer = build_tokenizer(config)
+    load_weights(tokenizer, state, str(path))
+    return tokenizer.to(device).eval()
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` strictly.
+
+    Raises:
+        CheckpointError: naming the first key that does not fit, and how many there are.
+    """
+    own = module.state_dict()
+    problems = [f"'{key}' is missing" for key in own if key not in state]
+    problems += [f"'{key}' is unknown here" for key in state if key not in own]
+    problems += [
+        f"'{key}' has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source}: weights of another architecture, {problems[0]} "
+            f"(and {len(problems) - 1} more); use the config they were trained with"
+        )
+    module.load_state_dict(dict(state))
+
+
+def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
+    """The checkpoint file of a run folder (best or last), or `path` itself if it is a file.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or f"; {path.parent} holds: {', '.join(siblings[:5])}"
+        raise CheckpointError(f"{path}: no such run, export or checkpoint{hint}")
+    names = ("best.ckpt", "last.ckpt") if prefer == "best" else ("last.ckpt", "best.ckpt")
+    for name in names:
+        if (path / "checkpoints" / name).is_file():
+            return path / "checkpoints" / name
+    raise CheckpointError(f"{path}: holds no checkpoints/last.ckpt and no model.safetensors")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint file: tensors and plain containers only.
+
+    Raises:
+        CheckpointError: if the file is damaged, or holds anything that would run code.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors and plain values, or is damaged"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a whole checkpoint ({reason})") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path}: not a checkpoint of vistok (no state_dict in it)")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a checkpoint file or an export folder, as plain containers."""
+    if path.is_dir():
+        return _read_export(path)[0]
+    content = read_checkpoint(path)
+    try:
+        return content["hyper_parameters"]["config"]
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not a checkpoint of vistok (no config in it)") from error
+
+
+def _read_checkpoint(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if weights not in ("ema", "last"):
+        raise ConfigError(f"weights={weights}: must be 'ema' or 'last'")
+    content = read_checkpoint(path)
+    try:
+        config = content["hyper_parameters"]["config"]
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not a checkpoint of vistok (no config in it)") from error
+    if weights == "ema" and content.get("ema"):
+        return config, content["ema"]["weights"]
+    prefix = "tokenizer."
+    state = {
+        key[len(prefix):]: value
+        for key, value in content["state_dict"].items()
+        if key.startswith(prefix)
+    }
+    return config, state
+
+
+def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: {error.filename} is missing from the export") from error
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged export ({error})") from error
+    for part in ("tokenizer", "quantizer"):
+        if part not in config:
+            raise CheckpointError(f"{folder}/config.json: has no '{part}'")
+    return config, state

@@ -1,0 +1,269 @@
+"""The command line: train, eval, export, make-shards. Light until there is something to compute."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vistok.errors import ConfigError, VistokError, nearest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`vistok COMMAND ...`; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": train,
+        "eval": evaluate,
+        "export": export,
+        "make-shards": make_shards,
+    }
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        from vistok.help import overview
+
+        overview()
+        return 0
+    if argv[0] == "--version":
+        import vistok
+
+        print(vistok.__version__)
+        return 0
+    if argv[0] not in commands:
+        return _fail(f"{argv[0]}: no such command{nearest(argv[0], commands)}; try vistok --help")
+    # Lightning and Hydra start further processes with the same words.
+    sys.argv = [sys.argv[0], *argv] if sys.argv[1:] != argv else sys.argv
+    return commands[argv[0]](argv[1:])
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Train a tokenizer, or resume a run; returns the exit code."""
+    return _guarded(_train, argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Evaluate a run; returns the exit code."""
+    return _guarded(_evaluate, argv)
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """Export a run; returns the exit code."""
+    return _guarded(_export, argv)
+
+
+def make_shards(argv: Sequence[str] | None = None) -> int:
+    """Write WebDataset shards from a folder of images; returns the exit code."""
+    from vistok.data.make_shards import main as run
+
+    return run(list(sys.argv[1:] if argv is None else argv)) or 0
+
+
+# ---------------------------------------------------------------------- the commands
+
+
+def _train(argv: list[str]) -> None:
+    from vistok import configuration as c
+
+    if _wants_help(argv):
+        from vistok.help import train_help
+
+        return train_help()
+    overrides, folders, flags = _split(argv)
+    resume = _value(overrides, "resume")
+    if resume:
+        rest = [o for o in overrides if not o.startswith("resume=")]
+        run, checkpoint = _run_of(Path(resume))
+        config = c.apply_overrides(c.load_run_config(run), rest)
+        _run_training(c.to_container(config), run, checkpoint)
+        return
+    # Composed once here for errors that people can read, then again by Hydra, which owns
+    # --multirun, launchers and sweepers.
+    config = c.compose("train", overrides, folders)
+    if "--multirun" not in flags and "-m" not in flags:
+        c.to_container(config)
+    _hydra_main(overrides, folders, flags)
+
+
+def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from vistok import configuration as c
+
+    failures: list[BaseException] = []
+
+    def task(config: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            _run_training(c.to_container(config), _relative(folder))
+        except (Exception, KeyboardInterrupt) as error:
+            # Hydra would print its own report above ours; a sweep goes on with its next job.
+            failures.append(error)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    search = [f"file://{p.resolve()}" for p in [*c.user_config_dirs(), *folders]]
+    if search:
+        flags = [*flags, f"hydra.searchpath=[{','.join(search)}]"]
+    before = sys.argv
+    sys.argv = [before[0], *overrides, *flags]
+    try:
+        hydra.main(version_base="1.3", config_path=str(c.config_dir()), config_name="train")(task)()
+    finally:
+        sys.argv = before
+    if failures:
+        raise failures[0]
+
+
+def _run_training(config: dict, folder: Path, checkpoint: Path | None = None) -> None:
+    import importlib
+
+    for name in config["plugins"]:
+        sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"plugins=[{name}]: {error}") from error
+        finally:
+            sys.path.pop(0)
+    from vistok.training.run import train as run
+
+    run(config, folder, checkpoint)
+
+
+def _evaluate(argv: list[str]) -> None:
+    if _wants_help(argv):
+        from vistok.help import eval_help
+
+        return eval_help()
+    from vistok import configuration as c
+
+    overrides, folders, _ = _split(argv)
+    data = [o for o in overrides if o.lstrip("+").startswith(("data.", "data="))]
+    own = [o for o in overrides if o not in data]
+    config = c.compose("eval", own, folders)
+    if not _value(own, "run"):
+        raise ConfigError("run: which run? for example: eval.py run=runs/<run>")
+    from vistok.evaluation.run import evaluate as run
+
+    run(c.to_container(config), data)
+
+
+def _export(argv: list[str]) -> None:
+    if _wants_help(argv):
+        from vistok.help import export_help
+
+        return export_help()
+    from vistok import configuration as c
+
+    overrides, folders, _ = _split(argv)
+    config = c.compose("export", overrides, folders)
+    for key in ("run", "out"):
+        if not _value(overrides, key):
+            raise ConfigError(f"{key} is missing; use: export.py run=runs/<run> out=exported/<name>")
+    from vistok.export.exporter import export_run
+
+    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
+
+
+# ---------------------------------------------------------------------- words and errors
+
+
+def _guarded(command: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
+    """Run a command; what a user can mend becomes one line and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = bool(os.environ.get("VISTOK_DEBUG")) or "debug=true" in argv or "debug=True" in argv
+    try:
+        command(argv)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except VistokError as error:
+        if debug:
+            raise
+        return _fail(str(error))
+    except Exception as error:
+        cause = _cause(error)
+        if debug:
+            raise
+        if isinstance(cause, VistokError):
+            return _fail(str(cause))
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return _fail(f"{cause.filename or ''}: {cause.strerror}".lstrip(": "))
+        name = type(error).__name__
+        first = " ".join(str(error).split())[:300]
+        return _fail(f"{name}: {first} (debug=true shows where)", 1)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The VistokError behind an exception of a library (Lightning and Hydra wrap ours)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, VistokError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help", "help") for word in argv)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
+    """Overrides, folders given by --config-dir, and Hydra's other flags."""
+    from vistok.configuration import quoted
+
+    overrides, folders, flags = [], [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            folders.append(Path(value if equals else next(words, "")).expanduser())
+        elif word.startswith("-"):
+            flags.append(word)
+            if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
+                flags += [w for w in [next(words, None)] if w]
+        elif equals or word.startswith("~") or word.startswith("hydra."):
+            overrides.append(quoted(word))
+        else:
+            raise ConfigError(f"{word}: expected key=value; --help shows examples")
+    return overrides, folders, flags
+
+
+def _value(overrides: Sequence[str], key: str) -> str | None:
+    values = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
+    value = values[-1].strip("'\"") if values else None
+    return None if value in (None, "null", "") else value
+
+
+def _run_of(path: Path) -> tuple[Path, Path]:
+    """The run folder and the checkpoint that `resume=` names."""
+    from vistok.errors import CheckpointError
+
+    if path.is_file():
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        return run, path
+    from vistok.configuration import load_run_config
+
+    load_run_config(path)  # says clearly if there is no such run
+    checkpoint = path / "checkpoints" / "last.ckpt"
+    if not checkpoint.is_file():
+        raise CheckpointError(f"{path}: has no checkpoints/last.ckpt yet; start the run again")
+    return path, checkpoint
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

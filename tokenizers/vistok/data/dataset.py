@@ -1,0 +1,235 @@
+"""Positions in, batches out: what runs in the loader's workers, and the samplers that drive it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vistok import distributed
+from vistok.data.decode import DecodeError, decode
+from vistok.data.order import SampleOrder, sample_rng
+from vistok.data.sources import Source
+from vistok.data.transforms import Transform
+from vistok.errors import DataError, VistokError
+
+Batch = dict[str, Any]
+Request = tuple[int, int]  # epoch and number of a member; number -1 asks for padding
+
+MAX_SUBSTITUTES = 100  # bad images in a row before we say that the set is broken
+
+
+class StreamError(DataError):
+    """A `DataError` raised in a loader's worker.
+
+    torch raises a worker's exception again with its whole traceback as the message; of that
+    only the message itself is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class ImageDataset(Dataset):
+    """Decoded, cropped and collated images of some members of a source.
+
+    Args:
+        source: of the bytes.
+        members: indices into the source, in order; None for all of it.
+        transform: from a decoded image to one of the batch's size.
+        channels: 1, 3 or 4.
+        seed: of the crops and augmentations.
+        substitute: an image that does not decode is replaced by the next good one (training,
+            where shapes must hold) or left out (validation).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        members: np.ndarray | None,
+        transform: Transform,
+        channels: int,
+        seed: int,
+        substitute: bool,
+    ):
+        self.source, self.members, self.transform = source, members, transform
+        self.channels, self.seed, self.substitute = channels, seed, substitute
+
+    def __len__(self) -> int:
+        return len(self.source) if self.members is None else len(self.members)
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """`(S,)` int64, members in each shard."""
+        if self.members is None:
+            return self.source.shard_sizes
+        ends = np.searchsorted(self.members, np.cumsum(self.source.shard_sizes))
+        return np.diff(ends, prepend=0)
+
+    def __getitem__(self, request: Request) -> Batch:
+        return self.__getitems__([request])
+
+    def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        """Load a batch.
+
+        Returns:
+            `image` (B, C, H, W) uint8, `key` list of str, `label` (B,) int64 with -1 for none,
+            `index` (B,) int64 into the source, `valid` (B,) bool, False for padding (black), and
+            `skipped`, a list of (key, reason) of the images met that do not decode.
+
+        Raises:
+            StreamError: if there are only bad images for long, or a shard cannot be read.
+        """
+        try:
+            return self._load(requests)
+        except VistokError as error:
+            raise StreamError(str(error)) from None
+
+    def _load(self, requests: Sequence[Request]) -> Batch:
+        skipped: list[tuple[str, str]] = []
+        rows = []
+        for epoch, number in requests:
+            row = None if number < 0 else self._sample(epoch, number, skipped)
+            if row is not None or number < 0:
+                rows.append(row)
+        rows = rows or [None]  # a batch is never empty: ranks must step together
+        shape = (self.channels, *self.transform.size)
+        images = torch.zeros((len(rows), *shape), dtype=torch.uint8)
+        for target, row in zip(images, rows, strict=True):
+            if row is not None:
+                target.copy_(torch.from_numpy(row[0]).permute(2, 0, 1))
+        return {
+            "image": images,
+            "key": ["" if row is None else row[1] for row in rows],
+            "label": torch.tensor([-1 if row is None else row[2] for row in rows]),
+            "index": torch.tensor([-1 if row is None else row[3] for row in rows]),
+            "valid": torch.tensor([row is not None for row in rows]),
+            "skipped": skipped,
+        }
+
+    def _sample(
+        self, epoch: int, number: int, skipped: list[tuple[str, str]]
+    ) -> tuple[np.ndarray, str, int, int] | None:
+        """Image, key, label and index of a member, or of the next good one."""
+        tries = min(MAX_SUBSTITUTES, len(self)) if self.substitute else 1
+        for step in range(tries):
+            member = (number + step) % len(self)
+            index = member if self.members is None else int(self.members[member])
+            key = self.source.keys[index].decode(errors="replace")
+            try:
+                key, data, label = self.source.read(index)
+                image = decode(data, self.channels)
+                image = self.transform(image, sample_rng(self.seed, epoch, index))
+            except (DecodeError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else str(error)
+                skipped.append((key, f"{self.source.locate(index)}: {reason}"))
+            else:
+                return image, key, -1 if label is None else label, index
+        if not self.substitute:
+            return None
+        key, reason = skipped[-1]
+        what = "no image" if tries == len(self) else f"none of {tries} images in a row"
+        raise DataError(f"{self.source.name}: {what} can be used; {key}: {reason}")
+
+
+class StreamSampler:
+    """Batches of requests from the endless training stream, for this rank.
+
+    Global batch t takes positions [p + tG, p + (t+1)G) with G = batch_size * world size, and rank
+    r the r-th part of it. Each iteration begins at the position that holds then, so what a loader
+    had fetched ahead without its being consumed comes again.
+
+    Args:
+        order: of the samples.
+        batch_size: per rank.
+        position: returns p, the number of samples consumed by all ranks.
+    """
+
+    def __init__(self, order: SampleOrder, batch_size: int, position: Callable[[], int]):
+        self.order, self.batch_size, self.position = order, batch_size, position
+
+    def __len__(self) -> int:
+        """Batches in an epoch, rounded down; only a length of Lightning's epochs, no end."""
+        return max(1, self.order.num_samples // (self.batch_size * distributed.world_size()))
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        return self._batches(self.position())
+
+    def _batches(self, position: int) -> Iterator[list[Request]]:
+        position += distributed.rank() * self.batch_size
+        while True:
+            yield [self.order(p) for p in range(position, position + self.batch_size)]
+            position += distributed.world_size() * self.batch_size
+
+
+class EvalSampler:
+    """All members exactly once over all ranks, in order, in equally many batches on each rank.
+
+    The last global batch is dealt out evenly and filled up with padding where it does not divide.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int):
+        self.num_samples, self.batch_size = num_samples, batch_size
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.batch_size * distributed.world_size()))
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        rank, world = distributed.rank(), distributed.world_size()
+        for begin in range(0, self.num_samples, self.batch_size * world):
+            left = self.num_samples - begin
+            share = min(self.batch_size, -(-left // world))
+            first = begin + rank * share
+            yield [
+                (0, number if number < self.num_samples else -1)
+                for number in range(first, first + share)
+            ]
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+class ImageLoader(DataLoader):
+    """A stock DataLoader that shows each batch to `on_batch`, in the main process.
+
+    Args:
+        dataset: collates its batches itself.
+        sampler: of batches.
+        num_workers: processes.
+        on_batch: called with each batch before it is handed out.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        sampler: StreamSampler | EvalSampler,
+        num_workers: int,
+        on_batch: Callable[[Batch], None],
+    ):
+        super().__init__(
+            dataset,
+            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
+            num_workers=num_workers,
+            collate_fn=_same,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+            # Each iteration draws a seed; from here, lest it move the run's own generator.
+            generator=torch.Generator(),
+        )
+        self.on_batch = on_batch
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            self.on_batch(batch)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is the DataModule's. That it is here tells Lightning we resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing; see `state_dict`."""

@@ -1,0 +1,131 @@
+"""Image bytes of any common kind to one array of one shape.
+
+No torch here: `make-shards` checks images with this module alone.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+# Member and file names that we take for images.
+IMAGE_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gif"}
+    | {"ppm", "pgm", "pnm", "jp2", "avif"}
+)
+
+_JPEG_COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
+_PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# What brings an array with EXIF orientation k upright.
+_UPRIGHT = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+
+
+class DecodeError(ValueError):
+    """This one image cannot be used; the message is the reason, in a few words."""
+
+
+def decode(data: bytes, channels: int = 3) -> np.ndarray:
+    """Decode an image file.
+
+    Palettes, CMYK, grey, alpha and 16-bit images are converted; EXIF orientation is honoured.
+    Where alpha is not wanted it is blended over white, because the colour under transparent
+    pixels is arbitrary.
+
+    Args:
+        data: the file's bytes.
+        channels: 1 (luma), 3 (RGB) or 4 (RGB and alpha).
+
+    Returns:
+        `(H, W, channels)` uint8, contiguous and writable.
+
+    Raises:
+        DecodeError: if the bytes are no image, are cut short or damaged.
+    """
+    array, orientation = _decode_jpeg(data, channels) or _decode_pillow(data, channels)
+    if orientation in _UPRIGHT:
+        array = _UPRIGHT[orientation](array)
+    return np.ascontiguousarray(array)
+
+
+def image_extension(data: bytes, name: str) -> str:
+    """Return the extension for an image file: by its first bytes, else as in `name`.
+
+    Files are often misnamed, and readers of shards choose their decoder by the extension.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return name.rpartition(".")[2].lower()
+
+
+def _decode_jpeg(data: bytes, channels: int) -> tuple[np.ndarray, int] | None:
+    """Decode with simplejpeg (twice Pillow's speed); None for what it cannot or should not do."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        too_large = int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or sys.maxsize)
+        if too_large or colours not in ("YCbCr", "RGB", "Gray"):
+            return None
+        array = simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLOURS[channels])
+    except ValueError:
+        return None  # damaged, or only unusual: Pillow tells the two apart
+    return array.reshape(*array.shape[:2], channels), _orientation(data)
+
+
+def _orientation(jpeg: bytes) -> int:
+    """EXIF orientation; 1 (upright) if there is none."""
+    if b"Exif\x00" not in jpeg[:65536]:  # the header cannot lie farther in; spares the parsing
+        return 1
+    try:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block does not make the picture worse
+        return 1
+
+
+def _decode_pillow(data: bytes, channels: int) -> tuple[np.ndarray, int]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            converted = _convert(image, channels)
+    except Exception as error:  # Pillow's plugins raise almost everything on damaged input
+        raise DecodeError(_reason(error)) from None
+    array = np.array(converted)
+    return array.reshape(*array.shape[:2], channels), orientation
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey; Pillow's own conversion would clip it to white.
+        deep = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.clip(np.rint(deep / 257), 0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        deep = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        deep = deep * 255 if deep.max(initial=0) <= 1 else deep
+        image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))
+    if channels != 4 and image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque).convert("RGB")
+    return image.convert(_PILLOW_MODES[channels])
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of an unknown format"
+    return " ".join(str(error).split()) or type(error).__name__

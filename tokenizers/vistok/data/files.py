@@ -1,0 +1,39 @@
+"""Where files go, and how they get there whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: `$VISTOK_CACHE`, else the platform's cache folder."""
+    if chosen := os.environ.get("VISTOK_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "vistok"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "vistok"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes `path` when the block ends well, and vanishes otherwise.
+
+    The data is on the disk before the name is, so a reader (or a restart after a kill) finds the
+    old file, the new one or none, never a part of one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

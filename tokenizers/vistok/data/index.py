@@ -1,0 +1,209 @@
+"""What lies where in a tar: the index that makes a shard randomly readable.
+
+A shard `x.tar` of ours comes with its index `x.idx`. Any other tar is read through once, header by
+header, and its index kept in the cache folder. An index is an uncompressed npz of plain arrays
+(nothing in it is ever unpickled) and is as reproducible as the tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import tarfile
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vistok.data.decode import IMAGE_EXTENSIONS
+from vistok.data.files import cache_dir, replacing
+from vistok.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the index files; another number is indexed anew
+# As WebDataset has it: the key ends at the first dot of the file name, and keeps the folder.
+_MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$")
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK": "zip",
+}
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One row per sample of a tar, in the tar's order.
+
+    Attributes:
+        keys: `(n,)` bytes (UTF-8).
+        offsets: `(n,)` int64, where the image's bytes begin in the tar.
+        sizes: `(n,)` int64, how many they are.
+        labels: `(n,)` int64, the number in the sample's `.cls` member; -1 without one.
+        heights: `(n,)` int32, of the upright image in pixels; 0 if never looked at.
+        widths: `(n,)` int32, as heights.
+        tar_bytes: size of the tar that this describes.
+        plan: what the writer made the shard from, for restarts; empty for foreign tars.
+    """
+
+    keys: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    tar_bytes: int
+    plan: str = ""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def save(self, path: Path) -> None:
+        """Write to `path`, whole or not at all; equal indexes give equal bytes."""
+        arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        arrays["format"] = np.asarray(FORMAT)
+        with replacing(path) as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> ShardIndex | None:
+        """Read an index; None if there is none of ours (DALI's also end in .idx)."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                if int(arrays["format"]) != FORMAT:
+                    return None
+                found = {f.name: arrays[f.name] for f in fields(cls)}
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+            return None
+        found["tar_bytes"], found["plan"] = int(found["tar_bytes"]), str(found["plan"])
+        return cls(**found)
+
+
+def sidecar(tar: Path) -> Path:
+    """Where the index of a tar lies that our writer made."""
+    return tar.with_suffix(".idx")
+
+
+def index_of(tar: Path) -> ShardIndex:
+    """Return the index of a tar: its sidecar, the cached one, or made now and cached.
+
+    Raises:
+        DataError: if the tar is missing, no tar, cut short, or holds no images.
+    """
+    try:
+        status = tar.stat()
+    except OSError as error:
+        raise DataError(f"{tar}: no such shard ({error.strerror})") from None
+    index = ShardIndex.load(sidecar(tar))
+    if index is not None and index.tar_bytes == status.st_size:
+        return index
+    if index is not None and index.tar_bytes > status.st_size:
+        raise DataError(
+            f"{tar} is cut short: {status.st_size} bytes, but its index {sidecar(tar).name} says"
+            f" {index.tar_bytes}; copy or write it again"
+        )
+    name = f"{tar.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    cached = cache_dir() / "index" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.idx"
+    index = ShardIndex.load(cached)
+    if index is None:
+        log.info("indexing %s (once; kept in %s)", tar, cached.parent)
+        index = scan(tar)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            index.save(cached)
+        except OSError as error:  # a cache that cannot be written costs time, not the run
+            log.warning("cannot keep the index of %s: %s", tar, error)
+    return index
+
+
+def scan(tar: Path) -> ShardIndex:
+    """Index a tar by one pass over its headers.
+
+    Raises:
+        DataError: if it is no tar, cut short, damaged, or holds no images.
+    """
+    rows: list[tuple[bytes, int, int]] = []
+    labels: dict[int, int] = {}
+    seen: set[str] = set()
+    last = None  # key of the sample being read; its members are adjacent
+    has_image, pending = False, None
+    with open(tar, "rb") as file:
+        length = file.seek(0, 2)
+        file.seek(0)
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (holds nothing)
+        except tarfile.TarError:
+            raise DataError(f"{tar} is not a tar file: {_what(tar)}") from None
+        try:
+            for member in archive:
+                match = _MEMBER.match(member.name)
+                if not member.isreg() or not match:
+                    continue
+                key, extension = match[1], match[2].lower()
+                if key != last:
+                    last, has_image, pending = key, False, None
+                seen.add(extension)
+                if extension in IMAGE_EXTENSIONS and not has_image:
+                    has_image = True
+                    rows.append((key.encode(), member.offset_data, member.size))
+                    if pending is not None:
+                        labels[len(rows) - 1] = pending
+                elif extension == "cls" and member.size <= 20:
+                    label = _label(file, member)
+                    if has_image:
+                        labels[len(rows) - 1] = label
+                    pending = label
+            end = archive.offset
+            file.seek(end)
+            tail = file.read(tarfile.BLOCKSIZE)
+        except tarfile.TarError:
+            end, tail = length, b""
+    if len(tail) < tarfile.BLOCKSIZE:
+        raise DataError(
+            f"{tar} is cut short: its {length} bytes end in the middle of a member or before the"
+            f" end mark; copy or write it again"
+        )
+    if tail.strip(b"\0"):
+        raise DataError(f"{tar} is damaged: no valid tar header at byte {end}; copy it again")
+    if not rows:
+        found = ", ".join(f".{e}" for e in sorted(seen)[:5]) or "nothing"
+        raise DataError(f"{tar} holds no images: found {found}; wanted .jpg, .png, .webp, ...")
+    count = len(rows)
+    return ShardIndex(
+        keys=np.array([row[0] for row in rows]),
+        offsets=np.array([row[1] for row in rows], dtype=np.int64),
+        sizes=np.array([row[2] for row in rows], dtype=np.int64),
+        labels=np.array([labels.get(i, -1) for i in range(count)], dtype=np.int64),
+        heights=np.zeros(count, dtype=np.int32),
+        widths=np.zeros(count, dtype=np.int32),
+        tar_bytes=length,
+    )
+
+
+def _label(file, member: tarfile.TarInfo) -> int:
+    """The number in a `.cls` member; -1 if it is none. Leaves the file where it was."""
+    place = file.tell()
+    file.seek(member.offset_data)
+    text = file.read(member.size)
+    file.seek(place)
+    try:
+        return int(text)
+    except ValueError:
+        return -1
+
+
+def _what(path: Path) -> str:
+    """What a file that is no tar seems to be, and what would be right."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if not head:
+        return "it is empty (0 bytes)"
+    for magic, name in _MAGIC.items():
+        if head.startswith(magic):
+            return f"it is {name}-compressed; unpack it to a plain .tar first"
+    return f"it begins with {head!r}; shards are plain (uncompressed) tars"

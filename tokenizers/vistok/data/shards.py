@@ -1,0 +1,222 @@
+"""Writing shards: tars in WebDataset's conventions, with an index beside each and a manifest.
+
+Equal input gives equal bytes: members carry no time, user or machine. Image bytes are passed
+through; nothing is encoded again. Every file appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vistok.data.files import replacing
+from vistok.data.index import ShardIndex, sidecar
+from vistok.errors import DataError
+
+_KEY = re.compile(r"[A-Za-z0-9_/-]{1,90}")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest says of one shard."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @classmethod
+    def of(cls, tar: Path, samples: int) -> ShardInfo:
+        """Read it off the files."""
+        return cls(tar.name, samples, tar.stat().st_size, _sha256(tar), _sha256(sidecar(tar)))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tar_bytes(content: int) -> int:
+    """Size of a tar whose members, headers and padding are `content` bytes."""
+    return -(-(content + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+class ShardFile:
+    """One shard being written: a context manager that leaves the tar and its index, or neither.
+
+    Args:
+        path: of the tar; its folder exists.
+        plan: a note on what it is made from, kept in the index; lets a restart know its own.
+    """
+
+    def __init__(self, path: Path, plan: str = ""):
+        self.path, self.plan = path, plan
+        self.bytes = 0
+        self._rows: list[tuple[bytes, int, int, int, int, int]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ShardFile:
+        self._file = self._stack.enter_context(replacing(self.path))
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def add(
+        self,
+        key: str,
+        image: bytes,
+        extension: str,
+        label: int | None = None,
+        size: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Append one sample: `<key>.<extension>` and, with a label, `<key>.cls`.
+
+        Args:
+            key: ASCII letters, digits, `_`, `-` and `/`; no dot, for the key ends at the first.
+            image: the file's bytes, written as they are.
+            extension: of the image, without the dot.
+            label: class number.
+            size: (height, width) of the image, if known.
+
+        Raises:
+            DataError: for a key that other readers would misread.
+        """
+        if not _KEY.fullmatch(key) or key.startswith("/"):
+            raise DataError(
+                f"{key!r} cannot be the key of a sample: up to 90 of A-Z a-z 0-9 _ - / only"
+            )
+        offset = self._member(f"{key}.{extension.lower()}", image)
+        if label is not None:
+            self._member(f"{key}.cls", str(label).encode())
+        number = -1 if label is None else label
+        self._rows.append((key.encode(), offset, len(image), number, *size))
+
+    def _member(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode 0644, no names
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+        self.bytes = self._tar.offset
+        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return self._tar.offset - padded
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is None:
+            try:
+                self._finish()
+            except BaseException as error:
+                self._stack.__exit__(type(error), error, error.__traceback__)  # removes the part
+                raise
+        self._stack.__exit__(*exception)
+
+    def _finish(self) -> None:
+        """Complete the tar under its temporary name and put the index in place before it.
+
+        In this order a kill leaves no tar of ours without an index, and no old tar with a new one.
+        """
+        if not self._rows:
+            raise DataError(f"{self.path} would hold no samples")
+        self._tar.close()
+        keys, offsets, sizes, labels, heights, widths = zip(*self._rows, strict=True)
+        index = ShardIndex(
+            keys=np.array(keys),
+            offsets=np.array(offsets, dtype=np.int64),
+            sizes=np.array(sizes, dtype=np.int64),
+            labels=np.array(labels, dtype=np.int64),
+            heights=np.array(heights, dtype=np.int32),
+            widths=np.array(widths, dtype=np.int32),
+            tar_bytes=self._file.tell(),
+            plan=self.plan,
+        )
+        self.path.unlink(missing_ok=True)
+        index.save(sidecar(self.path))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class ShardWriter:
+    """Write any number of samples as shards `<prefix>-000000.tar`, ... of bounded size.
+
+        with ShardWriter("sets/mine", "train") as writer:
+            writer.write(jpeg_bytes, "jpg", label=3)
+        write_manifest("sets/mine", {"train": writer.shards})
+
+    Args:
+        folder: made if missing.
+        prefix: of the names, usually `train` or `val`.
+        max_bytes: a shard is closed before it would grow beyond this (unless one sample does).
+    """
+
+    def __init__(self, folder: str | Path, prefix: str = "train", max_bytes: int = 300_000_000):
+        self.folder, self.prefix, self.max_bytes = Path(folder), prefix, max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shards: list[ShardInfo] = []
+        self.num_samples = 0
+        self._open: ShardFile | None = None
+
+    def write(
+        self,
+        image: bytes,
+        extension: str,
+        label: int | None = None,
+        key: str | None = None,
+        size: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Append one sample; see `ShardFile.add`. Without a key it is the running number."""
+        grown = len(image) + 4 * tarfile.BLOCKSIZE  # its header and padding, and a `.cls`
+        if self._open is not None and tar_bytes(self._open.bytes + grown) > self.max_bytes:
+            self.roll()
+        if self._open is None:
+            name = f"{self.prefix}-{len(self.shards):06d}.tar"
+            self._open = ShardFile(self.folder / name).__enter__()
+        self._open.add(key or f"{self.num_samples:09d}", image, extension, label, size)
+        self.num_samples += 1
+
+    def roll(self) -> None:
+        """Close the current shard, if any; the next sample begins another."""
+        if self._open is not None:
+            shard, self._open = self._open, None
+            shard.__exit__(None, None, None)
+            self.shards.append(ShardInfo.of(shard.path, len(shard)))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is None:
+            self.roll()
+        elif self._open is not None:
+            self._open.__exit__(*exception)
+
+
+def write_manifest(
+    folder: str | Path, splits: Mapping[str, Sequence[ShardInfo]], **more: Any
+) -> Path:
+    """Write `manifest.json`: per split the shards with counts, bytes and checksums, and totals.
+
+    Args:
+        folder: where the shards are.
+        splits: name to shards, for example `{"train": writer.shards}`.
+        more: further entries, for example `classes=[...]`.
+    """
+    content: dict[str, Any] = {"format": "vistok-shards-1", **more, "splits": {}}
+    for name, shards in splits.items():
+        content["splits"][name] = {
+            "samples": sum(shard.samples for shard in shards),
+            "bytes": sum(shard.bytes for shard in shards),
+            "shards": [asdict(shard) for shard in shards],
+        }
+    path = Path(folder) / "manifest.json"
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+    return path

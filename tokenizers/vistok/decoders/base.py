@@ -1,0 +1,44 @@
+"""The contract of a decoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Decoder(nn.Module, ABC):
+    """Maps quantized latents `(B, N, D)` back to images.
+
+    Attributes:
+        dim: D, the width of the quantized latents.
+    """
+
+    dim: int
+
+    @abstractmethod
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
+
+        Args:
+            quantized: vectors of the tokens.
+            mask: `(B, N)` bool; tokens marked False are as if they were not there.
+        """
+
+    def forward(
+        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction and target of a training step.
+
+        Pixels by default. A decoder that learns something else (codes of a proxy tokenizer, the
+        velocity of a flow) overrides this, so that one loss and one trainer serve all.
+        """
+        return self.reconstruct(quantized, mask), images
+
+    def initialize(self, images: Tensor) -> None:  # noqa: B027
+        """Set weights from training images `(M, C, H, W)` in [-1, 1]; by default nothing."""
+
+    @property
+    def last_layer(self) -> Tensor | None:
+        """Weight of the last layer, for the adaptive weight of an adversarial loss."""
+        return None

@@ -1,0 +1,84 @@
+"""The convolutional decoder of VQGAN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.decoders.base import Decoder
+from vistok.nn.cnn import ResBlock, SpatialAttention, Upsample, group_norm
+from vistok.nn.patches import grid_of
+
+
+class CNNDecoder(Decoder):
+    """Residual blocks with a doubling between levels; the mirror of `CNNEncoder`.
+
+    VQGAN (Esser et al. 2021, https://arxiv.org/abs/2012.09841).
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of the downsampling factor.
+        channels: C of the images.
+        latent_dim: D, the width of the quantized latents.
+        base_channels: channels of the last level.
+        channel_multipliers: one per level, times `base_channels`, in the *encoder's* order.
+        num_res_blocks: residual blocks per level (one more than the encoder, as in the paper).
+        stem: side of the squares that the last channels unfold into; the encoder's.
+        attention: self-attention in the middle block and at the first level.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        latent_dim: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int = 3,
+        stem: int = 1,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.grid = grid_of(image_size, stem * 2 ** (len(channel_multipliers) - 1))
+        self.dim = latent_dim
+        self.stem = stem
+        width = base_channels * channel_multipliers[-1]
+        self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
+        layers: list[nn.Module] = [ResBlock(width, width)]
+        if attention:
+            layers.append(SpatialAttention(width))
+        layers.append(ResBlock(width, width))
+        for level in reversed(range(len(channel_multipliers))):
+            for _ in range(num_res_blocks):
+                layers.append(ResBlock(width, base_channels * channel_multipliers[level]))
+                width = base_channels * channel_multipliers[level]
+                if attention and level == len(channel_multipliers) - 1:
+                    layers.append(SpatialAttention(width))
+            if level:
+                layers.append(Upsample(width))
+        self.layers = nn.Sequential(*layers)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, channels * stem * stem, 3, padding=1)
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
+        if mask is not None:
+            quantized = quantized * mask[..., None]
+        x = quantized.transpose(1, 2).unflatten(2, self.grid)
+        x = self.conv_out(F.silu(self.norm_out(self.layers(self.conv_in(x)))))
+        return F.pixel_shuffle(x, self.stem) if self.stem > 1 else x
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start from the mean colour of the images."""
+        mean = images.mean(dim=(0, 2, 3))
+        self.conv_out.weight.mul_(0.1)
+        if self.conv_out.bias is not None:
+            self.conv_out.bias.copy_(mean.repeat_interleave(self.stem**2))
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution."""
+        return self.conv_out.weight

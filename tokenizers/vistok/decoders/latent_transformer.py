@@ -1,0 +1,114 @@
+"""A ViT that paints an image from latent tokens (TiTok's decoder)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vistok.decoders.base import Decoder
+from vistok.nn.patches import (
+    grid_of,
+    grid_points,
+    patchify,
+    principal_components,
+    sincos_positions,
+    spread_points,
+    unpatchify,
+)
+from vistok.nn.transformer import Transformer, init_transformer_
+
+
+class LatentTransformerDecoder(Decoder):
+    """Mask tokens and latent tokens through one transformer; the mask tokens become patches.
+
+    Sequence `[class token | mask tokens | latent tokens]` with full attention and a linear head
+    to pixels, then a 3x3 convolution across the seams: the single-stage TiTok (Yu et al. 2024,
+    https://arxiv.org/abs/2406.07550; head of TA-TiTok, https://arxiv.org/abs/2501.07730).
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of `patch_size`.
+        channels: C.
+        patch_size: side of a patch in pixels.
+        num_latent_tokens: K, the longest code.
+        latent_dim: D, the width of the quantized latents.
+        width: W of the transformer, a multiple of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        class_token: prepend a learned token, as the paper does.
+        activation_checkpointing: see `Transformer`.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        latent_dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        class_token: bool = True,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.grid = grid_of(image_size, patch_size)
+        self.patch_size = patch_size
+        self.dim = latent_dim
+        self.embed = nn.Linear(latent_dim, width)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        self.norm_in = nn.LayerNorm(width)
+        self.transformer = Transformer(
+            width, depth, num_heads, activation_checkpointing=activation_checkpointing
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.head = nn.Linear(width, patch_size * patch_size * channels)
+        init_transformer_(self)
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="replicate")
+        nn.init.dirac_(self.smooth.weight)
+        nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
+        points = grid_points(self.grid)
+        self.patch_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+        points = spread_points(num_latent_tokens, self.grid)
+        self.latent_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
+        batch, length, _ = quantized.shape
+        latents = self.embed(quantized) + self.latent_positions[:length]
+        patches = (self.mask_token + self.patch_positions).expand(batch, -1, -1)
+        parts = [patches.to(latents.dtype), latents]
+        if self.class_token is not None:
+            parts.insert(0, self.class_token.expand(batch, -1, -1).to(latents.dtype))
+        x = torch.cat(parts, dim=1)
+        visible = None
+        if mask is not None:
+            ones = mask.new_ones(batch, x.shape[1] - length)
+            visible = torch.cat([ones, mask], dim=1)[:, None, None, :]
+        x = self.transformer(self.norm_in(x), visible)
+        start = 0 if self.class_token is None else 1
+        x = self.norm_out(x[:, start : start + self.patch_positions.shape[0]])
+        return self.smooth(unpatchify(self.head(x), self.grid, self.patch_size))
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start the head at the principal components of the patches, scaled by deviation.
+
+        The output of `norm_out` has unit scale, so each picture starts as the mean patch plus
+        small random amounts of what patches vary in most.
+        """
+        patches = patchify(images, self.patch_size).flatten(0, 1)
+        count = min(self.head.in_features, patches.shape[1])
+        mean, components, deviations = principal_components(patches, count)
+        self.head.weight.zero_()
+        self.head.weight[:, :count] = (components * deviations[:, None]).T
+        self.head.bias.copy_(mean)
+        self.norm_out.weight.fill_(0.3)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the pixel head."""
+        return self.head.weight

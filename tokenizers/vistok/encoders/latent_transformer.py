@@ -1,0 +1,97 @@
+"""A ViT whose learned latent tokens read the image (TiTok's encoder)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vistok.encoders.base import Encoder
+from vistok.nn.patches import (
+    grid_of,
+    grid_points,
+    patchify,
+    principal_components,
+    sincos_positions,
+    spread_points,
+)
+from vistok.nn.transformer import Transformer, init_transformer_
+
+
+class LatentTransformerEncoder(Encoder):
+    """Patches and K learned latent tokens through one transformer; the latents are kept.
+
+    Sequence `[class token | patches | latent tokens]` with full attention, as in TiTok (Yu et
+    al. 2024, https://arxiv.org/abs/2406.07550). Differs from the reference code: positions start
+    as sines and cosines, the latent tokens' at points spread over the image, and `initialize`
+    sets the patch embedding to principal components. All remain learned.
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of `patch_size`.
+        channels: C.
+        patch_size: side of a patch in pixels.
+        num_latent_tokens: K, the length of the code.
+        width: W of the transformer, a multiple of 4; also D of the latents.
+        depth: number of blocks.
+        num_heads: attention heads.
+        class_token: prepend a learned token, as the paper does.
+        activation_checkpointing: see `Transformer`.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        class_token: bool = True,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.grid = grid_of(image_size, patch_size)
+        self.patch_size = patch_size
+        self.dim = width
+        self.num_tokens = num_latent_tokens
+        self.patch_embed = nn.Linear(patch_size * patch_size * channels, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        self.norm_in = nn.LayerNorm(width)
+        self.transformer = Transformer(
+            width, depth, num_heads, activation_checkpointing=activation_checkpointing
+        )
+        self.norm_out = nn.LayerNorm(width)
+        init_transformer_(self)
+        points = grid_points(self.grid)
+        self.patch_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+        points = spread_points(num_latent_tokens, self.grid)
+        self.latent_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * width**-0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`."""
+        x = self.patch_embed(patchify(images, self.patch_size)) + self.patch_positions
+        latents = (self.latent_tokens + self.latent_positions).expand(len(x), -1, -1)
+        parts = [x, latents.to(x.dtype)]
+        if self.class_token is not None:
+            parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
+        x = self.transformer(self.norm_in(torch.cat(parts, dim=1)))
+        return self.norm_out(x[:, -self.num_tokens :])
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start the patch embedding at the principal components of the patches.
+
+        Each component is divided by the square root of its deviation: half-way between keeping
+        the scale of the pixels, where a few components drown the others, and whitening, which
+        blows up noise.
+        """
+        patches = patchify(images, self.patch_size).flatten(0, 1)
+        count = min(self.dim, patches.shape[1])
+        mean, components, deviations = principal_components(patches, count)
+        scaled = components / deviations.clamp(min=1e-3).sqrt()[:, None]
+        scaled /= (deviations.clamp(min=1e-3).sum() / count).sqrt()
+        self.patch_embed.weight[:count] = scaled
+        self.patch_embed.bias[:count] = -scaled @ mean

@@ -1,0 +1,58 @@
+"""What the same number of bits buys without learning: k-means over patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vistok.metrics.image import PSNR, to_uint8
+from vistok.models.tokenizer import Tokenizer
+from vistok.nn.patches import grid_of, patchify, unpatchify
+from vistok.quantizers.kmeans import kmeans
+
+
+def kmeans_baseline(
+    data: Any, tokenizer: Tokenizer, patch_size: int, num_patches: int, iterations: int
+) -> dict[str, Any]:
+    """PSNR of a k-means codebook over patches that spends the tokenizer's bits per image.
+
+    It is trained on patches of the training images and measured on all validation images.
+
+    Args:
+        data: a DataModule that is set up.
+        tokenizer: its bits per image are spent; if they do not come to 2 to 4096 codes per
+            patch, nothing is computed.
+        patch_size: side of a patch in pixels.
+        num_patches: patches to train on.
+        iterations: of Lloyd's algorithm.
+
+    Returns:
+        `baseline_kmeans_psnr` (dB) and `baseline_kmeans_codes`, or nothing.
+    """
+    height, width = tokenizer.image_size
+    if height % patch_size or width % patch_size:
+        return {}
+    grid = grid_of((height, width), patch_size)
+    num_codes = round(2 ** (tokenizer.bits_per_image / (grid[0] * grid[1])))
+    if not 2 <= num_codes <= 4096:
+        return {}
+    num_images = min(data.num_train, -(-num_patches // (grid[0] * grid[1])))
+    images = data.init_batches(num_images)
+    patches = patchify(images.float() / 255, patch_size).flatten(0, 1)[:num_patches]
+    codebook, _ = kmeans(patches, num_codes, iterations)
+    psnr = PSNR()
+    for batch in data.val_dataloader():
+        originals = batch["image"][batch["valid"]]
+        psnr.update(originals, quantize_patches(originals, codebook, patch_size))
+    return {"baseline_kmeans_psnr": psnr.compute()["psnr"], "baseline_kmeans_codes": num_codes}
+
+
+def quantize_patches(images: Tensor, codebook: Tensor, patch_size: int) -> Tensor:
+    """Images `(B, C, H, W)` uint8 with every patch replaced by its nearest code."""
+    patches = patchify(images.float() / 255, patch_size)
+    scores = patches @ codebook.T - codebook.square().sum(dim=1) / 2
+    grid = grid_of((images.shape[2], images.shape[3]), patch_size)
+    return to_uint8(unpatchify(codebook[scores.argmax(dim=-1)], grid, patch_size))
+
+

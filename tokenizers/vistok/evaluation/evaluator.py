@@ -1,0 +1,84 @@
+"""Judge a tokenizer on a set of images: one way, in training and in eval.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vistok.metrics.image import PSNR, SSIM, ImageMetric, to_uint8
+from vistok.models.tokenizer import Tokenizer, to_unit_range
+from vistok.quantizers.usage import CodeUsage
+
+
+class Evaluator:
+    """Accumulates what `metrics.json` holds over batches of images.
+
+    Reconstructions are clamped to [0, 1] and rounded to 8 bits before anything is measured.
+
+    Args:
+        tokenizer: in eval mode; its device is used.
+        metrics: what to measure besides the codes; PSNR and SSIM by default.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, metrics: Iterable[ImageMetric] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.metrics = list(metrics) if metrics is not None else [PSNR(), SSIM()]
+        self.usage = CodeUsage(tokenizer.quantizer.codebook_sizes).to(tokenizer.device)
+        self.num_images = 0
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def update(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Reconstruct a batch and take it in.
+
+        Args:
+            images: `(B, C, H, W)` uint8.
+            valid: `(B,)` bool; images marked False (padding of the last batch) do not count.
+
+        Returns:
+            The reconstructions of the valid images, `(B', C, H, W)` uint8.
+        """
+        if valid is not None:
+            images = images[valid.to(images.device)]
+        if not len(images):
+            return images
+        start = time.perf_counter()
+        images = images.to(self.tokenizer.device)
+        model_images = self.tokenizer.to_model_range(images)
+        indices = self.tokenizer.quantizer.encode(self.tokenizer.encode(model_images))
+        decoded = self.tokenizer.decode(self.tokenizer.quantizer.decode(indices))
+        reconstructions = to_uint8(to_unit_range(decoded))
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - start
+        self.num_images += len(images)
+        self.usage.update(indices)
+        for metric in self.metrics:
+            metric.update(images, reconstructions)
+        return reconstructions
+
+    def compute(self) -> dict[str, float]:
+        """Results over all batches and ranks; plain numbers.
+
+        `psnr` (dB), `ssim`, `codebook_usage` (0 to 1), `perplexity`, `dead_codes`,
+        `bits_per_image`, `bits_per_pixel`, `num_tokens`, `images`, `images_per_second` (of this
+        rank: encoding and decoding, without reading).
+        """
+        height, width = self.tokenizer.image_size
+        results: dict[str, float] = {}
+        for metric in self.metrics:
+            results.update(metric.compute())
+        usage = {name: value.item() for name, value in self.usage.compute().items()}
+        tokens = sum(int(h.sum()) for h in self.usage.histograms()) / len(self.usage.offsets[1:])
+        return {
+            **results,
+            **usage,
+            "bits_per_image": self.tokenizer.bits_per_image,
+            "bits_per_pixel": self.tokenizer.bits_per_image / (height * width),
+            "num_tokens": self.tokenizer.num_tokens,
+            "images": round(tokens / self.tokenizer.num_tokens),
+            "images_per_second": self.num_images / self.seconds if self.seconds else 0.0,
+        }

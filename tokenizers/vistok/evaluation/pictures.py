@@ -1,0 +1,50 @@
+"""Pictures that show what a tokenizer does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def comparison(originals: Tensor, reconstructions: Tensor, gap: int = 2) -> Tensor:
+    """Originals above their reconstructions, side by side.
+
+    Args:
+        originals: `(B, C, H, W)` uint8.
+        reconstructions: the same shape.
+        gap: white pixels between pictures.
+
+    Returns:
+        `(C, 2H + 3 gap, B (W + gap) + gap)` uint8.
+    """
+    count, channels, height, width = originals.shape
+    sheet = originals.new_full(
+        (channels, 2 * height + 3 * gap, count * (width + gap) + gap), 255
+    )
+    for i in range(count):
+        left = gap + i * (width + gap)
+        sheet[:, gap : gap + height, left : left + width] = originals[i]
+        sheet[:, 2 * gap + height : 2 * gap + 2 * height, left : left + width] = reconstructions[i]
+    return sheet
+
+
+def save_png(image: Tensor, path: Path, scale: int = 1) -> None:
+    """Write an image `(C, H, W)` uint8, whole or not at all, enlarged by an integer `scale`."""
+    array = image.cpu().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    if scale > 1:
+        size = (picture.width * scale, picture.height * scale)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def wrap(images: Tensor, columns: int) -> list[Tensor]:
+    """Split `(B, ...)` into rows of at most `columns` images."""
+    return list(torch.split(images, columns))

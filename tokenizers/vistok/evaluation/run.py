@@ -1,0 +1,140 @@
+"""`eval.py`: judge a trained tokenizer on a set of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from vistok.checkpoint import find_checkpoint, load, read_config
+from vistok.configuration import apply_overrides, compose
+from vistok.console import say
+from vistok.data.datamodule import VistokDataModule
+from vistok.errors import ConfigError
+from vistok.evaluation.evaluator import Evaluator
+from vistok.evaluation.pictures import comparison, save_png
+
+#: Keys of the run's data that stay when `data=...` chooses another kind.
+_KEPT = ("image_size", "channels", "val_crop", "num_workers", "seed")
+
+
+def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
+    """Evaluate, print a table, write `metrics.json` and `reconstructions.png`.
+
+    Args:
+        config: resolved `configs/eval.yaml`.
+        data_overrides: `data=...` and `data.*=...`, applied to the run's own data.
+
+    Returns:
+        What `metrics.json` holds.
+    """
+    run = Path(config["run"])
+    source = run if (run / "model.safetensors").exists() else find_checkpoint(run)
+    device = choose_device(config["device"])
+    tokenizer = load(run, weights=config["weights"], device=device)
+    data = VistokDataModule(**data_config(source, data_overrides, config["batch_size"]))
+    if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
+        raise ConfigError(
+            f"data: {data.channels} x {data.image_size} images, but the tokenizer takes "
+            f"{tokenizer.channels} x {tokenizer.image_size}"
+        )
+    data.prepare_data()
+    data.setup("validate")
+    out = Path(config["out"]) if config["out"] else default_folder(run) / "eval"
+
+    dtype = choose_precision(config["precision"], device)
+    evaluator = Evaluator(tokenizer)
+    autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=bool(dtype))
+    with autocast:
+        for batch in data.val_dataloader():
+            evaluator.update(batch["image"], batch["valid"])
+        images = data.val_images(config["num_pictures"]) if config["num_pictures"] else None
+        results: dict[str, Any] = evaluator.compute()
+        if images is not None:
+            reconstructions = Evaluator(tokenizer, metrics=[]).update(images)
+            sheet = comparison(images.cpu(), reconstructions.cpu())
+            save_png(sheet, out / "reconstructions.png", config["picture_scale"])
+    results["weights"] = config["weights"]
+    results["checkpoint"] = str(source)
+    results["crop"] = data_crop(data)
+    results["precision"] = str(dtype or torch.float32).removeprefix("torch.")
+    results["skipped_images"] = len(data.skipped)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results, out)
+    if report := data.skipped_report():
+        say(f"[yellow]{report}[/yellow]")
+    return results
+
+
+def data_config(source: Path, overrides: list[str], batch_size: int) -> dict[str, Any]:
+    """The run's data config with the user's changes."""
+    from omegaconf import OmegaConf
+
+    run_config = read_config(source)
+    own = dict(run_config.get("data") or {})
+    choice = [o.partition("=")[2] for o in overrides if o.startswith("data=")]
+    base: dict[str, Any] = {"seed": run_config.get("seed", 0)}
+    if choice or not own:
+        composed = compose("train", [f"data={choice[-1] if choice else 'sample'}"])
+        chosen = OmegaConf.to_container(composed, resolve=False)["data"]  # type: ignore[index]
+        own = {**chosen, **{k: own[k] for k in _KEPT if k in own}}  # type: ignore[dict-item]
+        own["seed"] = base["seed"]
+    holder = OmegaConf.create({"data": own})
+    OmegaConf.set_struct(holder, True)
+    holder = apply_overrides(holder, [o for o in overrides if not o.startswith("data=")])
+    values = OmegaConf.to_container(holder.data, resolve=True)
+    assert isinstance(values, dict)
+    if values.get("val") and not values.get("train"):
+        values["train"] = values["val"]  # evaluation alone needs no training images
+    values["eval_batch_size"] = batch_size
+    values.pop("_target_", None)
+    return {str(k): v for k, v in values.items()}
+
+
+def data_crop(data: VistokDataModule) -> str:
+    """Name of the crop that the validation images were cut with."""
+    return str(data.val_crop)
+
+
+def default_folder(run: Path) -> Path:
+    """The folder that results of `run` belong to."""
+    if run.is_dir():
+        return run
+    return run.parent.parent if run.parent.name == "checkpoints" else run.parent
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one.
+
+    Raises:
+        ConfigError: if a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: no usable GPU was found; use cpu or auto")
+    if name not in ("cpu", "cuda", "gpu"):
+        raise ConfigError(f"device={name}: must be auto, cpu or cuda")
+    return torch.device("cuda" if name == "gpu" else name)
+
+
+def choose_precision(name: Any, device: torch.device) -> torch.dtype | None:
+    """Autocast type of the networks; None for float32, which `auto` is: metrics want it."""
+    known = {"auto": None, "32": None, "bf16": torch.bfloat16, "16": torch.float16}
+    if str(name) not in known:
+        raise ConfigError(f"precision={name}: must be one of {', '.join(known)}")
+    return known[str(name)]
+
+
+def print_table(results: dict[str, Any], out: Path) -> None:
+    """For people."""
+    table = Table(title=str(out), title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    say(table)

@@ -1,0 +1,184 @@
+"""A tokenizer: an encoder, a quantizer and a decoder, and the calls that users make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vistok.decoders.base import Decoder
+from vistok.encoders.base import Encoder
+from vistok.errors import ConfigError
+from vistok.nn.patches import as_pair
+from vistok.quantizers.base import Quantizer
+from vistok.types import TokenizerOutput
+
+
+class Tokenizer(nn.Module):
+    """Images to integers and back.
+
+    Subclasses add what their paper adds; the parts are given, never built inside.
+
+    Args:
+        encoder: images to latents.
+        quantizer: latents to indices and vectors.
+        decoder: vectors to images.
+        image_size: (H, W) of the images in pixels, or the side of square ones.
+        channels: C of the images.
+    """
+
+    #: How a sequence model should read the tokens: "raster", "nested" or "unordered".
+    token_order = "raster"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        quantizer: Quantizer,
+        decoder: Decoder,
+        image_size: int | Sequence[int],
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if not encoder.dim == quantizer.dim == decoder.dim:
+            raise ConfigError(
+                f"tokenizer.latent_dim: encoder {encoder.dim}, quantizer {quantizer.dim} and "
+                f"decoder {decoder.dim} differ; all three must be equal"
+            )
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.decoder = decoder
+        self.image_size = as_pair(image_size)
+        self.channels = channels
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Training forward of images `(B, C, H, W)` in [-1, 1]."""
+        latents = self.encode(images)
+        mask = self.sample_mask(latents)
+        quantizer_output = self.quantizer(latents, mask)
+        prediction, target = self.decoder(quantizer_output.quantized, images, mask)
+        return TokenizerOutput(prediction, target, quantizer_output, mask)
+
+    def sample_mask(self, latents: Tensor) -> Tensor | None:
+        """Which tokens `(B, N)` the decoder gets in this step; None for all of them."""
+        return None
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Set what learns faster from a good start, before the first step.
+
+        Patch embedding and head come from the images, then the codebook from the latents.
+
+        Args:
+            images: training images `(M, C, H, W)` in [-1, 1], the same on every rank.
+        """
+        self.encoder.initialize(images)
+        self.decoder.initialize(images)
+        wanted = self.quantizer.num_init_latents
+        if wanted:
+            was_training = self.training
+            self.eval()
+            latents, count = [], 0
+            for chunk in images.split(32):
+                latents.append(self.encode(chunk).float().flatten(0, 1))
+                count += len(latents[-1])
+                if count >= wanted:
+                    break
+            self.train(was_training)
+            self.quantizer.initialize(torch.cat(latents))
+
+    # ------------------------------------------------------------------ parts
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to latents `(B, N, D)`."""
+        return self.encoder(images)
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        """Quantized latents `(B, N, D)` to images `(B, C, H, W)`, unclamped."""
+        return self.decoder.reconstruct(quantized)
+
+    # ------------------------------------------------------------------ what users call
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Turn images into integers.
+
+        Args:
+            images: `(B, C, H, W)`, uint8 or float in [0, 1].
+
+        Returns:
+            `(B, N, Q)` int64 ids; Q is kept when it is 1.
+        """
+        return self.quantizer.encode(self.encode(self.to_model_range(images)))
+
+    @torch.no_grad()
+    def detokenize(self, ids: Tensor) -> Tensor:
+        """Turn ids `(B, N, Q)` back into images `(B, C, H, W)`, float in [0, 1]."""
+        self._check_ids(ids)
+        quantized = self.quantizer.decode(ids.to(self.device))
+        return to_unit_range(self.decode(quantized))
+
+    def codebooks(self) -> list[Tensor]:
+        """The Q tables `(K_q, d_q)`, float32, in the space that a downstream model looks up."""
+        return [table.detach().float() for table in self.quantizer.codebooks()]
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of tokens per image."""
+        return self.encoder.num_tokens
+
+    @property
+    def bits_per_image(self) -> float:
+        """Size of an image's code in bits, without entropy coding."""
+        return self.num_tokens * self.quantizer.bits_per_token
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def to_model_range(self, images: Tensor) -> Tensor:
+        """Check images `(B, C, H, W)`, uint8 or float in [0, 1], and map them to [-1, 1].
+
+        Raises:
+            ConfigError: if shape, type or range is another.
+        """
+        expected = (self.channels, *self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ConfigError(
+                f"images: expected (B, {', '.join(map(str, expected))}), "
+                f"found {tuple(images.shape)}"
+            )
+        images = images.to(self.device)
+        if images.dtype == torch.uint8:
+            return images.float() / 127.5 - 1
+        if not images.is_floating_point():
+            raise ConfigError(f"images: expected uint8 or float in [0, 1], found {images.dtype}")
+        low, high = (images.min().item(), images.max().item()) if images.numel() else (0, 1)
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also refuses NaN
+            raise ConfigError(
+                f"images: floats must lie in [0, 1], found [{low:.3g}, {high:.3g}]; "
+                "pass uint8, or map them first"
+            )
+        return images.float() * 2 - 1
+
+    def _check_ids(self, ids: Tensor) -> None:
+        sizes = self.quantizer.codebook_sizes
+        if ids.ndim != 3 or ids.shape[-1] != len(sizes):
+            raise ConfigError(f"ids: expected (B, N, {len(sizes)}), found {tuple(ids.shape)}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ConfigError(f"ids: expected integers, found {ids.dtype}")
+        if ids.numel():
+            low = ids.amin(dim=(0, 1)).tolist()
+            high = ids.amax(dim=(0, 1)).tolist()
+            for slot, size in enumerate(sizes):
+                if low[slot] < 0 or high[slot] >= size:
+                    bad = low[slot] if low[slot] < 0 else high[slot]
+                    raise ConfigError(f"ids: slot {slot} holds {bad}, valid are 0 to {size - 1}")
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Model output near [-1, 1] to float32 in [0, 1], clamped."""
+    return ((images.float() + 1) / 2).clamp(0, 1)

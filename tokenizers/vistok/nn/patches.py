@@ -1,0 +1,114 @@
+"""Patches of an image: cutting, joining, positions, and an initialisation from data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vistok.errors import ConfigError
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a size that may be given as the side of a square."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)
+
+
+def grid_of(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image of (H, W) pixels.
+
+    Raises:
+        ConfigError: if a side is not a multiple of the patch.
+    """
+    height, width = as_pair(image_size)
+    if height % patch_size or width % patch_size:
+        fits = [max(patch_size, round(side / patch_size) * patch_size) for side in (height, width)]
+        size = fits[0] if height == width else fits
+        raise ConfigError(
+            f"data.image_size={height if height == width else [height, width]} is not divisible "
+            f"by the patch of {patch_size} px; use data.image_size={size} or another patch size"
+        )
+    return height // patch_size, width // patch_size
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut `(B, C, H, W)` into `(B, N, P*P*C)`, raster order; inside a patch (row, column, C)."""
+    batch, channels, height, width = images.shape
+    p = patch_size
+    x = images.view(batch, channels, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Inverse of `patchify`: `(B, N, P*P*C)` to `(B, C, H, W)`."""
+    rows, columns = grid
+    p = patch_size
+    x = patches.view(patches.shape[0], rows, columns, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * p, columns * p)
+
+
+def sincos_positions(points: Tensor, width: int, max_period: float = 100.0) -> Tensor:
+    """Sine-cosine features of 2D points.
+
+    Args:
+        points: `(N, 2)` coordinates in units of patches.
+        width: number of features, a multiple of 4.
+        max_period: longest wavelength over 2 pi, in patches.
+
+    Returns:
+        `(N, width)` float32 in [-1, 1]; half of it for each coordinate.
+    """
+    if width % 4:
+        raise ConfigError(f"width={width}: must be a multiple of 4 for sine-cosine positions")
+    frequencies = max_period ** (-torch.arange(width // 4) / (width // 4))
+    angles = points.float()[:, :, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def grid_points(grid: tuple[int, int]) -> Tensor:
+    """Coordinates `(rows * columns, 2)` of the patches, raster order."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    return torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
+
+
+def spread_points(count: int, grid: tuple[int, int]) -> Tensor:
+    """`count` points spread evenly over a patch grid, `(count, 2)`, row after row.
+
+    With as many points as patches they are the patches. Latent tokens that start at these
+    positions look at all of the image from the first step.
+    """
+    rows, columns = grid
+    num_rows = min(count, max(1, round(math.sqrt(count * rows / columns))))
+    points = []
+    for row in range(num_rows):
+        # Rows share the points as evenly as integers allow.
+        in_row = (row + 1) * count // num_rows - row * count // num_rows
+        y = (row + 0.5) / num_rows * rows - 0.5
+        points += [(y, (column + 0.5) / in_row * columns - 0.5) for column in range(in_row)]
+    return torch.tensor(points)
+
+
+@torch.no_grad()
+def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal component analysis.
+
+    Args:
+        rows: `(M, F)` samples.
+        count: number of components, at most F.
+
+    Returns:
+        mean `(F,)`, components `(count, F)` with orthonormal rows, strongest first, and their
+        standard deviations `(count,)`; float32.
+    """
+    x = rows.double()
+    mean = x.mean(dim=0)
+    covariance = (x - mean).T @ (x - mean) / max(1, len(x) - 1)
+    variances, vectors = torch.linalg.eigh(covariance)
+    order = torch.arange(x.shape[1] - 1, x.shape[1] - 1 - count, -1)
+    deviations = variances[order].clamp(min=0).sqrt()
+    return mean.float(), vectors[:, order].T.contiguous().float(), deviations.float()

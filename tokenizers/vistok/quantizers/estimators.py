@@ -1,0 +1,69 @@
+"""Ways to send the decoder's gradient through the quantization step.
+
+Every function takes latents `z` and their codes `q`, both `(..., d)` float32, and returns a
+tensor with the value of `q` (DiVeQ: up to its noise) that hands gradients to `z` and, for some,
+to `q`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def straight_through(z: Tensor, q: Tensor) -> Tensor:
+    """Value of q, gradient of the identity to z (https://arxiv.org/abs/1308.3432)."""
+    return z + (q - z).detach()
+
+
+def synchronous(z: Tensor, q: Tensor, strength: float = 1.0) -> Tensor:
+    """Straight-through that also hands `strength` times the decoder's gradient to the code.
+
+    Paper: Huh et al. 2023, https://arxiv.org/abs/2305.08842 (synchronised update).
+    """
+    return straight_through(z, q) + strength * (q - q.detach())
+
+
+def rotation(z: Tensor, q: Tensor, eps: float = 1e-6) -> Tensor:
+    """Rotation trick: turn and scale z onto q by a matrix that counts as a constant.
+
+    With unit vectors u = z/|z|, v = q/|q| and w = (u+v)/|u+v|, the matrix is
+    |q|/|z| · (I − 2wwᵀ + 2vuᵀ). Applied elementwise, O(N·d). Where the rotation is undefined (z
+    or q near 0, or q opposite to z) the token falls back to straight-through.
+
+    Paper: Fifty et al. 2024, https://arxiv.org/abs/2410.06424
+    """
+    with torch.no_grad():
+        z_norm = z.norm(dim=-1, keepdim=True)
+        q_norm = q.norm(dim=-1, keepdim=True)
+        u = z / z_norm.clamp(min=eps)
+        v = q / q_norm.clamp(min=eps)
+        w = F.normalize(u + v, dim=-1, eps=eps)
+        scale = q_norm / z_norm.clamp(min=eps)
+        defined = (z_norm > eps) & (q_norm > eps) & ((u * v).sum(-1, keepdim=True) > eps - 1)
+    along_w = (z * w).sum(-1, keepdim=True)
+    along_u = (z * u).sum(-1, keepdim=True)
+    rotated = scale * (z - 2 * w * along_w + 2 * v * along_u)
+    return torch.where(defined, rotated, straight_through(z, q))
+
+
+def diveq(z: Tensor, q: Tensor, noise_std: float = 1e-3) -> Tensor:
+    """DiVeQ: z plus its distance to q along a fixed direction, which is differentiable in both.
+
+    ẑ = z + |q−z|·sg(d/|d|) with d = q − z + noise_std·ξ, ξ ~ N(0, I). The distance carries
+    gradients to z and to the code, so that no commitment or codebook loss is needed.
+
+    Paper: Vali et al. 2025, https://arxiv.org/abs/2509.26469. The released code passes a
+    variance of 1e-3 as a standard deviation and adds noise in eval as well; here `noise_std` is
+    what its name says, and only training calls this.
+    """
+    difference = q - z
+    direction = difference.detach()
+    if noise_std > 0:
+        direction = direction + noise_std * torch.randn_like(direction)
+    direction = F.normalize(direction, dim=-1, eps=1e-12)
+    # sqrt has an infinite slope at 0; a token that already sits on its code gets no gradient.
+    squared = difference.square().sum(-1, keepdim=True)
+    distance = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
+    return z + distance * direction

@@ -1,0 +1,200 @@
+"""Finite scalar quantization: each channel is bounded and rounded to a few levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vistok.errors import ConfigError
+from vistok.quantizers.base import Quantizer, token_mean
+from vistok.quantizers.scalar import (
+    check_choice,
+    check_count,
+    check_positive,
+    check_probability,
+    check_slot,
+    pack_digits,
+    straight_through,
+    unpack_digits,
+)
+from vistok.types import QuantizerOutput
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantization (FSQ), with its symmetric and its iFSQ form.
+
+    A channel with L levels becomes a digit in [0, L) and a value in [-1, 1]:
+
+        standard    b = tanh(z + atanh(o / h)) h - o,  h = 1.001 (L - 1) / 2,  o = 1/2 for even L
+                    digit = round(b) + L // 2,         value = round(b) / (L // 2)
+        symmetric   y = tanh(slope z),                 value = 2 digit / (L - 1) - 1
+                    digit = floor((L - 1)(y + 1) / 2 + 1/2)
+
+    Nothing is learned, so nothing collapses; there is no loss. The index is the number with these
+    digits, the first channel least significant. The gradient passes the rounding unchanged and
+    the tanh: it fades beyond |z| = 3, which the metric "saturation" counts.
+
+    Levels that the paper recommends: 2^8 [8, 6, 5], 2^10 [8, 5, 5, 5], 2^12 [7, 5, 5, 5, 5],
+    2^14 [8, 8, 8, 6, 5], 2^16 [8, 8, 8, 5, 5, 5] (64 000 codes; FlexTok).
+
+    Papers: FSQ, https://arxiv.org/abs/2309.15505 (its listing prints tan for atanh).
+    iFSQ, https://arxiv.org/abs/2601.17124: symmetric with slope 0.8, which spreads a normal
+    latent evenly. Noise: https://arxiv.org/abs/2411.19842. Dropout and corruption: FlexTok,
+    https://arxiv.org/abs/2502.13967.
+
+    Args:
+        dim: width D of the latents.
+        levels: L of each channel; their product is the codebook size, at most 2^18.
+        num_codebooks: index slots Q, each with channels of its own at the same `levels`.
+        grid: "standard" (L of 3 or more) or "symmetric" (2 or more).
+        slope: factor before the tanh of the symmetric grid; 0.8 for iFSQ.
+        noise_dropout: probability, per channel and token, that training adds uniform noise of
+            one bin's width to the bounded value instead of rounding it.
+        quantization_dropout: probability, per sample, that training does not round it at all.
+        corruption_probability: probability, per sample, that training replaces some of its
+            tokens by codes drawn uniformly. These pass no gradient. The reported indices, and so
+            the usage statistics, stay those that the encoder chose.
+        corruption_rate: `[least, most]` share of the tokens to replace, drawn per sample. (The
+            released FlexTok code draws once per call and reads a least share of 0 as "most".)
+
+    Raises:
+        ConfigError: if a value is out of range; the message names its key.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        levels: Sequence[int] = (8, 8, 8, 5, 5, 5),
+        num_codebooks: int = 1,
+        grid: str = "standard",
+        slope: float = 1.0,
+        noise_dropout: float = 0.0,
+        quantization_dropout: float = 0.0,
+        corruption_probability: float = 0.0,
+        corruption_rate: Sequence[float] = (0.0, 1.0),
+    ) -> None:
+        levels = list(levels)
+        check_count("num_codebooks", num_codebooks)
+        check_choice("grid", grid, ("standard", "symmetric"))
+        check_positive(slope=slope)
+        check_probability(
+            noise_dropout=noise_dropout,
+            quantization_dropout=quantization_dropout,
+            corruption_probability=corruption_probability,
+        )
+        if not levels or any(int(level) != level or level < 2 for level in levels):
+            raise ConfigError(f"quantizer.levels={levels}: needs integers of 2 or more")
+        if grid == "standard" and 2 in levels:
+            raise ConfigError(
+                f"quantizer.levels={levels}: a channel of 2 levels is all but constant on the "
+                "standard grid (its threshold lies at z = -3.8); use quantizer.grid=symmetric"
+            )
+        if grid == "standard" and slope != 1:
+            raise ConfigError(f"quantizer.slope={slope}: only the symmetric grid has a slope")
+        if len(corruption_rate) != 2 or not 0 <= corruption_rate[0] <= corruption_rate[1] <= 1:
+            raise ConfigError(
+                f"quantizer.corruption_rate={list(corruption_rate)}: must be [least, most] "
+                "with 0 <= least <= most <= 1"
+            )
+        size = math.prod(levels)
+        check_slot("levels", levels, size)
+        super().__init__(dim, len(levels) * num_codebooks, [size] * num_codebooks)
+        self.grid = grid
+        self.slope = slope
+        self.noise_dropout = noise_dropout
+        self.quantization_dropout = quantization_dropout
+        self.corruption_probability = corruption_probability
+        self.corruption_rate = tuple(corruption_rate)
+        self.levels: Tensor
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+
+    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+        soft = self._bound(codes)
+        digits = self._digits(soft)
+        quantized = straight_through(soft / self._half(), self._values(digits))
+        # |tanh| > 0.995 leaves less than a hundredth of the gradient.
+        reach, offset = self._reach()
+        saturated = ((soft + offset).abs() > 0.995 * reach).float().flatten(-2).mean(-1)
+        return QuantizerOutput(
+            self._perturb(quantized, soft).flatten(-2),
+            pack_digits(digits, self.levels),
+            metrics={"saturation": token_mean(saturated, mask)},
+        )
+
+    def _search(self, codes: Tensor) -> Tensor:
+        return pack_digits(self._digits(self._bound(codes)), self.levels)
+
+    def _lookup(self, indices: Tensor) -> Tensor:
+        return self._values(unpack_digits(indices, self.levels)).flatten(-2)
+
+    def codebooks(self) -> list[Tensor]:
+        """The same table `(prod(levels), len(levels))` in [-1, 1] for each slot."""
+        ids = torch.arange(self.codebook_sizes[0], device=self.levels.device)
+        return [self._values(unpack_digits(ids, self.levels))] * self.num_indices
+
+    def indices_of(self, quantized: Tensor) -> Tensor:
+        """Indices `(B, N, Q)` of code vectors `(B, N, d)`: the inverse of the lookup.
+
+        Code vectors are not latents: `encode` of one would put it through the tanh again.
+        """
+        digits = quantized.unflatten(-1, (self.num_indices, -1)) * self._half() + self._half()
+        return pack_digits(digits.round(), self.levels)
+
+    def latents_of(self, indices: Tensor) -> Tensor:
+        """Latents `(B, N, d)` before the tanh, in the middle of the bins of `indices`."""
+        reach, offset = self._reach()
+        values = self._values(unpack_digits(indices, self.levels))
+        position = ((values * self._half() + offset) / reach).clamp(-0.9995, 0.9995)
+        return ((torch.atanh(position) - torch.atanh(offset / reach)) / self.slope).flatten(-2)
+
+    def _bound(self, codes: Tensor) -> Tensor:
+        """Latents `(B, N, Q c)` as bounded values `(B, N, Q, c)` in units of bins, about 0."""
+        reach, offset = self._reach()
+        z = codes.unflatten(-1, (self.num_indices, -1))
+        return torch.tanh(self.slope * z + torch.atanh(offset / reach)) * reach - offset
+
+    def _reach(self) -> tuple[Tensor, Tensor]:
+        """The h and o of the class docstring; the symmetric grid has no slack and no offset."""
+        if self.grid == "symmetric":
+            return self._half(), torch.zeros_like(self._half())
+        return (self.levels - 1) * (1 + 1e-3) / 2, (self.levels % 2 == 0) * 0.5
+
+    def _half(self) -> Tensor:
+        """The digit of the value 0, which is the number of bins between the values 0 and 1."""
+        return (self.levels - 1) / 2 if self.grid == "symmetric" else self.levels // 2
+
+    def _digits(self, soft: Tensor) -> Tensor:
+        if self.grid == "symmetric":
+            digits = torch.floor(soft + self._half() + 0.5)
+        else:
+            digits = torch.round(soft) + self._half()
+        # Above 1000 levels the slack of 0.1 % in the reach would lead one digit too far.
+        return torch.minimum(digits.clamp(min=0), self.levels - 1).long()
+
+    def _values(self, digits: Tensor) -> Tensor:
+        return (digits - self._half()) / self._half()
+
+    def _perturb(self, quantized: Tensor, soft: Tensor) -> Tensor:
+        """Noise, dropout and corruption; all `(B, N, Q, c)`."""
+        batch, tokens, slots, _ = soft.shape
+        device = soft.device
+        if self.noise_dropout:
+            least, most = -self._half(), self.levels - 1 - self._half()
+            noisy = torch.clamp(soft + torch.rand_like(soft) - 0.5, least, most)
+            noisy = straight_through(soft / self._half(), noisy / self._half())
+            quantized = torch.where(torch.rand_like(soft) < self.noise_dropout, noisy, quantized)
+        if self.quantization_dropout:
+            skip = torch.rand(batch, 1, 1, 1, device=device) < self.quantization_dropout
+            quantized = torch.where(skip, soft / self._half(), quantized)
+        if self.corruption_probability:
+            least, most = self.corruption_rate
+            chosen = torch.rand(batch, 1, device=device) < self.corruption_probability
+            rate = chosen * (least + (most - least) * torch.rand(batch, 1, device=device))
+            replaced = torch.rand(batch, tokens, device=device) < rate
+            ids = torch.randint(self.codebook_sizes[0], (batch, tokens, slots), device=device)
+            random = self._values(unpack_digits(ids, self.levels))
+            quantized = torch.where(replaced[..., None, None], random, quantized)
+        return quantized

@@ -1,0 +1,116 @@
+"""Index backpropagation quantization: every code gets a gradient from every token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.errors import ConfigError
+from vistok.quantizers.base import Quantizer, token_mean
+from vistok.quantizers.search import best_codes
+from vistok.quantizers.soft_assignment import attention_gradient, entropy_penalty
+from vistok.types import QuantizerOutput
+
+
+class IBQ(Quantizer):
+    """Picks the code with the largest dot product and trains all codes through a softmax.
+
+        p = softmax(z·Eᵀ)    i = argmax p    o = onehot(i) + p − sg p    ẑ = o·E
+
+    The value of ẑ is E_i. Its gradient reaches the picked code directly and all codes through p,
+    so that large codebooks of wide codes (262144 × 256) stay in use. Written with one-hots this
+    keeps seven N×K tensors; here it is ẑ = E_i + A − sg A with A = Σ_k p_k·sg(E_k), an attention
+    whose backward pass works in blocks, see `soft_assignment.py`.
+
+    Losses, each a mean over tokens and dimensions: "double" |ẑ − z|², which trains latents and
+    codes through p, "commitment" |z − sg q|² and "codebook" |q − sg z|².
+
+    The index is the largest dot product, in eval too, and not the nearest neighbour. So the
+    vector of an index quantizes back to it only where no longer code lies in its direction.
+
+    Paper: Shi et al. 2024, https://arxiv.org/abs/2412.02692. Weights and the raw dot product
+    without a temperature are the released code's.
+
+    Args:
+        dim: width D of the latents.
+        codebook_size: number of codes K.
+        codebook_dim: width d of the codes, 256 in the paper; None for D.
+        temperature: of the softmax of p; 1 in the paper.
+        double_weight: weight of the "double" loss.
+        commitment_weight: weight of the commitment loss, 1 in the released code.
+        codebook_weight: weight of the codebook loss, β = 0.25 in the released code.
+        entropy_weight: weight of H(code | token) − H(code); 0 skips its cost.
+        entropy_temperature: temperature of the soft assignment in that loss, on z·Eᵀ.
+        init_std: standard deviation of the initial codes. The released N(0, 1) at d = 256
+            saturates the softmax; None is d^(-1/2), for codes of length about 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int | None = None,
+        *,
+        temperature: float = 1.0,
+        double_weight: float = 1.0,
+        commitment_weight: float = 1.0,
+        codebook_weight: float = 0.25,
+        entropy_weight: float = 0.05,
+        entropy_temperature: float = 0.01,
+        init_std: float | None = None,
+    ) -> None:
+        weights = {
+            "double": double_weight,
+            "commitment": commitment_weight,
+            "codebook": codebook_weight,
+            "entropy": entropy_weight,
+        }
+        weights = {name: weight for name, weight in weights.items() if weight != 0}
+        super().__init__(dim, codebook_dim, [codebook_size], weights)
+        for key, value in (
+            ("temperature", temperature),
+            ("entropy_temperature", entropy_temperature),
+        ):
+            if value <= 0:
+                raise ConfigError(f"quantizer.{key}={value} must be positive")
+        self.temperature = temperature
+        self.entropy_temperature = entropy_temperature
+        std = self.codebook_dim**-0.5 if init_std is None else init_std
+        self.embedding = nn.Parameter(std * torch.randn(int(codebook_size), self.codebook_dim))
+
+    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+        z, keep = codes.reshape(-1, self.codebook_dim), None if mask is None else mask.reshape(-1)
+        table = self.embedding
+        ids = best_codes(z.detach(), table.detach())
+        q = F.embedding(ids, table)
+        quantized = q + attention_gradient(z, table, scale=1 / self.temperature)
+
+        pairs = {
+            "double": (quantized, z),
+            "commitment": (z, q.detach()),
+            "codebook": (q, z.detach()),
+        }
+        losses = {
+            name: token_mean((a - b).square().mean(-1), keep)
+            for name, (a, b) in pairs.items()
+            if name in self.loss_weights
+        }
+        metrics = {}
+        if "entropy" in self.loss_weights:
+            losses["entropy"], metrics = entropy_penalty(
+                z, table, None, 1 / self.entropy_temperature, keep
+            )
+        indices = ids.view(*codes.shape[:-1], 1)
+        return QuantizerOutput(quantized.view_as(codes), indices, losses, metrics)
+
+    def _search(self, codes: Tensor) -> Tensor:
+        ids = best_codes(codes.reshape(-1, self.codebook_dim), self.embedding.detach())
+        return ids.view(*codes.shape[:-1], 1)
+
+    def _lookup(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices.squeeze(-1), self.embedding)
+
+    def codebooks(self) -> list[Tensor]:
+        """The table `(K, d)`."""
+        return [self.embedding.detach()]

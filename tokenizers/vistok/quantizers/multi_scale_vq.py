@@ -1,0 +1,365 @@
+"""Multi-scale residual quantization: the picture first at 1×1, then ever finer."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.errors import ConfigError
+from vistok.quantizers import estimators
+from vistok.quantizers.base import token_mean
+from vistok.quantizers.composite import Composite, assign_codes, keep_active, sample_depths
+from vistok.quantizers.vq import VectorQuantizer
+from vistok.types import QuantizerOutput
+
+VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+class MultiScale(Composite):
+    """Residual quantization over a pyramid of grids with one codebook for all scales.
+
+    The latents f form a grid. For each scale s, coarse to fine:
+
+        ids_s = search(area-downsample(f − f̂))
+        h = bicubic-upsample(codes[ids_s])        h ← (1−ρ)·h + ρ·φ(h)        f̂ ← f̂ + h
+
+    so the ids are a sequence of all scales, `(B, L, Q)` with L = `num_index_tokens(N)`, from
+    which `decode` makes N vectors. φ is one of a few shared 3×3 convolutions. "commitment"
+    |f − sg f̂|² and "codebook" |f̂ − sg f|² are taken after every scale and averaged over the
+    scales; the second trains codes and φ, each scale also through all later ones. The residual
+    is detached and the encoder's gradient is the identity.
+
+    A 1D sequence is a grid of height 1. Each scale has `scales[s] / scales[-1]` of the length of
+    an axis, so one list serves grids of every size; with N = scales[-1]² it is the side lengths.
+
+    With scale dropout a training sample keeps its first n scales only, so that a prefix of the
+    scales decodes (`decode_prefix`). The scales it lacks are index -1 and add nothing.
+
+    Paper: VAR, Tian et al. 2024, https://arxiv.org/abs/2404.02905. Differs from its code: the
+    residual keeps no graph, one scale is allowed, no process group is needed.
+
+    Args:
+        dim: width D of the latents.
+        book: the quantizer of the pooled residuals, in code space. Its own losses are not used.
+        scales: sizes relative to the last, ascending; a size may repeat.
+        grid: "2d" (N must be a square), "1d", or "auto": 2d if N is a square, else 1d.
+        num_phi: number of shared convolutions; scale s takes the one nearest to its place from
+            first to last. 0 for none.
+        phi_ratio: ρ in [0, 1].
+        commitment_weight: β, weight of the commitment loss.
+        codebook_weight: weight of the codebook loss.
+        scale_dropout: probability that a training sample keeps n scales, n uniform on
+            [min_scales, S], instead of all.
+        min_scales: the least that it keeps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        book: VectorQuantizer,
+        *,
+        scales: Sequence[int] = VAR_SCALES,
+        grid: str = "auto",
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+        commitment_weight: float = 0.25,
+        codebook_weight: float = 1.0,
+        scale_dropout: float = 0.0,
+        min_scales: int = 1,
+    ) -> None:
+        scales = tuple(int(scale) for scale in scales)
+        if not scales or min(scales) < 1 or list(scales) != sorted(scales):
+            raise ConfigError(f"quantizer.scales={list(scales)} must be ascending and positive")
+        if grid not in ("2d", "1d", "auto"):
+            raise ConfigError(f"quantizer.grid={grid!r} is not one of 2d, 1d, auto")
+        if not 1 <= min_scales <= len(scales):
+            raise ConfigError(f"quantizer.min_scales={min_scales} is not in [1, {len(scales)}]")
+        if "entropy" in book.loss_weights:
+            raise ConfigError("quantizer.entropy_weight: the multi-scale losses have no entropy")
+        weights = {"commitment": commitment_weight, "codebook": codebook_weight}
+        super().__init__(dim, book.dim, [book], book.codebook_sizes, weights)
+        self.scales = scales
+        self.grid = grid
+        self.phi_ratio = phi_ratio
+        self.scale_dropout = scale_dropout
+        self.min_scales = min_scales
+        self.phi = nn.ModuleList(
+            nn.Conv2d(book.dim, book.dim, kernel_size=3, padding=1) for _ in range(num_phi)
+        )
+
+    @property
+    def book(self) -> VectorQuantizer:
+        """The quantizer of the pooled residuals."""
+        return cast(VectorQuantizer, self.books[0])
+
+    # ------------------------------------------------------------------ the method
+
+    def _quantize(
+        self, codes: Tensor, mask: Tensor | None, depths: Tensor | None = None
+    ) -> QuantizerOutput:
+        book, (batch, num_tokens, _) = self.book, codes.shape
+        grid = self._grid(num_tokens)
+        if depths is None and self.scale_dropout > 0:
+            depths = self.sample_depths(batch, codes.device)
+        if not book._is_ready():  # else the 1×1 scale would start it from a handful of means
+            z = book._metric(codes.detach().flatten(0, 1))
+            book._initialize_from_batch(z, None if mask is None else mask.flatten())
+        target = _to_map(codes, grid)
+        painted, residual = torch.zeros_like(target), target.detach()
+        indices, commitment, codebook = [], [], []
+        for number, size in enumerate(self._sizes(grid)):
+            active = None if depths is None else number < depths
+            rows = _pool(residual, size)
+            kept = None if mask is None else _pool_mask(mask, grid, size)
+            ids = assign_codes(book, rows, keep_active(kept, active, rows.shape[1]))
+            layer = self._paint(book._lookup(ids), number, size, grid)
+            if active is not None:
+                layer = layer * active[:, None, None, None]
+                ids = torch.where(active[:, None, None], ids, -1)
+            painted = painted + layer
+            residual = residual - layer.detach()
+            indices.append(ids)
+            keep = keep_active(mask, active, num_tokens)
+            commitment.append(_map_loss(target, painted.detach(), keep))
+            codebook.append(_map_loss(painted, target.detach(), keep))
+        losses = {
+            "commitment": torch.stack(commitment).mean(),
+            "codebook": torch.stack(codebook).mean(),
+        }
+        quantized = estimators.straight_through(codes, _to_tokens(painted))
+        return QuantizerOutput(quantized, torch.cat(indices, dim=1), losses)
+
+    @torch.no_grad()
+    def _search(self, codes: Tensor) -> Tensor:
+        grid = self._grid(codes.shape[1])
+        residual, indices = _to_map(codes, grid), []
+        for number, size in enumerate(self._sizes(grid)):
+            ids = self.book._search(_pool(residual, size))
+            residual = residual - self._paint(self.book._lookup(ids), number, size, grid)
+            indices.append(ids)
+        return torch.cat(indices, dim=1)
+
+    def _lookup(self, indices: Tensor) -> Tensor:
+        grid = self._grid_of(indices.shape[1])
+        sizes = self._sizes(grid)
+        painted = torch.zeros((), device=indices.device)
+        parts = indices.split([height * width for height, width in sizes], dim=1)
+        for number, (ids, size) in enumerate(zip(parts, sizes, strict=True)):
+            layer = self._paint(self.book._lookup(ids.clamp(min=0)), number, size, grid)
+            present = (ids >= 0).flatten(1).all(dim=1)
+            painted = painted + layer * present[:, None, None, None]
+        return _to_tokens(painted)
+
+    def _paint(
+        self, vectors: Tensor, number: int, size: tuple[int, int], grid: tuple[int, int]
+    ) -> Tensor:
+        """What scale `number` adds to f̂: `(B, h·w, d)` codes to a `(B, d, H, W)` map."""
+        layer = _to_map(vectors, size)
+        if size != grid:
+            layer = F.interpolate(layer, size=grid, mode="bicubic")
+        if self.phi:
+            place = number / max(len(self.scales) - 1, 1)
+            phi = self.phi[_nearest_tick(place, len(self.phi))]
+            layer = (1 - self.phi_ratio) * layer + self.phi_ratio * phi(layer)
+        return layer
+
+    def codebooks(self) -> list[Tensor]:
+        """The tables of the book, which serve all scales."""
+        return self.book.codebooks()
+
+    @torch.no_grad()
+    def initialize(self, latents: Tensor) -> None:
+        """Start the codebook from `latents` `(M, D)`, as if all were of the finest scale."""
+        with torch.autocast(latents.device.type, enabled=False):
+            self.book.initialize(self.project_in(latents.float()))
+
+    def decode_prefix(self, indices: Tensor, num_tokens: int) -> Tensor:
+        """Decode the first scales alone: a coarser picture.
+
+        Args:
+            indices: `(B, n, Q)` integers, the sequence up to the end of some scale.
+            num_tokens: N, the number of vectors to make.
+
+        Returns:
+            `(B, N, D)` float32, the same as `decode` with the other scales at -1.
+        """
+        return self.decode(self.pad_prefix(indices, num_tokens))
+
+    def pad_prefix(self, indices: Tensor, num_tokens: int) -> Tensor:
+        """Fill `(B, n, Q)` indices of the first scales up with -1 to those of N latents."""
+        sizes = [height * width for height, width in self._sizes(self._grid(num_tokens))]
+        ends = list(itertools.accumulate(sizes))
+        if indices.shape[1] not in ends:
+            raise ConfigError(
+                f"{type(self).__name__}.decode_prefix: {indices.shape[1]} indices end inside a "
+                f"scale; the scales end at {ends}"
+            )
+        return F.pad(indices, (0, 0, 0, ends[-1] - indices.shape[1]), value=-1)
+
+    def sample_depths(self, batch: int, device: torch.device) -> Tensor:
+        """How many scales each training sample keeps, `(B,)` int64."""
+        return sample_depths(batch, len(self.scales), self.min_scales, self.scale_dropout, device)
+
+    # ------------------------------------------------------------------ the geometry
+
+    def num_index_tokens(self, num_tokens: int) -> int:
+        """L: the sizes of all scales added up."""
+        return self._length(self._grid(num_tokens))
+
+    def index_mask(self, mask: Tensor) -> Tensor:
+        """An index token counts if any latent under it does; `(B, L)`."""
+        grid = self._grid(mask.shape[1])
+        return torch.cat([_pool_mask(mask, grid, size) for size in self._sizes(grid)], dim=1)
+
+    def _sizes(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of every scale; the last is the grid itself."""
+        height, width = grid
+        return [(self._scaled(height, scale), self._scaled(width, scale)) for scale in self.scales]
+
+    def _scaled(self, length: int, scale: int) -> int:
+        last = self.scales[-1]
+        return max(1, (2 * length * scale + last) // (2 * last))  # rounded half up
+
+    def _length(self, grid: tuple[int, int]) -> int:
+        return sum(height * width for height, width in self._sizes(grid))
+
+    def _grid(self, num_tokens: int) -> tuple[int, int]:
+        """Height and width of the grid of N latents."""
+        side = math.isqrt(num_tokens)
+        if self.grid != "1d" and side * side == num_tokens:
+            return side, side
+        if self.grid == "2d":
+            raise ConfigError(
+                f"quantizer.grid=2d: {num_tokens} tokens are not a square grid; use grid=1d"
+            )
+        grid = 1, num_tokens
+        if self.grid == "auto" and self._find(self._length(grid), square=True) is not None:
+            # `decode` knows the length of the ids alone.
+            raise ConfigError(
+                f"quantizer.grid=auto: the ids of {num_tokens} tokens are as many as those of a "
+                "square grid; set quantizer.grid=1d"
+            )
+        return grid
+
+    def _grid_of(self, length: int) -> tuple[int, int]:
+        """The grid whose ids have this length."""
+        for square in (True, False):
+            if self.grid in ("auto", "2d" if square else "1d"):
+                grid = self._find(length, square)
+                if grid is not None:
+                    return grid
+        raise ConfigError(
+            f"{type(self).__name__}: no grid has {length} index tokens at scales "
+            f"{list(self.scales)}; a prefix goes to decode_prefix"
+        )
+
+    def _find(self, length: int, square: bool) -> tuple[int, int] | None:
+        def grid(side: int) -> tuple[int, int]:
+            return (side, side) if square else (1, side)
+
+        # The length grows with the side, because the last scale does.
+        sides = range(1, length + 1)
+        place = bisect.bisect_left(sides, length, key=lambda side: self._length(grid(side)))
+        found = place < len(sides) and self._length(grid(sides[place])) == length
+        return grid(sides[place]) if found else None
+
+
+class MultiScaleVQ(MultiScale):
+    """Multi-scale residual quantization with one learned codebook: VAR's tokenizer.
+
+    The mechanism is `MultiScale`'s.
+
+    Paper: VAR, Tian et al. 2024, https://arxiv.org/abs/2404.02905
+
+    Args:
+        dim: width D of the latents.
+        codebook_size: number of codes K.
+        codebook_dim: width d of the codes; None for D.
+        scales: as in `MultiScale`, like the seven that follow.
+        grid: "2d", "1d" or "auto".
+        num_phi: number of shared convolutions.
+        phi_ratio: share of the convolution in the sum.
+        commitment_weight: β.
+        codebook_weight: weight of the codebook loss.
+        scale_dropout: probability that a training sample keeps its first scales only.
+        min_scales: the least that it keeps.
+        **codebook_options: passed to the `VectorQuantizer`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int | None = None,
+        *,
+        scales: Sequence[int] = VAR_SCALES,
+        grid: str = "auto",
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+        commitment_weight: float = 0.25,
+        codebook_weight: float = 1.0,
+        scale_dropout: float = 0.0,
+        min_scales: int = 1,
+        **codebook_options: Any,
+    ) -> None:
+        # Weights of 0: the losses of the codebook itself are not computed.
+        book = VectorQuantizer(
+            codebook_dim or dim,
+            codebook_size,
+            commitment_weight=0.0,
+            codebook_weight=0.0,
+            **codebook_options,
+        )
+        super().__init__(
+            dim,
+            book,
+            scales=scales,
+            grid=grid,
+            num_phi=num_phi,
+            phi_ratio=phi_ratio,
+            commitment_weight=commitment_weight,
+            codebook_weight=codebook_weight,
+            scale_dropout=scale_dropout,
+            min_scales=min_scales,
+        )
+
+
+def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`(B, h·w, d)` to `(B, d, h, w)`, row-major."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
+
+
+def _to_tokens(grid: Tensor) -> Tensor:
+    return grid.flatten(2).transpose(1, 2)
+
+
+def _pool(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean of the area under each token of the smaller grid, `(B, h·w, d)`."""
+    if grid.shape[2:] != size:
+        grid = F.interpolate(grid, size=size, mode="area")
+    return _to_tokens(grid)
+
+
+def _pool_mask(mask: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    return _pool(_to_map(mask[..., None].float(), grid), size).squeeze(-1) > 0
+
+
+def _map_loss(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean squared difference of two maps over the tokens `(B, N)` that count."""
+    return token_mean((a - b).square().mean(dim=1).flatten(1), keep)
+
+
+def _nearest_tick(place: float, num_ticks: int) -> int:
+    """Which of the shared convolutions serves a place in [0, 1] among the scales."""
+    if num_ticks == 1:
+        return 0
+    first = 1 / (3 * num_ticks)
+    ticks = [first + i * (1 - 2 * first) / (num_ticks - 1) for i in range(num_ticks)]
+    return min(range(num_ticks), key=lambda i: abs(ticks[i] - place))

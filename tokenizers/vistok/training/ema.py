@@ -1,0 +1,80 @@
+"""Exponential moving average of the weights that are evaluated and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Keeps averaged copies of a module's parameters; buffers are copied, never averaged.
+
+    Averaging integer counters or the running sums of an EMA codebook would make them wrong. The
+    decay ramps up as min(decay, (1 + n) / (10 + n)), so the average forgets the random start.
+
+    Args:
+        module: whose parameters to average; frozen ones are left out.
+        decay: of the average per optimizer step, 0 to 1.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = module
+        self.decay = decay
+        self.num_updates = 0
+        self.shadow = {name: p.detach().clone().float() for name, p in self._parameters()}
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Take over the present parameters and begin to average anew."""
+        self.num_updates = 0
+        self.shadow = {name: p.detach().clone().float() for name, p in self._parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the present parameters; once per optimizer step."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        live = [p.detach().float() for _, p in self._parameters()]
+        shadow = list(self.shadow.values())
+        if shadow and shadow[0].device != live[0].device:
+            self.shadow = {k: v.to(live[0].device) for k, v in self.shadow.items()}
+            shadow = list(self.shadow.values())
+        torch._foreach_lerp_(shadow, live, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the module computes with the averaged parameters."""
+        live = {name: p.detach().clone() for name, p in self._parameters()}
+        self._copy_in(self.shadow)
+        try:
+            yield
+        finally:
+            self._copy_in(live)
+
+    @torch.no_grad()
+    def _copy_in(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters():
+            parameter.copy_(values[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """State dict of the module with the averaged parameters in place."""
+        return {
+            name: self.shadow.get(name, value).detach().to(value.dtype)
+            for name, value in self.module.state_dict().items()
+        }
+
+    def state_dict(self) -> dict:
+        """Plain containers and tensors."""
+        return {"num_updates": self.num_updates, "weights": self.weights()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`."""
+        self.num_updates = int(state["num_updates"])
+        for name in self.shadow:
+            self.shadow[name] = state["weights"][name].clone().float()

@@ -1,0 +1,147 @@
+"""The LightningModule: thin over tokenizer, losses, EMA and schedule, and one for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from vistok.checkpoint import build, build_tokenizer
+from vistok.data.datamodule import VistokDataModule
+from vistok.errors import VistokError
+from vistok.evaluation.evaluator import Evaluator
+from vistok.training.ema import EMA
+from vistok.training.optimizers import build_optimizer, warmup_cosine
+
+
+class TokenizerModule(L.LightningModule):
+    """Trains any tokenizer.
+
+    The position in the data (`samples_seen` of the DataModule) is the one clock that schedules
+    read: it survives a change of batch size or ranks, and is restored on resume.
+
+    Args:
+        config: the run's resolved config as plain containers. It is saved in checkpoints.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.config = config
+        self.tokenizer = build_tokenizer(config)
+        self.loss = build(config["loss"])
+        self.schedule = config["optimizer"]
+        decay = config["ema"]["decay"]
+        self.ema = EMA(self.tokenizer, decay) if decay else None
+        self.evaluator: Evaluator | None = None
+        self.val_results: dict[str, float] = {}
+        self._step_function = self.tokenizer
+        if config["compile"]:
+            self._step_function = torch.compile(self.tokenizer)  # type: ignore[assignment]
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Loss of a batch of uint8 images, normalised on the device."""
+        images = batch["image"].float().div_(127.5).sub_(1)
+        output = self._step_function(images)
+        losses = self.loss(output, self.tokenizer.quantizer.loss_weights, self.global_step)
+        total = losses["total"]
+        self._check_finite(losses)
+        for name, value in losses.items():
+            self.log(f"loss/{name}", value.detach(), prog_bar=name == "total")
+        for name, value in output.quantizer.metrics.items():
+            self.log(f"quantizer/{name}", value)
+        self.log("samples_seen", float(self.data.samples_seen))
+        # Consumed, not fetched: the position moves when the step has used the batch.
+        self.data.advance(len(images) * self.trainer.world_size)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate of this step from the samples seen."""
+        factor = warmup_cosine(
+            self.data.samples_seen,
+            int(self.schedule["warmup_samples"]),
+            self.total_samples,
+            self.schedule["final_lr_factor"],
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule["lr"] * factor
+        self.log("lr", self.schedule["lr"] * factor)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then whatever happens once per step: codebook statistics and the EMA."""
+        super().optimizer_step(*args, **kwargs)
+        optimizer = self.trainer.optimizers[0]
+        for name, value in self.tokenizer.quantizer.after_step([optimizer]).items():
+            self.log(f"quantizer/{name}", value)
+        if self.ema is not None:
+            self.ema.update()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over what is trainable."""
+        s = self.schedule
+        return build_optimizer(self.tokenizer, s["lr"], s["betas"], s["weight_decay"])
+
+    @property
+    def data(self) -> VistokDataModule:
+        """The DataModule, which owns the position in the data."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def total_samples(self) -> int:
+        """Samples at which the schedule ends: the config's, else those of `max_steps`."""
+        if self.schedule["total_samples"]:
+            return int(self.schedule["total_samples"])
+        return self.trainer.max_steps * self.samples_per_step
+
+    @property
+    def samples_per_step(self) -> int:
+        """Images of one optimizer step over all ranks and accumulated batches."""
+        per_rank = self.data.batch_size * self.trainer.accumulate_grad_batches
+        return per_rank * self.trainer.world_size
+
+    def _check_finite(self, losses: dict[str, Tensor]) -> None:
+        if not torch.isfinite(losses["total"]):
+            bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+            raise VistokError(
+                f"loss/{bad[0]} is {losses[bad[0]].item()} at step {self.global_step}; "
+                "lower optimizer.lr, or set trainer.precision=32"
+            )
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to measure."""
+        self.evaluator = Evaluator(self.tokenizer)
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Measure the averaged weights on a batch."""
+        assert self.evaluator is not None
+        if self.ema is None:
+            self.evaluator.update(batch["image"], batch["valid"])
+        else:
+            with self.ema.averaged():
+                self.evaluator.update(batch["image"], batch["valid"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the results as `val/...`."""
+        assert self.evaluator is not None
+        self.val_results = self.evaluator.compute()
+        for name in ("psnr", "ssim", "codebook_usage", "perplexity"):
+            self.log(f"val/{name}", self.val_results[name], prog_bar=name == "psnr")
+        self.evaluator = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the averaged weights."""
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the averaged weights back."""
+        if self.ema is not None and checkpoint.get("ema"):
+            self.ema.load_state_dict(checkpoint["ema"])

@@ -1,0 +1,53 @@
+"""AdamW with the right parameters decayed, and a schedule that counts samples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from vistok.errors import ConfigError
+
+# Only these modules' `weight` is decayed: norms, biases, positions, tokens and codebooks are not.
+_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two optimizer groups that hold each trainable parameter once: decayed and not decayed."""
+    decayed_ids = {id(m.weight) for m in module.modules() if isinstance(m, _DECAYED)}
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if id(p) in decayed_ids]
+    others = [p for p in trainable if id(p) not in decayed_ids]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of `module`."""
+    groups = parameter_groups(module, weight_decay)
+    if not groups:
+        raise ConfigError("optimizer: the tokenizer has no trainable parameter")
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+
+
+def warmup_cosine(samples: int, warmup: int, total: int, final: float) -> float:
+    """Factor of the learning rate after `samples` training samples.
+
+    Counting samples, not steps, keeps the schedule when the batch or the number of ranks changes.
+
+    Args:
+        samples: samples seen when the step ends.
+        warmup: samples of linear warm-up.
+        total: samples at which the cosine has come down.
+        final: factor at the end, 0 to 1.
+    """
+    if samples < warmup:
+        return samples / warmup
+    progress = min(1.0, (samples - warmup) / max(1, total - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
