@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -98,13 +100,28 @@ def test_eval_is_that_of_the_inner_quantizer():
     assert quantizer(z).quantized.shape == z.shape
 
 
+def test_starts_the_projections_and_codes_of_the_inner_quantizer():
+    latents = torch.randn(200, 6) * 5
+    quantizer = build(VectorQuantizer(6, 32, 4))
+    other = copy.deepcopy(quantizer.inner)
+    torch.manual_seed(1)
+    quantizer.initialize_from(latents)
+    torch.manual_seed(1)
+    other.initialize_from(latents)
+    assert quantizer.num_init_latents == 0
+    assert torch.equal(quantizer.inner.project_in.weight, other.project_in.weight)
+    assert torch.equal(quantizer.codebooks()[0], other.codebooks()[0])
+
+
 def test_schedule_is_constant_then_linear_then_constant_and_is_saved():
     quantizer = build(anneal_start=4, anneal_end=8, final_ratio=0.5, delta=10)
     ratios = []
     for _ in range(10):
         ratios.append(quantizer.ratio().item())
+        quantizer(torch.randn(1, 2, 4))
         quantizer.after_step()
     assert ratios == pytest.approx([1, 1, 1, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.5])
+    quantizer.after_step()  # nothing was trained since
     other = build(anneal_start=4, anneal_end=8, final_ratio=0.5, delta=10)
     other.load_state_dict(quantizer.state_dict())
     assert other.steps == 10
@@ -119,7 +136,9 @@ def test_schedule_is_constant_then_linear_then_constant_and_is_saved():
 
 def test_delta_never_falls_below_one():
     quantizer = build(delta=1, anneal_start=0, anneal_end=0, final_ratio=0.0, alpha=1.0)
+    quantizer(torch.randn(2, 10, 4))
     quantizer.after_step()
+    assert quantizer.ratio() == 0
     output = quantizer(torch.randn(2, 10, 4))
     assert torch.equal(chosen(quantizer, output.quantized), output.indices[..., 0])
 

@@ -106,14 +106,14 @@ def test_training_gradients_equal_the_definition():
 def test_moment_loss_brings_latents_to_the_levels():
     quantizer = TokenBridge(2, None, calibrate=False).train()
     z = (0.05 * torch.randn(1, 400, 2) + 3).requires_grad_()
-    optimizer = torch.optim.Adam([z], 0.05)
+    optimizer = torch.optim.Adam([z], 0.1)
     before = quantizer(z).losses["moment"].item()
-    for _ in range(300):
+    for _ in range(100):
         optimizer.zero_grad()
         quantizer(z).losses["moment"].backward()
         optimizer.step()
-    assert before > 5 and quantizer(z).losses["moment"].item() < 0.01
-    assert z.detach().std().item() == pytest.approx(1, abs=0.1)
+    assert before > 5 and quantizer(z).losses["moment"].item() < 0.05
+    assert z.detach().std().item() == pytest.approx(1, abs=0.2)
 
 
 def test_masked_tokens_and_empty_batches():

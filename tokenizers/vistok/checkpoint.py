@@ -38,9 +38,10 @@ def resolve(target: str) -> type[nn.Module]:
     Raises:
         ConfigError: unless it is a module class of vistok's layers, or a registered one.
     """
+    target = str(target)
     if target in _registered:
         return _registered[target]
-    module_name, _, class_name = str(target).rpartition(".")
+    module_name, _, class_name = target.rpartition(".")
     parts = module_name.split(".")
     if len(parts) < 3 or parts[0] != "vistok" or parts[1] not in _LAYERS:
         raise ConfigError(

@@ -78,9 +78,9 @@ def _train(argv: list[str]) -> None:
         return
     # Composed once here for errors that people can read, then again by Hydra, which owns
     # --multirun, launchers and sweepers.
-    config = c.compose("train", overrides, folders)
-    if "--multirun" not in flags and "-m" not in flags:
-        c.to_container(config)
+    many = "--multirun" in flags or "-m" in flags
+    for job in c.sweep(overrides) if many else [overrides]:
+        c.to_container(c.compose("train", job, folders))
     _hydra_main(overrides, folders, flags)
 
 
@@ -103,7 +103,7 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    search = [f"file://{p.resolve()}" for p in [*c.user_config_dirs(), *folders]]
+    search = [f"'file://{p.resolve()}'" for p in [*c.user_config_dirs(), *folders]]
     if search:
         flags = [*flags, f"hydra.searchpath=[{','.join(search)}]"]
     before = sys.argv

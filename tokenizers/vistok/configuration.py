@@ -5,6 +5,7 @@ Light on purpose: `--help` and mistyped overrides are answered without importing
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -58,6 +59,20 @@ def quoted(override: str) -> str:
     except HydraException:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'{key}="{escaped}"'
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job that `--multirun` makes of `key=a,b` and its like."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    choices = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices.append([override.input_line])
+        elif override.is_discrete_sweep():
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    return [list(job) for job in itertools.product(*choices)]
 
 
 def compose(

@@ -35,8 +35,13 @@ class Decoder(nn.Module, ABC):
         """
         return self.reconstruct(quantized, mask), images
 
-    def initialize(self, images: Tensor) -> None:  # noqa: B027
-        """Set weights from training images `(M, C, H, W)` in [-1, 1]; by default nothing."""
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:  # noqa: B027
+        """Set weights from data, once, before training; by default nothing.
+
+        Args:
+            quantized: `(M, N, D)` of the freshly initialised quantizer.
+            images: the training images `(M, C, H, W)` in [-1, 1] that they come from.
+        """
 
     @property
     def last_layer(self) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
 from vistok.nn.cnn import ResBlock, SpatialAttention, Upsample, group_norm
-from vistok.nn.patches import grid_of
+from vistok.nn.patches import grid_of, least_squares
 
 
 class CNNDecoder(Decoder):
@@ -66,17 +66,28 @@ class CNNDecoder(Decoder):
         """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]
+        return F.pixel_shuffle(self.conv_out(self.features(quantized)), self.stem)
+
+    def features(self, quantized: Tensor) -> Tensor:
+        """What the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
         x = quantized.transpose(1, 2).unflatten(2, self.grid)
-        x = self.conv_out(F.silu(self.norm_out(self.layers(self.conv_in(x)))))
-        return F.pixel_shuffle(x, self.stem) if self.stem > 1 else x
+        return F.silu(self.norm_out(self.layers(self.conv_in(x))))
 
     @torch.no_grad()
-    def initialize(self, images: Tensor) -> None:
-        """Start from the mean colour of the images."""
-        mean = images.mean(dim=(0, 2, 3))
-        self.conv_out.weight.mul_(0.1)
-        if self.conv_out.bias is not None:
-            self.conv_out.bias.copy_(mean.repeat_interleave(self.stem**2))
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Start the last convolution at the linear map that reconstructs `images` best."""
+        rows, targets = [], []
+        # The last level is as large as the image over the stem: a few images are enough.
+        for latents, chunk in zip(quantized[:64].split(8), images[:64].split(8), strict=True):
+            windows = F.unfold(self.features(latents), 3, padding=1).transpose(1, 2)
+            rows.append(windows.flatten(0, 1))
+            target = F.pixel_unshuffle(chunk, self.stem).flatten(2).transpose(1, 2)
+            targets.append(target.flatten(0, 1))
+        keep = torch.linspace(0, sum(map(len, rows)) - 1, 20000).long().unique()
+        weight, bias = least_squares(torch.cat(rows)[keep], torch.cat(targets)[keep])
+        self.conv_out.weight.copy_(weight.view_as(self.conv_out.weight))
+        assert self.conv_out.bias is not None
+        self.conv_out.bias.copy_(bias)
 
     @property
     def last_layer(self) -> Tensor:

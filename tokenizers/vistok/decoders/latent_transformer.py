@@ -11,8 +11,8 @@ from vistok.decoders.base import Decoder
 from vistok.nn.patches import (
     grid_of,
     grid_points,
+    least_squares,
     patchify,
-    principal_components,
     sincos_positions,
     spread_points,
     unpatchify,
@@ -67,16 +67,24 @@ class LatentTransformerDecoder(Decoder):
         self.norm_out = nn.LayerNorm(width)
         self.head = nn.Linear(width, patch_size * patch_size * channels)
         init_transformer_(self)
+        nn.init.orthogonal_(self.embed.weight)
+        if latent_dim == width:
+            nn.init.eye_(self.embed.weight)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="replicate")
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
         points = grid_points(self.grid)
-        self.patch_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+        self.patch_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
         points = spread_points(num_latent_tokens, self.grid)
-        self.latent_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+        self.latent_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
 
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
+        patches = self.head(self.features(quantized, mask))
+        return self.smooth(unpatchify(patches, self.grid, self.patch_size))
+
+    def features(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the head sees: `(B, rows * columns, W)`, raster order."""
         batch, length, _ = quantized.shape
         latents = self.embed(quantized) + self.latent_positions[:length]
         patches = (self.mask_token + self.patch_positions).expand(batch, -1, -1)
@@ -90,23 +98,16 @@ class LatentTransformerDecoder(Decoder):
             visible = torch.cat([ones, mask], dim=1)[:, None, None, :]
         x = self.transformer(self.norm_in(x), visible)
         start = 0 if self.class_token is None else 1
-        x = self.norm_out(x[:, start : start + self.patch_positions.shape[0]])
-        return self.smooth(unpatchify(self.head(x), self.grid, self.patch_size))
+        return self.norm_out(x[:, start : start + self.patch_positions.shape[0]])
 
     @torch.no_grad()
-    def initialize(self, images: Tensor) -> None:
-        """Start the head at the principal components of the patches, scaled by deviation.
-
-        The output of `norm_out` has unit scale, so each picture starts as the mean patch plus
-        small random amounts of what patches vary in most.
-        """
-        patches = patchify(images, self.patch_size).flatten(0, 1)
-        count = min(self.head.in_features, patches.shape[1])
-        mean, components, deviations = principal_components(patches, count)
-        self.head.weight.zero_()
-        self.head.weight[:, :count] = (components * deviations[:, None]).T
-        self.head.bias.copy_(mean)
-        self.norm_out.weight.fill_(0.3)
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Start the head at the linear map that reconstructs `images` best."""
+        features = torch.cat([self.features(chunk) for chunk in quantized.split(32)])
+        patches = patchify(images, self.patch_size)
+        weight, bias = least_squares(features.flatten(0, 1), patches.flatten(0, 1))
+        self.head.weight.copy_(weight)
+        self.head.bias.copy_(bias)
 
     @property
     def last_layer(self) -> Tensor:

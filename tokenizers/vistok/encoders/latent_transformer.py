@@ -65,9 +65,11 @@ class LatentTransformerEncoder(Encoder):
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)
         points = grid_points(self.grid)
-        self.patch_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+        self.patch_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
         points = spread_points(num_latent_tokens, self.grid)
-        self.latent_positions = nn.Parameter(sincos_positions(points, width) * 0.5)
+        self.latent_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
+        # What a latent says about its own place is no news: its mean over images is taken off.
+        self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * width**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class LatentTransformerEncoder(Encoder):
         if self.class_token is not None:
             parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
         x = self.transformer(self.norm_in(torch.cat(parts, dim=1)))
-        return self.norm_out(x[:, -self.num_tokens :])
+        return self.norm_out(x[:, -self.num_tokens :]) - self.latent_means
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -86,12 +88,15 @@ class LatentTransformerEncoder(Encoder):
 
         Each component is divided by the square root of its deviation: half-way between keeping
         the scale of the pixels, where a few components drown the others, and whitening, which
-        blows up noise.
+        blows up noise. In sum they are as strong as the positions.
         """
         patches = patchify(images, self.patch_size).flatten(0, 1)
         count = min(self.dim, patches.shape[1])
         mean, components, deviations = principal_components(patches, count)
-        scaled = components / deviations.clamp(min=1e-3).sqrt()[:, None]
-        scaled /= (deviations.clamp(min=1e-3).sum() / count).sqrt()
+        deviations = deviations.clamp(min=1e-3)
+        scaled = components / deviations.sqrt()[:, None]
+        scaled *= (self.dim / 2 / deviations.sum()).sqrt()
         self.patch_embed.weight[:count] = scaled
         self.patch_embed.bias[:count] = -scaled @ mean
+        latents = torch.cat([self(chunk).float() for chunk in images.split(32)])
+        self.latent_means += latents.mean(dim=0)

@@ -56,8 +56,10 @@ class Evaluator:
         self.seconds += time.perf_counter() - start
         self.num_images += len(images)
         self.usage.update(indices)
-        for metric in self.metrics:
-            metric.update(images, reconstructions)
+        # A trainer's autocast would reach into the metrics: SSIM is a convolution.
+        with torch.autocast(images.device.type, enabled=False):
+            for metric in self.metrics:
+                metric.update(images, reconstructions)
         return reconstructions
 
     def compute(self) -> dict[str, float]:

@@ -35,7 +35,8 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     source = run if (run / "model.safetensors").exists() else find_checkpoint(run)
     device = choose_device(config["device"])
     tokenizer = load(run, weights=config["weights"], device=device)
-    data = VistokDataModule(**data_config(source, data_overrides, config["batch_size"]))
+    values = data_config(source, data_overrides, config["batch_size"])
+    data = VistokDataModule(**values)
     if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
         raise ConfigError(
             f"data: {data.channels} x {data.image_size} images, but the tokenizer takes "
@@ -59,7 +60,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
             save_png(sheet, out / "reconstructions.png", config["picture_scale"])
     results["weights"] = config["weights"]
     results["checkpoint"] = str(source)
-    results["crop"] = data_crop(data)
+    results["crop"] = values["val_crop"]
     results["precision"] = str(dtype or torch.float32).removeprefix("torch.")
     results["skipped_images"] = len(data.skipped)
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def data_config(source: Path, overrides: list[str], batch_size: int) -> dict[str
     own = dict(run_config.get("data") or {})
     choice = [o.partition("=")[2] for o in overrides if o.startswith("data=")]
     base: dict[str, Any] = {"seed": run_config.get("seed", 0)}
-    if choice or not own:
+    if choice or "kind" not in own:  # an export has no data of its own
         composed = compose("train", [f"data={choice[-1] if choice else 'sample'}"])
         chosen = OmegaConf.to_container(composed, resolve=False)["data"]  # type: ignore[index]
         own = {**chosen, **{k: own[k] for k in _KEPT if k in own}}  # type: ignore[dict-item]
@@ -93,11 +94,6 @@ def data_config(source: Path, overrides: list[str], batch_size: int) -> dict[str
     values["eval_batch_size"] = batch_size
     values.pop("_target_", None)
     return {str(k): v for k, v in values.items()}
-
-
-def data_crop(data: VistokDataModule) -> str:
-    """Name of the crop that the validation images were cut with."""
-    return str(data.val_crop)
 
 
 def default_folder(run: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,8 +53,8 @@ def export_run(run: Path, out: Path, weights: str = "ema", overwrite: bool = Fal
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
-    except OSError as error:
-        raise CheckpointError(f"out={out}: could not be written, {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"out={out}: could not be written, {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(

@@ -69,25 +69,20 @@ class Tokenizer(nn.Module):
     def initialize(self, images: Tensor) -> None:
         """Set what learns faster from a good start, before the first step.
 
-        Patch embedding and head come from the images, then the codebook from the latents.
+        In the order of the data's way: the encoder from images, the quantizer (projections and
+        codebook) from latents, the decoder from quantized latents.
 
         Args:
             images: training images `(M, C, H, W)` in [-1, 1], the same on every rank.
         """
+        was_training = self.training
+        self.eval()
         self.encoder.initialize(images)
-        self.decoder.initialize(images)
-        wanted = self.quantizer.num_init_latents
-        if wanted:
-            was_training = self.training
-            self.eval()
-            latents, count = [], 0
-            for chunk in images.split(32):
-                latents.append(self.encode(chunk).float().flatten(0, 1))
-                count += len(latents[-1])
-                if count >= wanted:
-                    break
-            self.train(was_training)
-            self.quantizer.initialize(torch.cat(latents))
+        latents = torch.cat([self.encode(chunk).float() for chunk in images.split(32)])
+        self.quantizer.initialize_from(latents.flatten(0, 1))
+        quantized = torch.cat([self.quantizer(chunk).quantized for chunk in latents.split(32)])
+        self.decoder.initialize(quantized, images)
+        self.train(was_training)
 
     # ------------------------------------------------------------------ parts
 

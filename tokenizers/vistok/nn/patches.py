@@ -52,20 +52,21 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * p, columns * p)
 
 
-def sincos_positions(points: Tensor, width: int, max_period: float = 100.0) -> Tensor:
-    """Sine-cosine features of 2D points.
+def sincos_positions(points: Tensor, width: int, grid: tuple[int, int]) -> Tensor:
+    """Sine-cosine features of 2D points; wavelengths from 2 patches to twice the grid.
 
     Args:
         points: `(N, 2)` coordinates in units of patches.
         width: number of features, a multiple of 4.
-        max_period: longest wavelength over 2 pi, in patches.
+        grid: rows and columns of patches.
 
     Returns:
         `(N, width)` float32 in [-1, 1]; half of it for each coordinate.
     """
     if width % 4:
         raise ConfigError(f"width={width}: must be a multiple of 4 for sine-cosine positions")
-    frequencies = max_period ** (-torch.arange(width // 4) / (width // 4))
+    steps = torch.arange(width // 4) / max(1, width // 4 - 1)
+    frequencies = math.pi * max(2.0, float(max(grid))) ** -steps
     angles = points.float()[:, :, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
@@ -112,3 +113,24 @@ def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
     order = torch.arange(x.shape[1] - 1, x.shape[1] - 1 - count, -1)
     deviations = variances[order].clamp(min=0).sqrt()
     return mean.float(), vectors[:, order].T.contiguous().float(), deviations.float()
+
+
+@torch.no_grad()
+def least_squares(inputs: Tensor, outputs: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """The linear layer that maps `inputs` to `outputs` best.
+
+    Args:
+        inputs: `(M, I)`.
+        outputs: `(M, O)`.
+        ridge: penalty on the weights, relative to the mean variance of the inputs.
+
+    Returns:
+        weight `(O, I)` and bias `(O,)`, float32.
+    """
+    x, y = inputs.double(), outputs.double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+    weight = torch.linalg.solve(gram, x.T @ y).T
+    return weight.float(), (y_mean - weight @ x_mean).float()

@@ -106,10 +106,31 @@ class Transformer(nn.Module):
         return x
 
 
-def init_transformer_(module: nn.Module, std: float = 0.02) -> None:
-    """Truncated-normal weights and zero biases for every linear and convolution inside."""
+@torch.no_grad()
+def init_transformer_(module: nn.Module, std: float = 0.02, attention_gain: float = 1.0) -> None:
+    """Initialise every linear layer, convolution and attention inside.
+
+    Linear layers are truncated normal with zero bias. Attention starts mimetic (Trockman and
+    Kolter 2023, https://arxiv.org/abs/2305.09828): queries and keys share a projection and values
+    pass unchanged, so that from the first step a token reads from the tokens that resemble it, in
+    position above all. Latent tokens thereby find their part of the image at once.
+
+    Args:
+        module: whatever holds the layers.
+        std: of the truncated normal.
+        attention_gain: factor on the similarity in the attention scores.
+    """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            width = layer.proj.in_features
+            shared, values = torch.empty(width, width), torch.empty(width, width)
+            nn.init.orthogonal_(shared)
+            nn.init.orthogonal_(values)
+            scale = attention_gain**0.5
+            layer.qkv.weight.copy_(torch.cat([shared * scale, shared * scale, values]))
+            layer.proj.weight.copy_(values.T * 0.5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vistok.distributed import all_reduce_sum, world_size
 from vistok.errors import ConfigError
+from vistok.nn.patches import principal_components
 from vistok.quantizers.usage import CodeUsage
 from vistok.types import QuantizerOutput
 
@@ -53,6 +54,10 @@ class Quantizer(nn.Module, ABC):
         codebook_sizes: number of codes of each of the Q index slots, each at least 2.
         loss_weights: the weight of every loss that `_quantize` can return.
     """
+
+    #: Give every code dimension the same variance at the start: right where each dimension is
+    #: quantized by itself (FSQ, LFQ), wrong where distances between vectors count (VQ).
+    whiten_projection = False
 
     def __init__(
         self,
@@ -116,6 +121,30 @@ class Quantizer(nn.Module, ABC):
     def index_mask(self, mask: Tensor) -> Tensor:
         """The mask over index tokens `(B, num_index_tokens(N))` of one over latents `(B, N)`."""
         return mask
+
+    @torch.no_grad()
+    def initialize_from(self, latents: Tensor) -> None:
+        """Set projections and codebook from data, once, before training.
+
+        The projections start at the principal components of the latents, scaled to unit mean
+        variance (or each to unit variance if `whiten_projection`), and at their inverse.
+
+        Args:
+            latents: `(M, D)` encoder outputs, the same on every rank.
+        """
+        latents = latents.float()
+        if isinstance(self.project_in, nn.Linear) and isinstance(self.project_out, nn.Linear):
+            count = min(self.codebook_dim, self.dim)
+            mean, components, deviations = principal_components(latents, count)
+            deviations = deviations.clamp(min=1e-6 * float(deviations[0]) + 1e-12)
+            if not self.whiten_projection:
+                deviations = deviations.square().mean().sqrt().expand(count)
+            inward = components / deviations[:, None]
+            self.project_in.weight[:count] = inward
+            self.project_in.bias[:count] = -inward @ mean
+            self.project_out.weight[:, :count] = (components * deviations[:, None]).T
+            self.project_out.bias.copy_(mean)
+        self.initialize(latents)
 
     def initialize(self, latents: Tensor) -> None:
         """Set the codebook from data, once, before training. The default does nothing.

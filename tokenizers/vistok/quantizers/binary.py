@@ -50,6 +50,8 @@ class BinaryLatents(Quantizer):
         ConfigError: if a value is out of range; the message names its key.
     """
 
+    whiten_projection = True
+
     def __init__(
         self,
         dim: int,

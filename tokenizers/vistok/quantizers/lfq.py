@@ -76,6 +76,8 @@ class LFQ(Quantizer):
 
     entropies = ("joint", "per_codebook", "per_bit")
 
+    whiten_projection = True
+
     def __init__(
         self,
         dim: int,

@@ -85,6 +85,7 @@ class Perturb(Quantizer):
         self.final_ratio = final_ratio
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._trained = False  # since the last step
 
     def ratio(self) -> Tensor:
         """The factor on α and δ at the current step, a float32 scalar."""
@@ -95,6 +96,7 @@ class Perturb(Quantizer):
     # `codes` below are still of width D: the projections are the inner quantizer's.
 
     def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+        self._trained = True
         codes = self.inner.project_in(codes)
         output = self.inner._quantize(codes, mask)
         quantized = output.quantized
@@ -145,14 +147,19 @@ class Perturb(Quantizer):
         """Initialize the inner quantizer."""
         self.inner.initialize(latents)
 
+    def initialize_from(self, latents: Tensor) -> None:
+        """Set the inner quantizer's projections and codebook."""
+        self.inner.initialize_from(latents)
+
     @property
     def num_init_latents(self) -> int:
         """What the inner quantizer wants."""
         return self.inner.num_init_latents
 
     def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
-        """Step the inner quantizer and the schedule."""
-        self.steps.add_(1)
+        """Step the inner quantizer and, after a training forward, the schedule."""
+        self.steps.add_(int(self._trained))
+        self._trained = False
         return self.inner.after_step(optimizers)
 
 

@@ -136,7 +136,7 @@ def _logit_blocks(
     """
     num_tokens, num_codes = queries.shape[0], keys.shape[0]
     block_scores = _CPU_SCORES if queries.device.type == "cpu" else _GPU_SCORES
-    rows = min(max(_MIN_ROWS, block_scores // num_codes), num_tokens)
+    rows = max(1, min(max(_MIN_ROWS, block_scores // num_codes), num_tokens))
     buffers = queries.new_empty(2, rows, num_codes)
     generator = None
     if seed is not None:

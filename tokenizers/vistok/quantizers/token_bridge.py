@@ -48,6 +48,8 @@ class TokenBridge(Quantizer):
         ConfigError: if a value is out of range; the message names its key.
     """
 
+    whiten_projection = True
+
     def __init__(
         self,
         dim: int,

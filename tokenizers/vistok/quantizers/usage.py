@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ class CodeUsage(nn.Module):
     """Counts how often each code is chosen, until `reset`.
 
     Counts are int64: float32 totals stop growing at 2^24. They are not part of the saved state,
-    and each rank counts its own tokens until `compute` adds them up.
+    and each rank counts its own tokens until `compute` adds them up. They are a plain tensor:
+    DistributedDataParallel would overwrite a buffer with rank 0's before every forward.
 
     Args:
         codebook_sizes: number of codes of each index slot.
@@ -27,8 +28,12 @@ class CodeUsage(nn.Module):
         for size in self.codebook_sizes:
             offsets.append(offsets[-1] + size)
         self.offsets = tuple(offsets)
-        self.counts: Tensor
-        self.register_buffer("counts", torch.zeros(offsets[-1], dtype=torch.long), persistent=False)
+        self.counts = torch.zeros(offsets[-1], dtype=torch.long)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeUsage:
+        super()._apply(fn, recurse)
+        self.counts = fn(self.counts)
+        return self
 
     @torch.no_grad()
     def update(self, indices: Tensor, mask: Tensor | None = None) -> None:
@@ -75,3 +80,42 @@ class CodeUsage(nn.Module):
             "perplexity": torch.stack(perplexities).mean().float(),
             "dead_codes": torch.stack(dead).sum(),
         }
+
+
+def collapse_advice(
+    usage: CodeUsage, min_usage: float = 0.3, min_perplexity: float = 0.1, min_tokens: int = 4
+) -> str | None:
+    """What to do about a codebook that collapses, in one line; None if all is well.
+
+    A slot has collapsed if the window uses less than `min_usage` of its codes, or if its
+    perplexity is below `min_perplexity`·K: all codes in use, but a few do the work. Usage in a
+    short window says nothing, so slots that saw fewer than `min_tokens`·K tokens are judged by
+    the codes that they could have used at most. Every rank must call this.
+
+    Args:
+        usage: a window of training or validation batches.
+        min_usage: share of the codes, 0 to 1.
+        min_perplexity: share of the codes, 0 to 1.
+        min_tokens: tokens per code that make a window long.
+    """
+    worst: tuple[float, str] | None = None
+    for slot, histogram in enumerate(usage.histograms()):
+        tokens, size = int(histogram.sum()), histogram.numel()
+        if tokens == 0:
+            continue
+        reachable = min(size, max(1, tokens // min_tokens))
+        used = int((histogram > 0).sum())
+        p = histogram.double() / tokens
+        perplexity = float(torch.exp(-torch.special.xlogy(p, p).sum()))
+        if used >= min_usage * reachable and perplexity >= min_perplexity * reachable:
+            continue
+        message = (
+            f"codebook {slot} is collapsing: {tokens} tokens used {used} of {size} codes, "
+            f"perplexity {perplexity:.1f}; try quantizer.revival=restart with a higher "
+            "quantizer.dead_code_threshold, quantizer.kmeans_init=true, a smaller codebook_dim "
+            "or codebook_size, or quantizer=simvq"
+        )
+        health = min(used, perplexity) / reachable
+        if worst is None or health < worst[0]:
+            worst = health, message
+    return None if worst is None else worst[1]

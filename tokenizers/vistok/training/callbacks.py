@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import (
     BarColumn,
@@ -30,7 +33,7 @@ from vistok.console import console, say
 from vistok.errors import CheckpointError
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
-def collapse_advice(u): return None
+from vistok.quantizers.usage import collapse_advice
 
 
 class ReconstructionGrid(L.Callback):
@@ -157,6 +160,52 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
+class StopAfterStep(L.Callback):
+    """Ctrl-C ends the run after the step under way, so that what is saved is whole.
+
+    A second one ends it at once. Loader workers inherit the handler and thereby outlive the first.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.stopped = False
+        self._last_step = 0
+        self._previous: Any = None
+        self._process = os.getpid()
+
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        """Take over the signal, before the loaders start their processes."""
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *args: Any) -> None:
+        if os.getpid() != self._process:
+            return
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("[yellow]stopping after this step; Ctrl-C again stops at once[/yellow]")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        """Stop all ranks together, never between accumulated batches."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            self.stopped = trainer.global_step < trainer.max_steps
+            trainer.should_stop = True
+
+    def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        """Give the signal back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """Give the signal back."""
+        self.teardown(trainer, module, "fit")
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name beside its place, syncs it, then renames it.
 
@@ -216,6 +265,7 @@ class ContinuedCSVLogger(CSVLogger):
             super().experiment  # noqa: B018  (makes the writer, which removes the old file)
             if self._experiment is not None and rows:
                 self._experiment.metrics = rows
+                self._experiment.save()
         return super().experiment
 
 
@@ -225,7 +275,9 @@ def _read_rows(path: Path, first_step: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) < first_step]
+        rows = list(csv.DictReader(file))
+    # A row that was cut short when the run ended has no step.
+    return [r for r in rows if (r.get("step") or "").isdecimal() and int(r["step"]) <= first_step]
 
 
 class ProgressBar(L.Callback):
@@ -260,7 +312,7 @@ class ProgressBar(L.Callback):
         """Move it."""
         if self.progress is None:
             return
-        metrics = trainer.progress_bar_metrics
+        metrics = trainer.logged_metrics
         rate = (module.data.samples_seen - self.first_sample) / (time.monotonic() - self.started)
         numbers = [
             f"{name} {metrics[key]:.4g}"
@@ -288,7 +340,7 @@ class ValidationLine(L.Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Print it."""
-        if not trainer.training:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         results = module.val_results
         loss = trainer.logged_metrics.get("loss/total", float("nan"))

@@ -37,9 +37,10 @@ class TokenizerModule(L.LightningModule):
         self.ema = EMA(self.tokenizer, decay) if decay else None
         self.evaluator: Evaluator | None = None
         self.val_results: dict[str, float] = {}
-        self._step_function = self.tokenizer
-        if config["compile"]:
-            self._step_function = torch.compile(self.tokenizer)  # type: ignore[assignment]
+        self.val_step = -1
+        # A bound method, not a module: it must not appear in the state dict a second time.
+        forward = self.tokenizer.forward
+        self._step_function = torch.compile(forward) if config["compile"] else forward
 
     # ------------------------------------------------------------------ training
 
@@ -54,10 +55,15 @@ class TokenizerModule(L.LightningModule):
             self.log(f"loss/{name}", value.detach(), prog_bar=name == "total")
         for name, value in output.quantizer.metrics.items():
             self.log(f"quantizer/{name}", value)
-        self.log("samples_seen", float(self.data.samples_seen))
         # Consumed, not fetched: the position moves when the step has used the batch.
         self.data.advance(len(images) * self.trainer.world_size)
+        self.log("samples_seen", float(self.data.samples_seen))
+        self.log("step", float(self.global_step + 1))  # the loggers' x axis: steps done
         return total
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Keep `log_every_n_steps` in time: Lightning's count gains one in some resumes."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step from the samples seen."""
@@ -130,8 +136,10 @@ class TokenizerModule(L.LightningModule):
         """Log the results as `val/...`."""
         assert self.evaluator is not None
         self.val_results = self.evaluator.compute()
+        self.val_step = self.global_step
+        self.log("step", float(self.global_step))
         for name in ("psnr", "ssim", "codebook_usage", "perplexity"):
-            self.log(f"val/{name}", self.val_results[name], prog_bar=name == "psnr")
+            self.log(f"val/{name}", self.val_results[name], batch_size=1)
         self.evaluator = None
 
     # ------------------------------------------------------------------ checkpoints

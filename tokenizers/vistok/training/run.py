@@ -35,6 +35,7 @@ from vistok.training.callbacks import (
     ProgressBar,
     RandomState,
     ReconstructionGrid,
+    StopAfterStep,
     ValidationLine,
     checkpoint_callbacks,
 )
@@ -83,24 +84,34 @@ def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> d
     announce(config, data, module, trainer, folder, resume)
     if resume is None:
         start_weights(config, module, data, trainer)
-    with warnings.catch_warnings():
-        # The batches come from an endless stream: the loaders' state is the DataModule's.
-        warnings.filterwarnings("ignore", message=".*mid-epoch.*")
-        trainer.fit(
-            module,
-            datamodule=data,
-            ckpt_path=None if resume is None else str(resume),
-            weights_only=True,
-        )
-    if trainer.interrupted:
-        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-        say(f"[yellow]interrupted[/yellow]; go on with: train.py resume={folder}")
-        raise KeyboardInterrupt
+    fit(trainer, module, data, resume)
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-    trainer.validate(module, datamodule=data, verbose=False)
+    if any(isinstance(c, StopAfterStep) and c.stopped for c in trainer.callbacks):  # type: ignore
+        say(f"stopped at step {trainer.global_step}; go on with: train.py resume={folder}")
+        raise KeyboardInterrupt
+    if module.val_step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
     summary = summarize(config, data, module, trainer, time.time() - started)
     finish(summary, data, folder)
     return summary
+
+
+def fit(
+    trainer: L.Trainer, module: TokenizerModule, data: VistokDataModule, resume: Path | None
+) -> None:
+    """Train to the end, or until Ctrl-C."""
+    with warnings.catch_warnings():
+        # The batches come from an endless stream: the loaders' state is the DataModule's.
+        warnings.filterwarnings("ignore", message=".*mid-epoch.*")
+        try:
+            trainer.fit(
+                module,
+                datamodule=data,
+                ckpt_path=None if resume is None else str(resume),
+                weights_only=True,
+            )
+        except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
+            raise KeyboardInterrupt from error
 
 
 # ---------------------------------------------------------------------- building
@@ -141,6 +152,7 @@ def build_trainer(config: dict[str, Any], folder: Path, first_step: int) -> L.Tr
         enable_progress_bar=False,
         callbacks=[
             RandomState(),
+            StopAfterStep(),
             CodebookWatch(callbacks["codebook_window"]),
             ReconstructionGrid(
                 folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
@@ -355,7 +367,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
-        ".*ModelCheckpoint.*dirpath.*exists and is not empty.*",
+        ".*heckpoint directory.*exists and is not empty.*",
         ".*Experiment logs directory.*",
         ".*litlogger.*",
         ".*isinstance.treespec.*",

@@ -1,0 +1,113 @@
+"""What the tests of whole runs share: tiny settings, pictures, a command line in this process."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+
+SIZES = {
+    "titok_tiny": [
+        "tokenizer.encoder.width=16",
+        "tokenizer.encoder.depth=1",
+        "tokenizer.encoder.num_heads=2",
+        "tokenizer.encoder.num_latent_tokens=4",
+        "tokenizer.decoder.width=16",
+        "tokenizer.decoder.depth=1",
+        "tokenizer.decoder.num_heads=2",
+    ],
+    "vqgan_tiny": [
+        "tokenizer.latent_dim=16",
+        "tokenizer.encoder.base_channels=8",
+        "tokenizer.encoder.num_res_blocks=1",
+        "tokenizer.decoder.num_res_blocks=1",
+    ],
+}
+
+#: A run of a second or two: a few thousand parameters, 16 px images.
+TINY = [
+    "data.image_size=16",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    *SIZES["titok_tiny"],
+    "quantizer.codebook_size=16",
+    "quantizer.codebook_dim=8",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=4",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "callbacks.num_pictures=2",
+    "init_images=8",
+    "optimizer.lr=1e-3",
+    "baseline.patch_size=null",
+]
+
+
+def picture(seed: int, height: int = 24, width: int = 24, channels: int = 3) -> np.ndarray:
+    """A gradient, a disc and some noise `(H, W, C)` uint8; different for every seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    slopes = rng.uniform(-120, 120, (2, channels))
+    image = rng.uniform(60, 190, channels) + y[..., None] * slopes[0] + x[..., None] * slopes[1]
+    centre, radius = rng.uniform(0.2, 0.8, 2), rng.uniform(0.1, 0.4)
+    disc = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
+    image[disc] = rng.uniform(0, 255, channels)
+    image += rng.normal(0, 4, image.shape)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def make_photos(folder: Path, count: int = 22, **size: int) -> Path:
+    """`count` PNGs in a folder."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.fromarray(picture(number, **size)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def images_of(count: int = 4, size: int | tuple[int, int] = 16, channels: int = 3) -> torch.Tensor:
+    """Pictures `(B, C, H, W)` uint8."""
+    height, width = (size, size) if isinstance(size, int) else size
+    stack = np.stack([picture(100 + i, height, width, channels) for i in range(count)])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
+
+
+def metrics_of(run: Path) -> list[dict[str, str]]:
+    """Rows of a run's `metrics.csv`."""
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses_of(run: Path) -> dict[int, str]:
+    """Step to loss, as written (all digits)."""
+    rows = [row for row in metrics_of(run) if row.get("loss/total")]
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(set(steps)), f"steps are written twice or out of order: {steps}"
+    return {int(row["step"]): row["loss/total"] for row in rows}
+
+
+def config_of(*overrides: str) -> dict:
+    """A training config, resolved."""
+    from vistok.configuration import compose, quoted, to_container
+
+    return to_container(compose("train", [quoted(o) for o in overrides]))
+
+
+def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
+    """A tokenizer of a few thousand parameters, in eval mode."""
+    from vistok.checkpoint import build_tokenizer
+
+    torch.manual_seed(0)
+    base = TINY if tokenizer == "titok_tiny" else [
+        *(o for o in TINY if o not in SIZES["titok_tiny"]),
+        "data.image_size=16",
+        *SIZES[tokenizer],
+    ]
+    return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()

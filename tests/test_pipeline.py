@@ -1,0 +1,1 @@
+"""Whole runs through the command line: files, resume, fine-tuning, loggers, precision, plugins."""
