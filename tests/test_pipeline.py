@@ -1,1 +1,549 @@
-"""Whole runs through the command line: files, resume, fine-tuning, loggers, precision, plugins."""
+"""Whole runs through the command line: files, exact resume, evaluation, fine-tuning, loggers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
+from PIL import Image
+
+import vistok
+from vistok.checkpoint import read_checkpoint
+from vistok.cli import train
+from vistok.training.callbacks import _read_rows
+
+
+@pytest.fixture
+def words(photos, tmp_path, monkeypatch):
+    """A tiny run on 18 training pictures, so that an epoch of 4 batches does not divide."""
+    monkeypatch.chdir(tmp_path)
+    return [*TINY, "data=folder", f"data.train={photos}", "data.image_size=16", "data.val_fraction=0.2"]
+
+
+def state_of(run, name="last"):
+    return read_checkpoint(run / "checkpoints" / f"{name}.ckpt")
+
+
+def assert_same(a, b, path=""):
+    """Equal containers, tensors bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{number}")
+    else:
+        assert a == b, path
+
+
+def assert_same_training(run, other):
+    """Equal weights, averaged weights, optimizer, codebook statistics, random state, position."""
+    first, second = state_of(run), state_of(other)
+    assert first["ema"]["num_updates"] > 0
+    assert any("codebook" in key for key in first["state_dict"])
+    for part in ("state_dict", "ema", "optimizer_states", "random_state", "global_step"):
+        assert_same(first[part], second[part], part)
+    (position,) = [v for k, v in first.items() if "DataModule" in k]
+    (other_position,) = [v for k, v in second.items() if "DataModule" in k]
+    assert_same(position, other_position)
+
+
+# ---------------------------------------------------------------------- what a run leaves behind
+
+
+def test_run_folder(finished_run):
+    run = finished_run
+    summary = json.loads((run / "summary.json").read_text())
+    assert 5 < summary["val_psnr"] < 40 and 5 < summary["baseline_kmeans_psnr"] < 40
+    assert summary["baseline_kmeans_codes"] == 2 ** (4 * 4 // 4)  # as many bits, on 4 patches
+    assert 0 < summary["codebook_usage"] <= 1 and 1 <= summary["perplexity"] <= 16
+    assert summary["samples_seen"] == 7 * 4 and summary["steps"] == 7 and summary["seconds"] > 0
+    assert summary["bits_per_image"] == 4 * 4 and summary["skipped_images"] == 0
+    assert summary["data"]["num_train"] + summary["data"]["num_val"] == 22
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["tokenizer"]["encoder"]["width"] == 16 and config["quantizer"]["dim"] == 16
+    versions = json.loads((run / "versions.json").read_text())
+    assert versions["vistok"] == vistok.__version__ and versions["torch"] == torch.__version__
+    assert {"lightning", "python", "commit", "cpu_threads"} <= versions.keys()
+    assert (run / "command.txt").read_text().strip()
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt"]
+    assert [p.name for p in run.rglob("*.tmp")] == []
+
+
+def test_pictures(finished_run):
+    pictures = sorted((finished_run / "pictures").iterdir())
+    assert [p.name for p in pictures] == ["step_000004.png", "step_000007.png"]
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+            # Two columns, two rows of 16 px, white gaps of 2 px.
+            assert picture.size == (2 * 18 + 2, 2 * 18 + 2) and picture.mode == "RGB"
+            assert picture.getpixel((0, 0)) == (255, 255, 255)
+    first, second = (Image.open(path) for path in pictures)
+    top, bottom = (0, 0, 38, 19), (0, 19, 38, 38)
+    assert first.crop(top).tobytes() == second.crop(top).tobytes()  # the same originals
+    assert first.crop(bottom).tobytes() != second.crop(bottom).tobytes()
+
+
+def test_metrics_csv(finished_run):
+    rows = metrics_of(finished_run)
+    training = [row for row in rows if row["loss/total"]]
+    validation = [row for row in rows if row["val/psnr"]]
+    assert [int(row["step"]) for row in training] == [1, 2, 3, 4, 5, 6, 7]
+    assert [float(row["samples_seen"]) for row in training] == [4, 8, 12, 16, 20, 24, 28]
+    assert [int(row["step"]) for row in validation] == [4, 7]
+    last = json.loads((finished_run / "summary.json").read_text())
+    assert float(validation[-1]["val/psnr"]) == pytest.approx(last["val_psnr"], abs=1e-4)
+    for row in training:
+        total = float(row["loss/reconstruction"]) + 0.25 * float(row["loss/commitment"])
+        assert float(row["loss/total"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_best_checkpoint_is_the_best_validation(words, tmp_path):
+    more = ["optimizer.lr=0.3", "ema.decay=0", "trainer.val_check_interval=1", "trainer.max_steps=6"]
+    assert train([*words, *more, "hydra.run.dir=run"]) == 0  # a rate at which it gets worse again
+    rows = {int(r["step"]): float(r["val/psnr"]) for r in metrics_of(tmp_path / "run") if r["val/psnr"]}
+    best = max(rows, key=rows.__getitem__)
+    assert best != 6, rows
+    assert state_of(tmp_path / "run", "best")["global_step"] == best
+    assert state_of(tmp_path / "run")["global_step"] == 6
+    assert "ema" not in state_of(tmp_path / "run")
+
+
+def test_the_loss_falls_and_validation_line_shows(cli, words):
+    more = ["trainer.max_steps=60", "optimizer.lr=3e-3", "trainer.val_check_interval=30"]
+    code, lines, out = cli("train", *words, *more, "hydra.run.dir=run")
+    assert code == 0 and lines == []
+    losses = [float(r["loss/reconstruction"]) for r in metrics_of_cwd("run") if r["loss/total"]]
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    shown = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in shown] == ["30/60", "60/60"]
+    assert all(word in shown[0] for word in ("loss", "val psnr", "dB", "usage", "perplexity"))
+
+
+def metrics_of_cwd(name):
+    from pathlib import Path
+
+    return metrics_of(Path(name))
+
+
+# ---------------------------------------------------------------------- resume
+
+#: An EMA codebook whose dead codes restart all the time, from latents chosen by chance; sampling
+#: of codes, which draws from torch's generator; averaged weights; more than one epoch.
+HARD = [
+    "quantizer.dead_code_threshold=0.5",
+    "quantizer.assignment=stochastic",
+    "quantizer.temperature=0.5",
+    "ema.decay=0.9",
+    "optimizer.warmup_samples=20",
+    "optimizer.total_samples=44",
+    "trainer.val_check_interval=3",
+    "callbacks.checkpoint_every=3",
+]
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["in-process", "workers"])
+def whole(request, photos, tmp_path_factory):
+    """Words of a run of 11 steps and its folder, uninterrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    words = [*TINY, "data=folder", f"data.train={photos}", "data.image_size=16", "data.val_fraction=0.2"]
+    words += [*HARD, f"data.num_workers={request.param}"]
+    assert train([*words, "trainer.max_steps=11", f"hydra.run.dir={run}"]) == 0
+    revived = [float(r["quantizer/dead_codes_revived"] or 0) for r in metrics_of(run) if r["loss/total"]]
+    assert sum(revived[:5]) > 0 and sum(revived[6:]) > 0, "no restarts: the test would show nothing"
+    return words, run
+
+
+def metric_rows(run):
+    return [tuple(sorted(row.items())) for row in metrics_of(run)]
+
+
+@pytest.mark.parametrize("stop", [5, 6])  # in mid-epoch; at a validation, which shares the step
+def test_resume_after_max_steps_is_exact(whole, tmp_path, stop):
+    words, full = whole
+    run = tmp_path / "run"
+    assert train([*words, f"trainer.max_steps={stop}", f"hydra.run.dir={run}"]) == 0
+    assert list(losses_of(run)) == list(range(1, stop + 1))
+    assert train([f"resume={run}", "trainer.max_steps=11"]) == 0
+    assert losses_of(run) == losses_of(full)
+    assert_same_training(run, full)
+    kept = [row for row in metric_rows(run) if dict(row)["step"] != "5" or dict(row)["loss/total"]]
+    assert kept == metric_rows(full)  # but for the validation at the end of the first part
+    seen = json.loads((run / "summary.json").read_text())["samples_seen"]
+    assert seen == 44
+    assert len((run / "command.txt").read_text().splitlines()) == 2
+
+
+def test_another_seed_or_no_resume_gives_other_losses(whole, tmp_path):
+    words, full = whole
+    assert train([*words, "trainer.max_steps=4", "seed=1", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    other = losses_of(tmp_path / "run")
+    assert all(other[step] != losses_of(full)[step] for step in other)
+
+
+class Stop(Exception):
+    """Something that goes wrong."""
+
+
+class Breaks(L.Callback):
+    """Raises in the middle of a run."""
+
+    def __init__(self, step, what, hook):
+        self.step, self.what, self.hook = step, what, hook
+
+    def _break(self, trainer, where):
+        if trainer.global_step == self.step and where == self.hook:
+            self.what()
+
+    def on_train_batch_start(self, trainer, *args):
+        self._break(trainer, "start")
+
+    def on_before_zero_grad(self, trainer, *args):
+        self._break(trainer, "zero_grad")  # after the forward and the backward pass
+
+    def on_train_batch_end(self, trainer, *args):
+        self._break(trainer, "end")
+
+    def on_validation_batch_start(self, trainer, *args):
+        self._break(trainer, "validation")
+
+
+def break_runs(monkeypatch, *args):
+    import vistok.training.run as run
+
+    real = run.build_trainer
+
+    def build(*arguments):
+        trainer = real(*arguments)
+        trainer.callbacks.insert(0, Breaks(*args))
+        return trainer
+
+    monkeypatch.setattr(run, "build_trainer", build)
+
+
+def raise_stop():
+    raise Stop("an accident")
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("what", "step", "hook", "code", "saved"),
+    [
+        (raise_stop, 5, "start", 1, 3),
+        (raise_stop, 8, "zero_grad", 1, 6),
+        (raise_stop, 6, "validation", 1, 6),  # saved just before the validation of that step
+        (raise_interrupt, 7, "end", 130, 6),
+        (press_ctrl_c, 4, "zero_grad", 130, 5),  # the step is finished, then saved
+        (press_ctrl_c, 5, "start", 130, 6),
+    ],
+)
+def test_resume_after_an_accident_is_exact(whole, tmp_path, monkeypatch, what, step, hook, code, saved):
+    words, full = whole
+    run = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        break_runs(patch, step, what, hook)
+        assert train([*words, "trainer.max_steps=11", f"hydra.run.dir={run}"]) == code
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert state_of(run)["global_step"] == saved
+    assert not (run / "summary.json").exists()
+    assert train([f"resume={run}"]) == 0
+    assert losses_of(run) == losses_of(full)
+    assert_same_training(run, full)
+    if hook != "validation":
+        assert metric_rows(run) == metric_rows(full)
+
+
+def test_resume_from_an_older_checkpoint_and_a_moved_run(whole, tmp_path):
+    words, full = whole
+    moved = shutil.copytree(full, tmp_path / "elsewhere")
+    best = moved / "checkpoints" / "best.ckpt"
+    step = state_of(full, "best")["global_step"]
+    before = metrics_of(full)
+    assert step < 11
+    assert train([f"resume={best}"]) == 0
+    assert losses_of(moved) == losses_of(full)
+    assert_same_training(moved, full)
+    assert metrics_of(full) == before  # the original is left alone
+    validations = [row["step"] for row in metrics_of(moved) if row["val/psnr"]]
+    assert validations == [row["step"] for row in before if row["val/psnr"]]
+
+
+def test_rows_that_do_not_hold_are_dropped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    assert _read_rows(path, 5) == []
+    path.write_text("a,step\n1,1\n2,2\n3,3\n4")  # the last line was cut short
+    assert [row["step"] for row in _read_rows(path, 2)] == ["1", "2"]
+    assert [row["step"] for row in _read_rows(path, 9)] == ["1", "2", "3"]
+
+
+def test_second_ctrl_c_stops_at_once(words, tmp_path, monkeypatch):
+    def twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    break_runs(monkeypatch, 2, twice, "start")
+    more = ["callbacks.checkpoint_every=1", "trainer.max_steps=9", "hydra.run.dir=run"]
+    assert train([*words, *more]) == 130
+    assert state_of(tmp_path / "run")["global_step"] == 2
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_evaluation(cli, finished_run, tmp_path):
+    from vistok.data.datamodule import VistokDataModule
+    from vistok.models.tokenizer import to_unit_range
+
+    code, lines, out = cli("evaluate", f"run={finished_run}", "out=e", "num_pictures=3", "weights=last")
+    assert code == 0 and not lines
+    results = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert "psnr" in out and "codebook_usage" in out
+    with Image.open(tmp_path / "e" / "reconstructions.png") as picture:
+        assert picture.size == (3 * 18 + 2, 38)
+
+    # The same numbers by hand, image by image.
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
+    data.setup("validate")
+    tok = vistok.load(finished_run, weights="last")
+    psnrs, ids = [], []
+    for batch in data.val_dataloader():
+        for image in batch["image"][batch["valid"]]:
+            ids.append(tok.tokenize(image[None]))
+            rec = (tok.detokenize(ids[-1])[0] * 255).round() / 255
+            assert torch.equal(to_unit_range(rec * 2 - 1), rec)
+            mse = (rec.double() - image.double() / 255).square().mean()
+            psnrs.append(float(-10 * torch.log10(mse)))
+    counts = torch.bincount(torch.cat(ids).flatten(), minlength=16).double()
+    p = counts[counts > 0] / counts.sum()
+    assert results["psnr"] == pytest.approx(sum(psnrs) / len(psnrs), abs=1e-4)
+    assert results["images"] == len(psnrs) == data.num_val
+    assert results["codebook_usage"] == pytest.approx(len(p) / 16)
+    assert results["dead_codes"] == 16 - len(p)
+    assert results["perplexity"] == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-5)
+    assert results["bits_per_image"] == 4 * 4 and results["bits_per_pixel"] == 16 / 256
+    assert results["num_tokens"] == 4 and results["images_per_second"] > 0
+    assert -1 <= results["ssim"] <= 1 and results["crop"] == "adm_center"
+    assert results["skipped_images"] == 0 and results["precision"] == "float32"
+
+
+def test_evaluation_of_other_data_weights_and_exports(cli, finished_run, exported, tmp_path):
+    other = make_photos(tmp_path / "other", 5, height=20, width=30)
+    results = {}
+    for name, words in {
+        "ema": [f"run={finished_run}"],
+        "last": [f"run={finished_run}", "weights=last"],
+        "file": [f"run={finished_run}/checkpoints/best.ckpt"],
+        "other": [f"run={finished_run}", f"data.val={other}"],
+        "export": [f"run={exported}", "data=folder", f"data.val={other}", "batch_size=2"],
+        "bf16": [f"run={finished_run}", f"data.val={other}", "precision=bf16"],
+    }.items():
+        code, lines, _ = cli("evaluate", *words, f"out={name}", "num_pictures=0", "data.num_workers=0")
+        assert code == 0, lines
+        results[name] = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert not (tmp_path / name / "reconstructions.png").exists()
+    keys = ("psnr", "ssim", "codebook_usage", "perplexity")
+    assert [results["ema"][k] for k in keys] == [results["file"][k] for k in keys]
+    assert results["ema"]["psnr"] != results["last"]["psnr"]
+    assert results["other"]["images"] == 5 and results["other"]["psnr"] != results["ema"]["psnr"]
+    assert [results["other"][k] for k in keys] == pytest.approx([results["export"][k] for k in keys])
+    assert results["bf16"]["psnr"] == pytest.approx(results["other"]["psnr"], abs=0.2)
+    assert results["bf16"]["precision"] == "bfloat16"
+
+
+# ---------------------------------------------------------------------- options of a run
+
+
+def test_fine_tuning_starts_from_the_weights(words, finished_run, exported, tmp_path):
+    kept = vistok.load(finished_run).state_dict()
+    for number, source in enumerate((finished_run, exported, finished_run / "checkpoints" / "best.ckpt")):
+        run = tmp_path / f"{number}"
+        more = [f"init_from={source}", "optimizer.lr=0", "optimizer.weight_decay=0", "trainer.max_steps=1"]
+        assert train([*words, *more, "quantizer.codebook=gradient", f"hydra.run.dir={run}"]) == 0
+        weights = vistok.load(run, weights="last").state_dict()
+        shared = [k for k in weights if k in kept]
+        assert len(shared) > 20
+    for key in shared:  # nothing moved at a rate of 0, and nothing was initialised anew
+        assert torch.equal(weights[key], kept[key]), key
+
+
+def test_fine_tuning_of_another_architecture_is_refused(fails, words, finished_run):
+    more = [f"init_from={finished_run}", "quantizer.codebook_size=32"]
+    fails("train", *words, *more, words=("another architecture", "shape"))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("32", torch.float32)])
+def test_precision(words, tmp_path, monkeypatch, precision, dtype):
+    from vistok.quantizers.base import Quantizer
+
+    seen = set()
+    real = Quantizer.forward
+
+    def forward(self, latents, *args, **kwargs):
+        output = real(self, latents, *args, **kwargs)
+        seen.add((self.training, latents.dtype, output.quantized.dtype))
+        return output
+
+    monkeypatch.setattr(Quantizer, "forward", forward)
+    more = [f"trainer.precision={precision}", "trainer.max_steps=2", "hydra.run.dir=run"]
+    assert train([*words, *more]) == 0
+    assert {(d, q) for training, d, q in seen if training} <= {(dtype, torch.float32), (torch.float32, torch.float32)}
+    state = state_of(tmp_path / "run")["state_dict"]
+    assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
+
+
+def test_auto_precision_follows_the_processor(monkeypatch):
+    from vistok.training.run import precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for answers, expected in (((True, False), "bf16"), ((False, True), "bf16"), ((False, False), "32")):
+        for probe, answer in zip(("_is_amx_tile_supported", "_is_avx512_bf16_supported"), answers, strict=True):
+            monkeypatch.setattr(torch.cpu, probe, lambda answer=answer: answer, raising=False)
+        assert precision("auto", "cpu").startswith(expected)
+
+
+def test_accumulation_counts_samples(words, tmp_path):
+    more = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=4", "data.batch_size=3"]
+    assert train([*words, *more, "hydra.run.dir=run"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["samples_seen"] == 4 * 2 * 3
+    assert list(losses_of(tmp_path / "run")) == [1, 2, 3, 4]
+    lrs = [float(r["lr"]) for r in metrics_of(tmp_path / "run") if r["loss/total"]]
+    assert lrs[-1] == pytest.approx(1e-3 * 0.02, rel=1e-3) or lrs[-1] < lrs[0]
+
+
+def test_schedule_counts_samples(words, tmp_path):
+    more = ["optimizer.warmup_samples=16", "optimizer.final_lr_factor=0.1", "trainer.max_steps=12"]
+    assert train([*words, *more, "hydra.run.dir=run"]) == 0
+    lrs = [float(r["lr"]) for r in metrics_of(tmp_path / "run") if r["loss/total"]]
+    assert lrs[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert lrs[7] == pytest.approx(0.55e-3) and lrs[-1] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_logger_in_one_word(words, tmp_path, logger):
+    """In a process of its own, with nobody to answer a prompt and no network to wait for."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path / "home"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    (tmp_path / "home").mkdir()
+    words = [*words, f"logger={logger}", "trainer.max_steps=2", "hydra.run.dir=run"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    assert len(metrics_of(run)) == 3  # CSV always
+    if logger == "tensorboard":
+        (file,) = (run / "tensorboard").glob("events*")
+        assert b"loss/total" in file.read_bytes()
+    else:
+        assert list(run.rglob("*.wandb")), sorted(run.rglob("*"))
+        assert "kept offline" in result.stdout
+
+
+PLUGIN = '''
+import torch
+import vistok
+from vistok.quantizers.fsq import FSQ
+
+@vistok.register
+class Mine(FSQ):
+    """Nine codes."""
+    def __init__(self, dim: int, bias: float) -> None:
+        super().__init__(dim, levels=[3, 3])
+        self.bias = bias
+'''
+
+
+def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path):
+    name = "my_plugin_of_this_test"
+    (tmp_path / f"{name}.py").write_text(PLUGIN)
+    (tmp_path / "mine" / "quantizer").mkdir(parents=True)
+    (tmp_path / "mine" / "quantizer" / "mine.yaml").write_text(
+        f"# My own quantizer.\n_target_: {name}.Mine\ndim: ${{tokenizer.latent_dim}}\nbias: 0.5\n"
+    )
+    words = [w for w in words if not w.startswith("quantizer.")]
+    words += ["quantizer=mine", "--config-dir=mine", "trainer.max_steps=2", "hydra.run.dir=run"]
+    fails("train", *words, words=(f"{name}.Mine", "registry"))
+    assert train([*words, f"plugins=[{name}]"]) == 0
+    assert vistok.load("run").codebooks()[0].shape == (9, 2)
+    assert train(["resume=run", "trainer.max_steps=3"]) == 0
+    probe = f"import vistok; vistok.load({str(tmp_path / 'run')!r})"  # a process without the class
+    result = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")}, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode != 0 and "registry" in result.stderr
+
+
+def test_checkpoints_hold_each_weight_once(finished_run):
+    keys = state_of(finished_run)["state_dict"]
+    assert keys and all(key.startswith(("tokenizer.", "loss.")) for key in keys)
+
+
+def test_grey_and_four_channels_and_oblong_images(words, tmp_path):
+    for channels in (1, 4):
+        more = [f"data.channels={channels}", "data.image_size=[16,24]", "data.augment=[hflip]"]
+        run = tmp_path / f"c{channels}"
+        assert train([*words, *more, "trainer.max_steps=1", f"hydra.run.dir={run}"]) == 0
+        tok = vistok.load(run)
+        assert tok.image_size == (16, 24) and tok.channels == channels
+        with Image.open(next((run / "pictures").iterdir())) as picture:
+            assert picture.mode == {1: "L", 4: "RGBA"}[channels]
+
+
+@pytest.mark.slow
+def test_compile_changes_little_and_its_checkpoints_fit(words, tmp_path):
+    for name, flag in (("plain", "false"), ("compiled", "true")):
+        more = [f"compile={flag}", "trainer.max_steps=3", f"hydra.run.dir={tmp_path / name}"]
+        assert train([*words, *more]) == 0
+    plain, compiled = (losses_of(tmp_path / name) for name in ("plain", "compiled"))
+    for step, loss in plain.items():
+        assert float(compiled[step]) == pytest.approx(float(loss), rel=1e-3)
+    assert state_of(tmp_path / "plain")["state_dict"].keys() == state_of(tmp_path / "compiled")["state_dict"].keys()
+    assert train([f"resume={tmp_path / 'compiled'}", "compile=false", "trainer.max_steps=4"]) == 0
+
+
+@pytest.mark.slow
+def test_default_experiment_end_to_end(cli, tmp_path):
+    """The commands of the README at few steps, on the embedded photographs."""
+    words = ["trainer.max_steps=12", "trainer.val_check_interval=6", "hydra.run.dir=run"]
+    words += ["init_images=64", "baseline.num_patches=5000", "trainer.limit_val_batches=1"]
+    code, lines, out = cli("train", *words)
+    assert code == 0, lines
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["baseline_kmeans_psnr"] > 15 and summary["samples_seen"] == 12 * summary["data"].get("batch_size", 32)
+    losses = [float(r["loss/total"]) for r in metrics_of(tmp_path / "run") if r["loss/total"]]
+    assert losses
+    code, lines, _ = cli("train", "resume=run", "trainer.max_steps=14")
+    assert code == 0, lines
+    code, lines, _ = cli("evaluate", "run=run", "num_pictures=4")
+    assert code == 0, lines
+    code, lines, _ = cli("export", "run=run", "out=exported")
+    assert code == 0, lines
+    assert vistok.load(tmp_path / "exported").num_tokens == vistok.load(tmp_path / "run").num_tokens

@@ -108,6 +108,21 @@ def test_autocast_changes_no_id(name):
 
 
 @everywhere
+def test_casting_the_model_changes_no_id(name):
+    """As with precision="bf16-true": the quantizer stays float32."""
+    quantizer = build(name)
+    z = latents(2, 16).bfloat16()
+    quantizer(z)  # initialises
+    plain = quantizer.eval()(z)
+    for cast in (quantizer.bfloat16(), quantizer.half()):
+        output = cast(z)
+        assert torch.equal(output.indices, plain.indices)
+        assert torch.equal(output.quantized, plain.quantized)
+    moments = [value.dtype for value in quantizer.state_dict().values()]
+    assert torch.bfloat16 not in moments and torch.float16 not in moments
+
+
+@everywhere
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_raise_an_error_that_names_the_quantizer(name, bad):
     quantizer = build(name)
@@ -221,9 +236,7 @@ def test_state_dict_round_trip(name):
     copied = build(name)
     copied.load_state_dict(quantizer.state_dict(), strict=True)
     z = latents(2, 16)
-    torch.testing.assert_close(
-        copied.eval()(z).quantized, quantizer.eval()(z).quantized, rtol=0, atol=0
-    )
+    assert torch.equal(copied.eval()(z).quantized, quantizer.eval()(z).quantized)
     # A loaded codebook is not initialised a second time.
     assert copied.num_init_latents == quantizer.num_init_latents
     for module in (quantizer, copied):

@@ -325,10 +325,12 @@ def test_initialize_uses_the_given_latents_once():
     quantizer.initialize(latents)
     codes = quantizer.embedding.clone()
     torch.testing.assert_close(codes.norm(dim=-1), torch.ones(16))
+    z = quantizer._metric(quantizer.project_in(latents)).detach()
+    sizes = torch.bincount((z @ codes.T).argmax(1), minlength=16).clamp(min=1)
+    torch.testing.assert_close(quantizer.stats.counts, sizes / sizes.float().mean())
     quantizer(torch.randn(2, 5, 8))
     assert torch.equal(codes, quantizer.embedding)
     # The start is worth something: far closer to the data than random codes.
-    z = quantizer._metric(quantizer.project_in(latents))
     random = VectorQuantizer(8, 16, 4, kmeans_init=False)
     near = (z @ codes.T).amax(1).mean()
     assert near > (z @ random.embedding.T).amax(1).mean() + 0.02

@@ -70,6 +70,8 @@ def _train(argv: list[str]) -> None:
         return train_help()
     overrides, folders, flags = _split(argv)
     resume = _value(overrides, "resume")
+    if "resume=" in overrides:
+        raise ConfigError("resume=: which run? for example: train.py resume=runs/<run>")
     if resume:
         rest = [o for o in overrides if not o.startswith("resume=")]
         run, checkpoint = _run_of(Path(resume))
@@ -119,7 +121,8 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
 def _run_training(config: dict, folder: Path, checkpoint: Path | None = None) -> None:
     import importlib
 
-    for name in config["plugins"]:
+    plugins = config["plugins"]
+    for name in [plugins] if isinstance(plugins, str) else plugins:
         sys.path.insert(0, os.getcwd())
         try:
             importlib.import_module(name)
@@ -161,7 +164,9 @@ def _export(argv: list[str]) -> None:
     config = c.compose("export", overrides, folders)
     for key in ("run", "out"):
         if not _value(overrides, key):
-            raise ConfigError(f"{key} is missing; use: export.py run=runs/<run> out=exported/<name>")
+            raise ConfigError(
+                f"{key} is missing; use: export.py run=runs/<run> out=exported/<name>"
+            )
     from vistok.export.exporter import export_run
 
     export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
@@ -173,7 +178,7 @@ def _export(argv: list[str]) -> None:
 def _guarded(command: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     """Run a command; what a user can mend becomes one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = bool(os.environ.get("VISTOK_DEBUG")) or "debug=true" in argv or "debug=True" in argv
+    debug = bool(os.environ.get("VISTOK_DEBUG")) or any(map(_asks_for_traceback, argv))
     try:
         command(argv)
         return 0
@@ -194,6 +199,10 @@ def _guarded(command: Callable[[list[str]], None], argv: Sequence[str] | None) -
         name = type(error).__name__
         first = " ".join(str(error).split())[:300]
         return _fail(f"{name}: {first} (debug=true shows where)", 1)
+
+
+def _asks_for_traceback(word: str) -> bool:
+    return word in ("debug=true", "debug=True") or word.startswith("+debug=")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -224,7 +233,12 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
     for word in words:
         name, equals, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
-            folders.append(Path(value if equals else next(words, "")).expanduser())
+            folder = value if equals else next(words, "")
+            if not folder:
+                raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
+            folders.append(Path(folder).expanduser())
+        elif word.lower() in ("debug=true", "debug=false"):
+            continue  # `_guarded` reads it; Hydra would take it for a file of configs/debug
         elif word.startswith("-"):
             flags.append(word)
             if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,7 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*choices)]
 
 
-def compose(
-    name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()
-) -> DictConfig:
+def compose(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> DictConfig:
     """Compose the config `name` with Hydra.
 
     Raises:
@@ -97,9 +95,33 @@ def compose(
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(name, arguments)
+            config = hydra_compose(name, arguments)
+            _refuse_words_for_numbers(config, lambda words: hydra_compose(name, words), arguments)
+            return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, name, overrides, extra_dirs)) from error
+
+
+def _refuse_words_for_numbers(
+    config: DictConfig, compose_with: Callable[[list[str]], DictConfig], overrides: list[str]
+) -> None:
+    """A number or flag that was set to a word fails here, by its key, not deep in a library."""
+    words = {
+        key: override
+        for override in overrides
+        if "." in (key := override.partition("=")[0])
+        and key[0] not in "+~"
+        and not key.startswith("hydra.")
+        and isinstance(OmegaConf.select(config, key, throw_on_missing=False), str)
+    }
+    if not words:
+        return
+    before = compose_with([o for o in overrides if o.partition("=")[0] not in words])
+    for key, override in words.items():
+        own = OmegaConf.select(before, key, throw_on_missing=False)
+        if isinstance(own, (bool, int, float)):
+            what = "true or false" if isinstance(own, bool) else "a number"
+            raise ConfigError(f"{override}: expected {what}, such as {str(own).lower()}")
 
 
 def _explain(
@@ -119,7 +141,8 @@ def _explain(
         if f"'{key}'" in text or f"'{override}'" in text or f" {key}" in text:
             if "not in struct" in text or "Could not override" in text or "Key" in text:
                 known = all_keys(compose(name, [])) if overrides else []
-                return f"{key}: no such key{nearest_key(key, known)}"
+                if key not in known:
+                    return f"{key}: no such key{nearest_key(key, known)}"
             return f"{override}: {text[:160]}"
     return text[:240]
 

@@ -35,7 +35,7 @@ class Decoder(nn.Module, ABC):
         """
         return self.reconstruct(quantized, mask), images
 
-    def initialize(self, quantized: Tensor, images: Tensor) -> None:  # noqa: B027
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Set weights from data, once, before training; by default nothing.
 
         Args:

@@ -13,11 +13,11 @@ from vistok.nn.patches import (
     grid_points,
     least_squares,
     patchify,
-    sincos_positions,
+    position_table,
     spread_points,
     unpatchify,
 )
-from vistok.nn.transformer import Transformer, init_transformer_
+from vistok.nn.transformer import Transformer, attend_by_position_, init_transformer_
 
 
 class LatentTransformerDecoder(Decoder):
@@ -58,7 +58,7 @@ class LatentTransformerDecoder(Decoder):
         self.patch_size = patch_size
         self.dim = latent_dim
         self.embed = nn.Linear(latent_dim, width)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
@@ -67,6 +67,9 @@ class LatentTransformerDecoder(Decoder):
         self.norm_out = nn.LayerNorm(width)
         self.head = nn.Linear(width, patch_size * patch_size * channels)
         init_transformer_(self)
+        # Positions start in as many dimensions as a head has, content in the others.
+        head = width // num_heads
+        attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
         nn.init.orthogonal_(self.embed.weight)
         if latent_dim == width:
             nn.init.eye_(self.embed.weight)
@@ -74,9 +77,9 @@ class LatentTransformerDecoder(Decoder):
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
         points = grid_points(self.grid)
-        self.patch_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
+        self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
         points = spread_points(num_latent_tokens, self.grid)
-        self.latent_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
+        self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
 
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""

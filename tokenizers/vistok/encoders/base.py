@@ -22,5 +22,5 @@ class Encoder(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, N, D)`."""
 
-    def initialize(self, images: Tensor) -> None:  # noqa: B027
+    def initialize(self, images: Tensor) -> None:
         """Set weights from training images `(M, C, H, W)` in [-1, 1]; by default nothing."""

@@ -12,11 +12,11 @@ from vistok.nn.patches import (
     grid_of,
     grid_points,
     patchify,
+    position_table,
     principal_components,
-    sincos_positions,
     spread_points,
 )
-from vistok.nn.transformer import Transformer, init_transformer_
+from vistok.nn.transformer import Transformer, attend_by_position_, init_transformer_
 
 
 class LatentTransformerEncoder(Encoder):
@@ -64,13 +64,16 @@ class LatentTransformerEncoder(Encoder):
         )
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)
+        # Positions start in as many dimensions as a head has, content in the others.
+        self.num_position_dims = head = width // num_heads
+        attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
         points = grid_points(self.grid)
-        self.patch_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
+        self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
         points = spread_points(num_latent_tokens, self.grid)
-        self.latent_positions = nn.Parameter(2 * sincos_positions(points, width, self.grid))
+        self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
         # What a latent says about its own place is no news: its mean over images is taken off.
         self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
-        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * width**-0.5)
+        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`."""
@@ -86,17 +89,18 @@ class LatentTransformerEncoder(Encoder):
     def initialize(self, images: Tensor) -> None:
         """Start the patch embedding at the principal components of the patches.
 
-        Each component is divided by the square root of its deviation: half-way between keeping
-        the scale of the pixels, where a few components drown the others, and whitening, which
-        blows up noise. In sum they are as strong as the positions.
+        In the dimensions that positions leave free, all on one scale, so that distances between
+        latents begin as distances between patches; and at an eighth of the positions' strength,
+        so that the norms, which see both, hardly bend them. Then take the latents' means off.
         """
         patches = patchify(images, self.patch_size).flatten(0, 1)
-        count = min(self.dim, patches.shape[1])
+        count = min(self.dim - self.num_position_dims, patches.shape[1])
         mean, components, deviations = principal_components(patches, count)
-        deviations = deviations.clamp(min=1e-3)
-        scaled = components / deviations.sqrt()[:, None]
-        scaled *= (self.dim / 2 / deviations.sum()).sqrt()
-        self.patch_embed.weight[:count] = scaled
-        self.patch_embed.bias[:count] = -scaled @ mean
+        strength = (self.num_position_dims / deviations.square().sum()).sqrt() / 8
+        weight = components * strength
+        self.patch_embed.weight.zero_()
+        self.patch_embed.bias.zero_()
+        self.patch_embed.weight[:count] = weight
+        self.patch_embed.bias[:count] = -weight @ mean
         latents = torch.cat([self(chunk).float() for chunk in images.split(32)])
         self.latent_means += latents.mean(dim=0)

@@ -54,5 +54,3 @@ def quantize_patches(images: Tensor, codebook: Tensor, patch_size: int) -> Tenso
     scores = patches @ codebook.T - codebook.square().sum(dim=1) / 2
     grid = grid_of((images.shape[2], images.shape[3]), patch_size)
     return to_uint8(unpatchify(codebook[scores.argmax(dim=-1)], grid, patch_size))
-
-

@@ -22,9 +22,7 @@ def comparison(originals: Tensor, reconstructions: Tensor, gap: int = 2) -> Tens
         `(C, 2H + 3 gap, B (W + gap) + gap)` uint8.
     """
     count, channels, height, width = originals.shape
-    sheet = originals.new_full(
-        (channels, 2 * height + 3 * gap, count * (width + gap) + gap), 255
-    )
+    sheet = originals.new_full((channels, 2 * height + 3 * gap, count * (width + gap) + gap), 255)
     for i in range(count):
         left = gap + i * (width + gap)
         sheet[:, gap : gap + height, left : left + width] = originals[i]

@@ -147,7 +147,10 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     io = description["io"]
     name = description["tokenizer"]["_target_"].rpartition(".")[2]
     quantizer = description["quantizer"]["_target_"].rpartition(".")[2]
-    rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
+    rows = [
+        f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |"
+        for k, v in metrics.items()
+    ]
     table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not evaluated yet."
     size = " x ".join(map(str, io["image_size"]))
     return f"""# {name} with {quantizer}

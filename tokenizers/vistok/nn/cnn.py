@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of up to 32 groups that divide `channels`."""
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 2 or g == 1)
+    groups = next(
+        g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 2) or g == 1
+    )
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 

@@ -71,6 +71,13 @@ def sincos_positions(points: Tensor, width: int, grid: tuple[int, int]) -> Tenso
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
+def position_table(points: Tensor, width: int, num_dims: int, grid: tuple[int, int]) -> Tensor:
+    """Positions for a stream of `width`: sines and cosines in the last `num_dims`, else zero."""
+    table = torch.zeros(len(points), width)
+    table[:, width - num_dims :] = 2 * sincos_positions(points, num_dims, grid)
+    return table
+
+
 def grid_points(grid: tuple[int, int]) -> Tensor:
     """Coordinates `(rows * columns, 2)` of the patches, raster order."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")

@@ -107,30 +107,35 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def init_transformer_(module: nn.Module, std: float = 0.02, attention_gain: float = 1.0) -> None:
-    """Initialise every linear layer, convolution and attention inside.
-
-    Linear layers are truncated normal with zero bias. Attention starts mimetic (Trockman and
-    Kolter 2023, https://arxiv.org/abs/2305.09828): queries and keys share a projection and values
-    pass unchanged, so that from the first step a token reads from the tokens that resemble it, in
-    position above all. Latent tokens thereby find their part of the image at once.
-
-    Args:
-        module: whatever holds the layers.
-        std: of the truncated normal.
-        attention_gain: factor on the similarity in the attention scores.
-    """
+def init_transformer_(module: nn.Module, std: float = 0.02) -> None:
+    """Truncated-normal weights and zero biases for every linear layer and convolution inside."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    for layer in module.modules():
-        if isinstance(layer, Attention):
-            width = layer.proj.in_features
-            shared, values = torch.empty(width, width), torch.empty(width, width)
-            nn.init.orthogonal_(shared)
-            nn.init.orthogonal_(values)
-            scale = attention_gain**0.5
-            layer.qkv.weight.copy_(torch.cat([shared * scale, shared * scale, values]))
-            layer.proj.weight.copy_(values.T * 0.5)
+
+
+@torch.no_grad()
+def attend_by_position_(attention: Attention, num_position_dims: int) -> None:
+    """Let an attention layer start by copying content between tokens at the same position.
+
+    Queries and keys share an orthogonal map of the last `num_position_dims` dimensions, where the
+    positions lie, and values pass the other dimensions unchanged. In the manner of mimetic
+    initialisation (Trockman and Kolter 2023, https://arxiv.org/abs/2305.09828): what a trained
+    model would have to find out first is there from the first step. All of it stays learned.
+
+    Args:
+        attention: of a width W, with heads of at least `num_position_dims`.
+        num_position_dims: P, less than W.
+    """
+    width, heads = attention.proj.in_features, attention.num_heads
+    shared = torch.zeros(heads, width // heads, width)
+    for head in shared:
+        nn.init.orthogonal_(head[:, -num_position_dims:])
+    values = torch.empty(width, width)
+    nn.init.orthogonal_(values)
+    values[:, -num_position_dims:] = 0
+    shared = shared.flatten(0, 1)
+    attention.qkv.weight.copy_(torch.cat([shared, shared, values]))
+    attention.proj.weight.copy_(values.T)

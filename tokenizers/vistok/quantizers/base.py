@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +232,17 @@ class Quantizer(nn.Module, ABC):
             )
         with torch.autocast(indices.device.type, enabled=False):
             return self.project_out(self._lookup(indices.long()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Move, but stay float32 under `.bfloat16()` or `.half()`, which would change ids."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lost = tensor.is_floating_point() and moved.itemsize < tensor.itemsize
+            return tensor.to(moved.device) if lost else moved
+
+        super()._apply(keep_precision, recurse)
+        return self
 
     def _codes(self, latents: Tensor) -> Tensor:
         if latents.ndim != 3 or latents.shape[-1] != self.dim:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vistok.errors import ConfigError
+
 
 class EMA:
     """Keeps averaged copies of a module's parameters; buffers are copied, never averaged.
@@ -17,10 +19,15 @@ class EMA:
 
     Args:
         module: whose parameters to average; frozen ones are left out.
-        decay: of the average per optimizer step, 0 to 1.
+        decay: of the average per optimizer step, in [0, 1).
+
+    Raises:
+        ConfigError: for another decay.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"ema.decay={decay}: must be at least 0 and below 1")
         self.module = module
         self.decay = decay
         self.num_updates = 0

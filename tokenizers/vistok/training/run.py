@@ -67,6 +67,8 @@ def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> d
     L.seed_everything(config["seed"], verbose=False)
     data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
     module = TokenizerModule(config)  # before the data: a wrong size shows at once
+    if config["init_from"]:
+        find_checkpoint_or_export(config["init_from"])  # as soon as possible too
     data.prepare_data()
     data.setup("fit")
     first_step = 0
@@ -173,6 +175,10 @@ def precision(name: Any, accelerator: str) -> str:
             raise ConfigError(
                 f"trainer.precision={name}: must be one of {', '.join(known)}{nearest(name, known)}"
             )
+        if PRECISIONS[name] == "16-mixed" and (
+            accelerator == "cpu" or not torch.cuda.is_available()
+        ):
+            raise ConfigError(f"trainer.precision={name}: needs a GPU; use bf16, 32 or auto")
         return PRECISIONS[name]
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
@@ -355,7 +361,8 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path) -> Non
         say(f"[yellow]{report}[/yellow]")
     say(
         f"pictures: {folder}/pictures\n"
-        f"next: eval.py run={folder}   or   scripts/export.py run={folder} out=exported/my_tokenizer"
+        f"next: eval.py run={folder}\n"
+        f"      scripts/export.py run={folder} out=exported/my_tokenizer"
     )
 
 
@@ -374,5 +381,3 @@ def quiet_libraries() -> None:
         ".*`pin_memory`.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-

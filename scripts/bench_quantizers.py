@@ -1,0 +1,408 @@
+"""Time and memory of the quantizers, beside other implementations of the same methods.
+
+    python scripts/bench_quantizers.py                                   # all; half an hour or so
+    python scripts/bench_quantizers.py methods=vq,simvq sizes=8192x32 out=bench.json
+
+Keys: `methods` (of METHODS below), `sizes` (codes x channels, for the codebook methods), `tokens`,
+`rounds`, `threads`, `memory_gb` (limit per process; what needs more is "out of memory") and `out`
+(a JSON file; its other cases are kept). `vqp` is vector-quantize-pytorch, `textbook` the usual few
+lines with a distance matrix and one-hots, `matmul` the product that an exact search cannot avoid,
+`matmul_reused` the same into memory that is there already.
+
+A train step is forward, backward and `after_step`; encode is eval mode, ids only. Every
+contender of a case lives in a process of its own, and the processes take turns, one step each
+per round, so that a busy machine disturbs all alike. Figures are the best of the rounds. Memory
+is the peak of the first full step above what the process held before it, gradients included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing as mp
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tokenizers"))
+
+SIZES = [f"{k}x{d}" for d in (8, 32, 256) for k in (1024, 8192, 16384, 65536, 262144)]
+TURN_BUDGET = 20.0  # seconds that one contender may use in a case before its rounds end
+
+Step = Callable[[Tensor], object]
+
+
+# ---------------------------------------------------------------------- contenders
+
+
+class Textbook(nn.Module):
+    """VQ the usual way: the whole distance matrix, then one-hots."""
+
+    def __init__(self, dim: int, codes: int, rule: str) -> None:
+        super().__init__()
+        self.rule = rule
+        self.embedding = nn.Parameter(torch.randn(codes, dim), requires_grad=rule != "ema")
+        self.counts, self.sums = torch.ones(codes), self.embedding.detach().clone()
+
+    def distances(self, z: Tensor) -> Tensor:
+        """Squared distances `(N, K)`."""
+        e = self.embedding
+        return z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * z @ e.t()
+
+    def ids(self, z: Tensor) -> Tensor:
+        """Indices `(N,)`."""
+        if self.rule == "ibq":
+            return (z @ self.embedding.t()).argmax(1)
+        return self.distances(z).argmin(1)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized vectors `(N, d)` and the weighted loss."""
+        e = self.embedding
+        if self.rule == "ibq":
+            logits = z @ e.t()
+            p = logits.softmax(1)
+            hard = F.one_hot(logits.argmax(1), len(e)).float()
+            quantized, q = (hard + p - p.detach()) @ e, hard @ e
+            loss = F.mse_loss(quantized, z) + F.mse_loss(z, q.detach())
+            return quantized, loss + 0.25 * F.mse_loss(q, z.detach())
+        ids = self.distances(z).argmin(1)
+        hard = torch.zeros(len(z), len(e)).scatter_(1, ids[:, None], 1)
+        q = hard @ e
+        loss = 0.25 * F.mse_loss(z, q.detach())
+        if self.rule == "gradient":
+            loss = loss + F.mse_loss(q, z.detach())
+        else:
+            with torch.no_grad():
+                self.counts.lerp_(hard.sum(0), 0.01)
+                self.sums.lerp_(hard.t() @ z, 0.01)
+                self.embedding.copy_(self.sums / self.counts[:, None])
+        return z + (q - z).detach(), loss
+
+
+def textbook(dim: int, codes: int, rule: str) -> tuple[Step, Step]:
+    """Train and encode steps of `Textbook`."""
+    module = Textbook(dim, codes, rule)
+
+    def train(z: Tensor) -> None:
+        quantized, loss = module(z)
+        (quantized.sum() + loss).backward()
+        module.zero_grad(set_to_none=True)
+
+    return train, module.ids
+
+
+def vqp(name: str, **options: object) -> tuple[Step, Step]:
+    """Train and encode steps of a class of vector-quantize-pytorch."""
+    import vector_quantize_pytorch
+
+    module = getattr(vector_quantize_pytorch, name)(**options)
+
+    def train(z: Tensor) -> None:
+        module.train()
+        out = module(z[None])
+        loss = out[0].sum()
+        for extra in out[2:3]:  # FSQ has none, ResidualVQ one per layer
+            loss = loss + extra.sum()
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    def encode(z: Tensor) -> object:
+        module.eval()
+        return module(z[None])[1]
+
+    return train, encode
+
+
+def ours(name: str, dim: int, **overrides: object) -> tuple[Step, Step]:
+    """The shipped config, on a tokenizer of width `dim`."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose(overrides=[f"+quantizer={name}", f"+tokenizer.latent_dim={dim}"])
+    module = instantiate(config.quantizer, **overrides)
+
+    def train(z: Tensor) -> None:
+        module.train()
+        out = module(z[None])
+        loss = out.quantized.sum()
+        for key, value in out.losses.items():
+            loss = loss + module.loss_weights[key] * value
+        loss.backward()
+        module.after_step()
+        module.zero_grad(set_to_none=True)
+
+    def encode(z: Tensor) -> object:
+        module.eval()
+        return module.encode(z[None])
+
+    return train, encode
+
+
+def matmul(dim: int, codes: int, tokens: int, reuse: bool) -> tuple[Step, Step]:
+    """The product of all latents with all codes, and nothing else."""
+    table = torch.randn(codes, dim)
+    buffer = torch.zeros(tokens * codes) if reuse else None
+
+    def product(z: Tensor) -> object:
+        if buffer is None:
+            return z.detach() @ table.t()
+        out = buffer[: len(z) * codes].view(len(z), codes)
+        return torch.mm(z.detach(), table.t(), out=out)
+
+    return product, product
+
+
+def contenders(method: str, dim: int, codes: int, tokens: int) -> dict[str, tuple]:
+    """Name -> (constructor, its arguments) of everything that `method` is compared with."""
+    book = {"codebook_size": codes, "codebook_dim": dim}
+    plain = {"kmeans_init": False, "metric": "euclidean"}
+    library = {"dim": dim, "codebook_size": codes, "rotation_trick": False}
+    products = {
+        "matmul": (matmul, (dim, codes, tokens, False), {}),
+        "matmul_reused": (matmul, (dim, codes, tokens, True), {}),
+    }
+    if method == "ema_vq":
+        return {
+            "ours": (ours, ("ema_vq", dim), book | plain),
+            "vqp": (vqp, ("VectorQuantize",), library | {"decay": 0.99}),
+            "textbook": (textbook, (dim, codes, "ema"), {}),
+            **products,
+        }
+    if method == "vq":
+        learnable = {"learnable_codebook": True, "ema_update": False}
+        return {
+            "ours": (ours, ("vq", dim), book | plain),
+            "vqp": (vqp, ("VectorQuantize",), library | learnable),
+            "textbook": (textbook, (dim, codes, "gradient"), {}),
+            **products,
+        }
+    if method == "simvq":
+        return {
+            "ours": (ours, ("simvq", dim), book),
+            "vqp": (vqp, ("SimVQ",), library),
+            **products,
+        }
+    if method == "ibq":
+        return {
+            "ours": (ours, ("ibq", dim), book | {"entropy_weight": 0.0}),
+            "ours+entropy": (ours, ("ibq", dim), book),
+            "textbook": (textbook, (dim, codes, "ibq"), {}),
+            **products,
+        }
+    if method in ("lfq", "bsq"):
+        spherical = {"spherical": method == "bsq"}
+        size = {"dim": 18, "codebook_size": 2**18}
+        exact = {"ours (joint)": (ours, ("bsq", 18), {"entropy": "joint"})}
+        return {
+            "ours": (ours, (method, 18), {}),
+            **(exact if method == "bsq" else {}),
+            "vqp": (vqp, ("LFQ",), size | spherical),
+        }
+    if method == "fsq_64k":
+        levels = [8, 8, 8, 5, 5, 5]
+        return {
+            "ours": (ours, ("fsq_64k", 6), {}),
+            "vqp": (vqp, ("FSQ",), {"levels": levels}),
+        }
+    layers = {"kmeans_init": False, "codebook_size": 1024}
+    return {
+        "ours": (ours, ("residual_vq", 128), layers | {"num_layers": 8}),
+        "vqp": (
+            vqp,
+            ("ResidualVQ",),
+            layers | {"dim": 128, "num_quantizers": 8, "rotation_trick": False, "decay": 0.99},
+        ),
+    }
+
+
+CODEBOOK_METHODS = ("ema_vq", "vq", "simvq", "ibq")
+FIXED = {"lfq": "2^18", "bsq": "2^18", "fsq_64k": "64000", "residual_vq": "8x1024x128"}
+WIDTHS = {"lfq": 18, "bsq": 18, "fsq_64k": 6, "residual_vq": 128}
+METHODS = (*CODEBOOK_METHODS, *FIXED)
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def resident(field: str) -> float:
+    """VmRSS or VmHWM of this process in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def peak_of(step: Step, z: Tensor) -> float:
+    """Peak memory of one step above what is held before it, in MB."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    step(z)
+    return resident("VmHWM") - before
+
+
+def serve(connection, build, args, options, width, tokens, threads, memory_gb) -> None:
+    """A contender: answers "train" and "encode" with the time of one step, until "stop"."""
+    torch.set_num_threads(threads)
+    limit = int(memory_gb * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        torch.manual_seed(0)
+        train, encode = build(*args, **options)
+        # Latents near codes of unit scale, as in training; all contenders see the same ones.
+        z = torch.randn(tokens, width).requires_grad_()
+        train(z[:64].detach().requires_grad_())
+        answer: object = {"memory_mb": peak_of(train, z)}
+        while True:
+            connection.send(answer)
+            command = connection.recv()
+            if command == "stop":
+                return
+            wall, cpu = time.perf_counter(), time.process_time()
+            if command == "train":
+                z.grad = None
+                train(z)
+            else:
+                with torch.no_grad():
+                    encode(z.detach())
+            answer = time.perf_counter() - wall, time.process_time() - cpu
+    except (RuntimeError, MemoryError) as error:
+        known = "memory" in str(error) or isinstance(error, MemoryError)
+        connection.send("out of memory" if known else f"failed: {error}")
+
+
+def measure(method: str, size: str, options: dict) -> dict:
+    """One case: every contender in its own process, steps in turn."""
+    codes, dim = (int(part) for part in size.split("x")) if method in CODEBOOK_METHODS else (0, 0)
+    tokens, context = options["tokens"], mp.get_context("spawn")
+    results: dict[str, dict] = {}
+    alive = {}
+    for name, (build, args, extra) in contenders(method, dim, codes, tokens).items():
+        here, there = context.Pipe()
+        shared = (WIDTHS.get(method, dim), tokens, options["threads"], options["memory_gb"])
+        process = context.Process(target=serve, args=(there, build, args, extra, *shared))
+        process.start()
+        there.close()
+        answer = receive(here)
+        if isinstance(answer, dict):
+            results[name] = answer
+            alive[name] = here, process
+        else:
+            results[name] = {"error": str(answer)}
+    times: dict = {name: {"train": [], "encode": []} for name in alive}
+    for _ in range(options["rounds"]):
+        for name, (connection, _) in alive.items():
+            if sum(wall for kind in times[name].values() for wall, _ in kind) > TURN_BUDGET:
+                continue
+            for kind in ("train", "encode"):
+                connection.send(kind)
+                answer = receive(connection)
+                if isinstance(answer, tuple):
+                    times[name][kind].append(answer)
+                else:
+                    results[name]["error"] = str(answer)
+    for name, (connection, process) in alive.items():
+        if "error" not in results[name]:
+            connection.send("stop")
+        process.join()
+        for kind, pairs in times[name].items():
+            if pairs:
+                results[name][f"{kind}_ms"] = 1e3 * min(wall for wall, _ in pairs)
+                results[name][f"{kind}_cpu_ms"] = 1e3 * min(cpu for _, cpu in pairs)
+    return results
+
+
+def receive(connection) -> object:
+    """The answer of a contender."""
+    try:
+        return connection.recv()
+    except EOFError:  # killed by the kernel
+        return "out of memory"
+
+
+# ---------------------------------------------------------------------- report
+
+
+def table(cases: dict[str, dict]) -> str:
+    """Markdown, one row per contender; ratios are to ours in the same case."""
+    lines = [
+        "| method | size | who | train ms | (cpu) | × ours | peak MB | encode ms | × ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, results in cases.items():
+        method, size = key.split(" ")
+        base = results.get("ours", {})
+        for name, row in results.items():
+            if "error" in row:
+                lines.append(f"| {method} | {size} | {name} | {row['error'][:60]} | | | | | |")
+                continue
+            ratios = {
+                kind: f"{row[kind] / base[kind]:.2f}" if kind in base and kind in row else ""
+                for kind in ("train_ms", "encode_ms")
+            }
+            train = [f"{row['train_ms']:.0f}", f"{row['train_cpu_ms']:.0f}", ratios["train_ms"]]
+            if name.startswith("matmul"):
+                train = ["", "", ""]
+            memory = f"{row['memory_mb']:.0f}"
+            encode = [f"{row['encode_ms']:.0f}", ratios["encode_ms"]]
+            lines.append(f"| {' | '.join([method, size, name, *train, memory, *encode])} |")
+    return "\n".join(lines)
+
+
+def machine(options: dict) -> dict:
+    """What the figures were measured on."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":")[1].strip()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory, 1),
+        "torch": torch.__version__,
+        **options,
+    }
+
+
+def main() -> None:
+    """Parse key=value arguments, measure, print and write."""
+    options: dict = {"tokens": 8192, "rounds": 5, "threads": os.cpu_count(), "memory_gb": 10.0}
+    chosen = {"methods": ",".join(METHODS), "sizes": ",".join(SIZES), "out": ""}
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        if key in chosen:
+            chosen[key] = value
+        elif key in options:
+            options[key] = float(value) if key == "memory_gb" else int(value)
+        else:
+            sys.exit(f"unknown key {key!r}; known: {', '.join([*chosen, *options])}")
+    out = Path(chosen["out"]) if chosen["out"] else None
+    cases: dict[str, dict] = {}
+    if out and out.exists():
+        cases = json.loads(out.read_text())["cases"]
+    for method in chosen["methods"].split(","):
+        if method not in METHODS:
+            sys.exit(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        sizes = chosen["sizes"].split(",") if method in CODEBOOK_METHODS else [FIXED[method]]
+        for size in sizes:
+            results = measure(method, size, options)
+            cases[f"{method} {size}"] = results
+            print(table({f"{method} {size}": results}), flush=True)
+            if out:
+                report = {"machine": machine(options), "cases": cases}
+                out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
