@@ -38,6 +38,8 @@ TINY = [
     *SIZES["titok_tiny"],
     "quantizer.codebook_size=16",
     "quantizer.codebook_dim=8",
+    "loss=mse",
+    "data.augment=[hflip]",
     "trainer.accelerator=cpu",
     "trainer.precision=32",
     "trainer.max_steps=4",
@@ -54,7 +56,7 @@ TINY = [
 def picture(seed: int, height: int = 24, width: int = 24, channels: int = 3) -> np.ndarray:
     """A gradient, a disc and some noise `(H, W, C)` uint8; different for every seed."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     slopes = rng.uniform(-120, 120, (2, channels))
     image = rng.uniform(60, 190, channels) + y[..., None] * slopes[0] + x[..., None] * slopes[1]
     centre, radius = rng.uniform(0.2, 0.8, 2), rng.uniform(0.1, 0.4)
@@ -105,9 +107,13 @@ def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
     from vistok.checkpoint import build_tokenizer
 
     torch.manual_seed(0)
-    base = TINY if tokenizer == "titok_tiny" else [
-        *(o for o in TINY if o not in SIZES["titok_tiny"]),
-        "data.image_size=16",
-        *SIZES[tokenizer],
-    ]
+    base = (
+        TINY
+        if tokenizer == "titok_tiny"
+        else [
+            *(o for o in TINY if o not in SIZES["titok_tiny"]),
+            "data.image_size=16",
+            *SIZES[tokenizer],
+        ]
+    )
     return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT
 
 PACKAGE = ROOT / "tokenizers" / "vistok"
@@ -158,10 +159,22 @@ def test_hugging_face_works_beside_us():
     assert python(HUGGING_FACE).endswith("both\n")
 
 
-BLOCKED = (
-    "lightning hydra omegaconf timm torchmetrics webdataset wandb rich PIL sklearn skimage yaml "
-    "tensorboard simplejpeg"
-).split()
+BLOCKED = [
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "timm",
+    "torchmetrics",
+    "webdataset",
+    "wandb",
+    "rich",
+    "PIL",
+    "sklearn",
+    "skimage",
+    "yaml",
+    "tensorboard",
+    "simplejpeg",
+]
 
 LOAD = """
 import sys

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from helpers import CONFIGS, ROOT, TINY
 
 import vistok
+from helpers import CONFIGS, ROOT, TINY
 from vistok.cli import main
 
 PROBE = """
@@ -54,7 +54,9 @@ def test_train_help_lists_every_choice(cli):
     assert code == 0 and not lines
     for group in ("experiment", "quantizer", "tokenizer", "data", "logger"):
         for path in (CONFIGS / group).glob("*.yaml"):
-            (line,) = [x for x in out.splitlines() if x.split()[:1] == [path.stem] and x[2] != " "][:1]
+            (line,) = [x for x in out.splitlines() if x.split()[:1] == [path.stem] and x[2] != " "][
+                :1
+            ]
             assert len(line.split()) > 3, f"{group}/{path.stem} has no line of its own: {line!r}"
     assert max(map(len, out.splitlines())) <= 102
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, losses_of, make_photos
 
 import vistok
+from helpers import ROOT, TINY, losses_of, make_photos
 from vistok.checkpoint import read_checkpoint
 
 
@@ -30,7 +30,10 @@ def words(photos):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("experiment=titok_tyny", ("experiment=titok_tyny", "did you mean 'titok_tiny'", "vqgan_f16")),
+        (
+            "experiment=titok_tyny",
+            ("experiment=titok_tyny", "did you mean 'titok_tiny'", "vqgan_f16"),
+        ),
         ("quantizer=emavq", ("quantizer=emavq", "did you mean 'ema_vq'")),
         ("logger=wandbb", ("logger=wandbb", "did you mean 'wandb'")),
         ("data=foldr", ("data=foldr", "did you mean 'folder'")),
@@ -68,7 +71,10 @@ def test_mistyped_words(fails, override, expected):
         ("plugins=no_such_module", ("plugins", "no_such_module")),
         ("init_from=runs/nope", ("runs/nope", "no such")),
         ("quantizer._target_=os.system", ("os.system", "registry")),
-        ("quantizer._target_=vistok.quantizers.vq.VectorQuantiser", ("did you mean 'VectorQuantizer'",)),
+        (
+            "quantizer._target_=vistok.quantizers.vq.VectorQuantiser",
+            ("did you mean 'VectorQuantizer'",),
+        ),
         ("data.train=/no/photos", ("/no/photos", "no such folder")),
         ("data.train=null", ("data.train is not set",)),
         ("data=shards data.train=/x-{000000..000003}.tar", ("no such shard /x-000000.tar",)),
@@ -87,7 +93,9 @@ def test_no_gpu(fails, words, finished_run):
 
 
 def test_a_diverging_loss_is_named(fails, words):
-    fails("train", *words, "optimizer.lr=1e30", "trainer.gradient_clip_val=0", words="learning rate")
+    fails(
+        "train", *words, "optimizer.lr=1e30", "trainer.gradient_clip_val=0", words="learning rate"
+    )
 
 
 def test_fewer_shards_than_workers_and_broken_shards(fails, cli, words, photos, tmp_path):
@@ -155,7 +163,10 @@ def test_eval_and_export_without_a_run(fails, finished_run, tmp_path):
 def test_resume_refuses_what_cannot_go_on(fails, finished_run, tmp_path):
     fails("train", f"resume={finished_run}", words=("trainer.max_steps=7", "already at step 7"))
     fails(
-        "train", f"resume={finished_run}", "trainer.max_stepz=9", words="did you mean 'trainer.max_steps'"
+        "train",
+        f"resume={finished_run}",
+        "trainer.max_stepz=9",
+        words="did you mean 'trainer.max_steps'",
     )
     run = shutil.copytree(finished_run, tmp_path / "run")
     more = (f"resume={run}", "trainer.max_steps=9")
@@ -210,7 +221,10 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(fails, finished_run,
 
 
 def test_files_that_are_no_checkpoints(fails, tmp_path):
-    for name, content in (("text.ckpt", b"hello"), ("yaml.ckpt", (ROOT / "pyproject.toml").read_bytes())):
+    for name, content in (
+        ("text.ckpt", b"hello"),
+        ("yaml.ckpt", (ROOT / "pyproject.toml").read_bytes()),
+    ):
         (tmp_path / name).write_bytes(content)
         fails("evaluate", f"run={name}", words=name)
     for name, value in (("list.ckpt", [1]), ("bare.ckpt", {"state_dict": {}})):

@@ -11,10 +11,10 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
 from PIL import Image
 
 import vistok
+from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
 from vistok.checkpoint import read_checkpoint
 from vistok.cli import train
 from vistok.training.callbacks import _read_rows
@@ -24,7 +24,13 @@ from vistok.training.callbacks import _read_rows
 def words(photos, tmp_path, monkeypatch):
     """A tiny run on 18 training pictures, so that an epoch of 4 batches does not divide."""
     monkeypatch.chdir(tmp_path)
-    return [*TINY, "data=folder", f"data.train={photos}", "data.image_size=16", "data.val_fraction=0.2"]
+    return [
+        *TINY,
+        "data=folder",
+        f"data.train={photos}",
+        "data.image_size=16",
+        "data.val_fraction=0.2",
+    ]
 
 
 def state_of(run, name="last"):
@@ -113,9 +119,16 @@ def test_metrics_csv(finished_run):
 
 
 def test_best_checkpoint_is_the_best_validation(words, tmp_path):
-    more = ["optimizer.lr=0.3", "ema.decay=0", "trainer.val_check_interval=1", "trainer.max_steps=6"]
+    more = [
+        "optimizer.lr=0.3",
+        "ema.decay=0",
+        "trainer.val_check_interval=1",
+        "trainer.max_steps=6",
+    ]
     assert train([*words, *more, "hydra.run.dir=run"]) == 0  # a rate at which it gets worse again
-    rows = {int(r["step"]): float(r["val/psnr"]) for r in metrics_of(tmp_path / "run") if r["val/psnr"]}
+    rows = {
+        int(r["step"]): float(r["val/psnr"]) for r in metrics_of(tmp_path / "run") if r["val/psnr"]
+    }
     best = max(rows, key=rows.__getitem__)
     assert best != 6, rows
     assert state_of(tmp_path / "run", "best")["global_step"] == best
@@ -160,10 +173,18 @@ HARD = [
 def whole(request, photos, tmp_path_factory):
     """Words of a run of 11 steps and its folder, uninterrupted."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    words = [*TINY, "data=folder", f"data.train={photos}", "data.image_size=16", "data.val_fraction=0.2"]
+    words = [
+        *TINY,
+        "data=folder",
+        f"data.train={photos}",
+        "data.image_size=16",
+        "data.val_fraction=0.2",
+    ]
     words += [*HARD, f"data.num_workers={request.param}"]
     assert train([*words, "trainer.max_steps=11", f"hydra.run.dir={run}"]) == 0
-    revived = [float(r["quantizer/dead_codes_revived"] or 0) for r in metrics_of(run) if r["loss/total"]]
+    revived = [
+        float(r["quantizer/dead_codes_revived"] or 0) for r in metrics_of(run) if r["loss/total"]
+    ]
     assert sum(revived[:5]) > 0 and sum(revived[6:]) > 0, "no restarts: the test would show nothing"
     return words, run
 
@@ -190,7 +211,9 @@ def test_resume_after_max_steps_is_exact(whole, tmp_path, stop):
 
 def test_another_seed_or_no_resume_gives_other_losses(whole, tmp_path):
     words, full = whole
-    assert train([*words, "trainer.max_steps=4", "seed=1", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert (
+        train([*words, "trainer.max_steps=4", "seed=1", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    )
     other = losses_of(tmp_path / "run")
     assert all(other[step] != losses_of(full)[step] for step in other)
 
@@ -258,7 +281,9 @@ def press_ctrl_c():
         (press_ctrl_c, 5, "start", 130, 6),
     ],
 )
-def test_resume_after_an_accident_is_exact(whole, tmp_path, monkeypatch, what, step, hook, code, saved):
+def test_resume_after_an_accident_is_exact(
+    whole, tmp_path, monkeypatch, what, step, hook, code, saved
+):
     words, full = whole
     run = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
@@ -316,7 +341,9 @@ def test_evaluation(cli, finished_run, tmp_path):
     from vistok.data.datamodule import VistokDataModule
     from vistok.models.tokenizer import to_unit_range
 
-    code, lines, out = cli("evaluate", f"run={finished_run}", "out=e", "num_pictures=3", "weights=last")
+    code, lines, out = cli(
+        "evaluate", f"run={finished_run}", "out=e", "num_pictures=3", "weights=last"
+    )
     assert code == 0 and not lines
     results = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert "psnr" in out and "codebook_usage" in out
@@ -360,7 +387,9 @@ def test_evaluation_of_other_data_weights_and_exports(cli, finished_run, exporte
         "export": [f"run={exported}", "data=folder", f"data.val={other}", "batch_size=2"],
         "bf16": [f"run={finished_run}", f"data.val={other}", "precision=bf16"],
     }.items():
-        code, lines, _ = cli("evaluate", *words, f"out={name}", "num_pictures=0", "data.num_workers=0")
+        code, lines, _ = cli(
+            "evaluate", *words, f"out={name}", "num_pictures=0", "data.num_workers=0"
+        )
         assert code == 0, lines
         results[name] = json.loads((tmp_path / name / "metrics.json").read_text())
         assert not (tmp_path / name / "reconstructions.png").exists()
@@ -368,7 +397,9 @@ def test_evaluation_of_other_data_weights_and_exports(cli, finished_run, exporte
     assert [results["ema"][k] for k in keys] == [results["file"][k] for k in keys]
     assert results["ema"]["psnr"] != results["last"]["psnr"]
     assert results["other"]["images"] == 5 and results["other"]["psnr"] != results["ema"]["psnr"]
-    assert [results["other"][k] for k in keys] == pytest.approx([results["export"][k] for k in keys])
+    assert [results["other"][k] for k in keys] == pytest.approx(
+        [results["export"][k] for k in keys]
+    )
     assert results["bf16"]["psnr"] == pytest.approx(results["other"]["psnr"], abs=0.2)
     assert results["bf16"]["precision"] == "bfloat16"
 
@@ -378,9 +409,16 @@ def test_evaluation_of_other_data_weights_and_exports(cli, finished_run, exporte
 
 def test_fine_tuning_starts_from_the_weights(words, finished_run, exported, tmp_path):
     kept = vistok.load(finished_run).state_dict()
-    for number, source in enumerate((finished_run, exported, finished_run / "checkpoints" / "best.ckpt")):
+    for number, source in enumerate(
+        (finished_run, exported, finished_run / "checkpoints" / "best.ckpt")
+    ):
         run = tmp_path / f"{number}"
-        more = [f"init_from={source}", "optimizer.lr=0", "optimizer.weight_decay=0", "trainer.max_steps=1"]
+        more = [
+            f"init_from={source}",
+            "optimizer.lr=0",
+            "optimizer.weight_decay=0",
+            "trainer.max_steps=1",
+        ]
         assert train([*words, *more, "quantizer.codebook=gradient", f"hydra.run.dir={run}"]) == 0
         weights = vistok.load(run, weights="last").state_dict()
         shared = [k for k in weights if k in kept]
@@ -409,7 +447,10 @@ def test_precision(words, tmp_path, monkeypatch, precision, dtype):
     monkeypatch.setattr(Quantizer, "forward", forward)
     more = [f"trainer.precision={precision}", "trainer.max_steps=2", "hydra.run.dir=run"]
     assert train([*words, *more]) == 0
-    assert {(d, q) for training, d, q in seen if training} <= {(dtype, torch.float32), (torch.float32, torch.float32)}
+    assert {(d, q) for training, d, q in seen if training} <= {
+        (dtype, torch.float32),
+        (torch.float32, torch.float32),
+    }
     state = state_of(tmp_path / "run")["state_dict"]
     assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
 
@@ -418,8 +459,14 @@ def test_auto_precision_follows_the_processor(monkeypatch):
     from vistok.training.run import precision
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for answers, expected in (((True, False), "bf16"), ((False, True), "bf16"), ((False, False), "32")):
-        for probe, answer in zip(("_is_amx_tile_supported", "_is_avx512_bf16_supported"), answers, strict=True):
+    for answers, expected in (
+        ((True, False), "bf16"),
+        ((False, True), "bf16"),
+        ((False, False), "32"),
+    ):
+        for probe, answer in zip(
+            ("_is_amx_tile_supported", "_is_avx512_bf16_supported"), answers, strict=True
+        ):
             monkeypatch.setattr(torch.cpu, probe, lambda answer=answer: answer, raising=False)
         assert precision("auto", "cpu").startswith(expected)
 
@@ -525,7 +572,10 @@ def test_compile_changes_little_and_its_checkpoints_fit(words, tmp_path):
     plain, compiled = (losses_of(tmp_path / name) for name in ("plain", "compiled"))
     for step, loss in plain.items():
         assert float(compiled[step]) == pytest.approx(float(loss), rel=1e-3)
-    assert state_of(tmp_path / "plain")["state_dict"].keys() == state_of(tmp_path / "compiled")["state_dict"].keys()
+    assert (
+        state_of(tmp_path / "plain")["state_dict"].keys()
+        == state_of(tmp_path / "compiled")["state_dict"].keys()
+    )
     assert train([f"resume={tmp_path / 'compiled'}", "compile=false", "trainer.max_steps=4"]) == 0
 
 
@@ -537,7 +587,9 @@ def test_default_experiment_end_to_end(cli, tmp_path):
     code, lines, out = cli("train", *words)
     assert code == 0, lines
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["baseline_kmeans_psnr"] > 15 and summary["samples_seen"] == 12 * summary["data"].get("batch_size", 32)
+    assert summary["baseline_kmeans_psnr"] > 15 and summary["samples_seen"] == 12 * summary[
+        "data"
+    ].get("batch_size", 32)
     losses = [float(r["loss/total"]) for r in metrics_of(tmp_path / "run") if r["loss/total"]]
     assert losses
     code, lines, _ = cli("train", "resume=run", "trainer.max_steps=14")

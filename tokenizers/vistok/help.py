@@ -71,7 +71,7 @@ main keys
 def eval_help() -> None:
     """`eval.py --help`."""
     print(
-        """Evaluate a trained tokenizer: PSNR, SSIM, codebook usage, bits; a table, metrics.json, a picture.
+        """Evaluate a tokenizer: PSNR, SSIM, codebook usage, bits; a table, metrics.json, a picture.
 
 usage: eval.py run=runs/<run> [key=value ...]
 
@@ -95,7 +95,7 @@ keys
 def export_help() -> None:
     """`export.py --help`."""
     print(
-        """Export a tokenizer for other programs: codebooks and weights as safetensors, a config, a card.
+        """Export a tokenizer for other programs: codebooks, weights, a config and a card.
 
 usage: export.py run=runs/<run> out=exported/my_tokenizer [weights=ema] [overwrite=true]
 

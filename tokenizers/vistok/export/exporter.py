@@ -153,6 +153,8 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     ]
     table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not evaluated yet."
     size = " x ".join(map(str, io["image_size"]))
+    sizes = zip(io["codebook_sizes"], io["codebook_dims"], strict=True)
+    books = [f"{count} codes of dimension {dim}" for count, dim in sizes]
     return f"""# {name} with {quantizer}
 
 A discrete visual tokenizer, exported by vistok {description["vistok"]}.
@@ -160,8 +162,8 @@ A discrete visual tokenizer, exported by vistok {description["vistok"]}.
 | | |
 |---|---|
 | images | {size} pixels, {io["channels"]} channels, {io["image_range"]}, crop `{io["crop"]}` |
-| tokens | {io["num_tokens"]} per image, {len(io["codebook_sizes"])} ids each, order: {io["token_order"]} |
-| codebooks | {", ".join(f"{k} codes of dimension {d}" for k, d in zip(io["codebook_sizes"], io["codebook_dims"], strict=True))} |
+| tokens | {io["num_tokens"]} per image, {len(books)} ids each, order: {io["token_order"]} |
+| codebooks | {", ".join(books)} |
 | size | {io["bits_per_image"]:.0f} bits per image |
 
 ## Measured

@@ -28,8 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vistok.distributed import world_size
 from vistok.console import console, say
+from vistok.distributed import world_size
 from vistok.errors import CheckpointError
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png

@@ -52,7 +52,8 @@ class EMA:
         if shadow and shadow[0].device != live[0].device:
             self.shadow = {k: v.to(live[0].device) for k, v in self.shadow.items()}
             shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, live, 1 - decay)
+        for average, value in zip(shadow, live, strict=True):
+            average.lerp_(value, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -72,7 +73,7 @@ class EMA:
     def weights(self) -> dict[str, Tensor]:
         """State dict of the module with the averaged parameters in place."""
         return {
-            name: self.shadow.get(name, value).detach().to(value.dtype)
+            name: (self.shadow[name] if name in self.shadow else value).detach().to(value.dtype)
             for name, value in self.module.state_dict().items()
         }
 

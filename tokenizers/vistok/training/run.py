@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
 
 import vistok
+from vistok import distributed
 from vistok.checkpoint import find_checkpoint, load, load_weights, read_checkpoint
 from vistok.console import say
 from vistok.data.datamodule import VistokDataModule
@@ -197,7 +198,7 @@ def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list
         # Without a login wandb would stop and ask; offline runs can be synced later.
         known = os.environ.get("WANDB_API_KEY") or has_wandb_login()
         offline = config["logger"]["offline"] or not known
-        if offline and not config["logger"]["offline"] and rank_zero_only.rank == 0:
+        if offline and not config["logger"]["offline"] and distributed.rank() == 0:
             say("wandb: not logged in, so this run is kept offline (sync: wandb sync)")
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ["WANDB_MODE"] = "offline" if offline else "online"

@@ -1,0 +1,144 @@
+"""Configs to modules and back: the registry lets in what is ours, and nothing else."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import vistok
+from helpers import TINY, config_of, images_of, tiny_tokenizer
+from vistok.checkpoint import build, find_checkpoint, load_weights, read_config, resolve
+from vistok.errors import CheckpointError, ConfigError
+
+STRANGERS = [
+    "os.system",
+    "subprocess.Popen",
+    "builtins.eval",
+    "torch.nn.Linear",
+    "torch.load",
+    "vistok.cli.main",
+    "vistok.checkpoint.load",
+    "vistok.training.run.train",
+    "vistok.quantizers.vq.torch",
+    "vistok.quantizers.vq.nn",
+    "vistok.quantizers.vq.Quantizer",  # imported there, at home elsewhere
+    "vistok.quantizers.kmeans.kmeans",  # a function
+    "vistok.quantizers.vq",
+    "vistok.models.tokenizer.Sequence",
+    "vistok.models..tokenizer.Tokenizer",
+    "vistok.quantizers.vq.VectorQuantizer.__init__",
+    "vistok.quantizers.no_such.Thing",
+    "vistok",
+    "",
+    None,
+    7,
+    ["os.system"],
+    {"a": "b"},
+]
+
+
+@pytest.mark.parametrize("target", STRANGERS, ids=str)
+def test_strangers_are_refused(target):
+    before = set(sys.modules)
+    with pytest.raises(ConfigError, match="_target_"):
+        resolve(target)
+    with pytest.raises(ConfigError):
+        build({"deep": [{"_target_": target, "args": ["touch /tmp/x"]}]})
+    assert not {m for m in set(sys.modules) - before if not m.startswith("vistok.")}
+
+
+def test_our_own_are_found():
+    from vistok.quantizers.vq import VectorQuantizer
+
+    assert resolve("vistok.quantizers.vq.VectorQuantizer") is VectorQuantizer
+    with pytest.raises(ConfigError, match="did you mean 'VectorQuantizer'"):
+        resolve("vistok.quantizers.vq.VectorQuantiser")
+
+
+def test_registered_classes_are_found_by_their_own_name_only():
+    @vistok.register
+    class Mine(nn.Module):
+        pass
+
+    name = f"{__name__}.{Mine.__qualname__}"
+    assert resolve(name) is Mine
+    assert isinstance(build({"_target_": name}), Mine)
+    with pytest.raises(ConfigError):
+        resolve(f"{__name__}.Mine")
+
+
+def test_a_config_never_causes_an_import(tmp_path, monkeypatch):
+    (tmp_path / "evil_module_of_this_test.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("evil_module_of_this_test.X", "vistok.quantizers.evil_module_of_this_test.X"):
+        with pytest.raises(ConfigError):
+            resolve(name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_build_names_a_wrong_argument():
+    with pytest.raises(ConfigError, match=r"MSELoss.*foo"):
+        build({"_target_": "vistok.losses.reconstruction.MSELoss", "foo": 1})
+
+
+def test_a_tokenizer_must_be_one():
+    class Odd(nn.Module):
+        def __init__(self, quantizer):
+            super().__init__()
+
+    vistok.register(Odd)
+    odd = {**config_of(*TINY), "tokenizer": {"_target_": f"{__name__}.{Odd.__qualname__}"}}
+    with pytest.raises(ConfigError, match="not a Tokenizer"):
+        vistok.checkpoint.build_tokenizer(odd)
+
+
+def test_weights_of_another_architecture():
+    small, large = tiny_tokenizer(), tiny_tokenizer("quantizer.codebook_size=32")
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"x\.ckpt: .*embedding.* shape \(32, .*\), expected \(16,"
+    ):
+        load_weights(small, large.state_dict(), "x.ckpt")
+    state = small.state_dict()
+    first = next(iter(state))
+    with pytest.raises(CheckpointError, match="missing"):
+        load_weights(small, {k: v for k, v in state.items() if k != first}, "x")
+    with pytest.raises(CheckpointError, match=r"'new' is unknown.*and 0 more"):
+        load_weights(small, {**state, "new": torch.zeros(1)}, "x")
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())  # untouched
+
+
+def test_load_takes_runs_files_and_exports(finished_run, exported):
+    images = images_of(4)
+    ids = {
+        str(place): vistok.load(place).tokenize(images)
+        for place in (
+            finished_run,
+            str(finished_run),
+            exported,
+            finished_run / "checkpoints/best.ckpt",
+        )
+    }
+    reference = ids[str(finished_run)]
+    assert all(torch.equal(x, reference) for x in ids.values())
+    assert reference.unique().numel() > 1
+    assert not vistok.load(exported).training
+
+
+def test_load_prefers_the_best_and_the_averaged_weights(finished_run, tmp_path):
+    best = torch.load(finished_run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert find_checkpoint(finished_run).name == "best.ckpt"
+    averaged, raw = vistok.load(finished_run), vistok.load(finished_run, weights="last")
+    key = "decoder.head.weight"
+    assert torch.equal(averaged.state_dict()[key], best["ema"]["weights"][key])
+    assert torch.equal(raw.state_dict()[key], best["state_dict"][f"tokenizer.{key}"])
+    assert not torch.equal(averaged.state_dict()[key], raw.state_dict()[key])
+    with pytest.raises(ConfigError, match="weights=best"):
+        vistok.load(finished_run, weights="best")
+
+
+def test_the_config_is_in_the_checkpoint(finished_run):
+    config = read_config(finished_run / "checkpoints" / "last.ckpt")
+    assert config["tokenizer"]["encoder"]["width"] == 16
+    assert type(config) is dict and type(config["data"]) is dict

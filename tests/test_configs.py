@@ -1,0 +1,227 @@
+"""Every config composes, builds and trains; every mistyped key is refused."""
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import vistok
+from helpers import CONFIGS, SIZES, TINY, config_of, images_of
+from vistok.checkpoint import build, build_tokenizer
+from vistok.configuration import all_keys, compose, header
+from vistok.errors import ConfigError
+from vistok.export.exporter import write_export
+from vistok.training.optimizers import build_optimizer
+
+
+def names(group, pattern="*"):
+    return sorted(path.stem for path in (CONFIGS / group).glob(f"{pattern}.yaml"))
+
+
+EXPERIMENTS = names("experiment")
+QUANTIZERS = names("quantizer")
+TOKENIZERS = names("tokenizer", "*tiny*")
+
+#: Millions of parameters. TiTok: 12 width^2 a block, in encoder and decoder; VQGAN: the paper's.
+PARAMETERS = {
+    "titok_s128": (50, 56),
+    "titok_b64": (170, 180),
+    "titok_bl128": (387, 400),
+    "titok_l32": (604, 620),
+    "vqgan_f16": (60, 90),
+    "titok_tiny": (0.5, 6),
+    "vqgan_tiny": (0.5, 6),
+}
+TOKENS = {"titok_s128": 128, "titok_b64": 64, "titok_bl128": 128, "titok_l32": 32, "vqgan_f16": 256}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_builds_on_the_meta_device(name):
+    config = config_of(f"experiment={name}")
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(config)
+        build(config["loss"])
+    assert {p.device.type for p in tokenizer.parameters()} == {"meta"}
+    low, high = PARAMETERS[name]
+    assert low < sum(p.numel() for p in tokenizer.parameters()) / 1e6 < high
+    if name in TOKENS:
+        assert tokenizer.num_tokens == TOKENS[name] and tokenizer.image_size == (256, 256)
+    assert config["name"] == name
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_says_what_it_is(path):
+    assert len(header(path)) > 10, path
+    assert yaml.safe_load(path.read_text()) is not None
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_no_sample_counts_and_no_absolute_paths(path):
+    def walk(node):
+        if isinstance(node, dict):
+            for key, value in node.items():
+                assert not ("num_samples" in str(key) or str(key) in ("num_train", "epoch_size")), (
+                    key
+                )
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+        else:
+            assert not str(node).startswith("/") or path.stem in ("train",), node
+
+    content = yaml.safe_load(path.read_text())
+    content.pop("defaults", None)
+    walk(content)
+
+
+def leaves(config):
+    return [key for key in all_keys(config) if not key.startswith("hydra")]
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "export"])
+def test_every_mistyped_key_is_refused(name):
+    """One letter too many in any key; the answer names the right one."""
+    config = compose(name, [])
+    keys = leaves(config)
+    assert len(keys) > (60 if name == "train" else 4)
+    # Composing each alone would take minutes: the struct flag is what refuses them all.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    for key in keys:
+        with pytest.raises((ConfigAttributeError, ConfigKeyError)):
+            OmegaConf.update(config, f"{key}x", 1)
+    for key in keys[:: max(1, len(keys) // 6)]:
+        if "." in key or name != "train":
+            with pytest.raises(ConfigError, match=f"{key}x: no such key.*did you mean"):
+                compose(name, [f"{key}x=1"])
+
+
+def test_quantizer_configs_write_out_every_argument():
+    """What is not in the YAML could not be overridden without a plus sign."""
+    import inspect
+
+    from vistok.checkpoint import resolve
+
+    for group, wanted in (("quantizer", QUANTIZERS), ("tokenizer", names("tokenizer"))):
+        for name in wanted:
+            config = config_of(f"{group}={name}")[group]
+            parts = [config, *(v for v in config.values() if isinstance(v, dict))]
+            for part in parts:
+                known = set(inspect.signature(resolve(part["_target_"])).parameters)
+                given = (
+                    {"encoder", "decoder", "quantizer", "latent_dim"}
+                    if group == "tokenizer"
+                    else set()
+                )
+                assert known - set(part) <= given, f"{group}={name}: {known - set(part)}"
+
+
+# ---------------------------------------------------------------------- tokenizer x quantizer
+
+
+def scale_down(node):
+    """Small codebooks, also of inner quantizers."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            scale_down(value)
+        elif key == "codebook_size":
+            node[key] = min(value, 64)
+        elif key == "delta":
+            node[key] = min(value, 16)
+        elif key == "dim":
+            node[key] = 16
+    return node
+
+
+@cache
+def tokenizer_config(name):
+    base = [o for o in TINY if not o.startswith(("tokenizer.", "quantizer."))]
+    return config_of(f"tokenizer={name}", *base, *SIZES[name])
+
+
+@cache
+def quantizer_config(name):
+    return scale_down(config_of(f"quantizer={name}")["quantizer"])
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_every_pair_trains_saves_and_loads(tokenizer, quantizer, tmp_path):
+    config = {
+        **tokenizer_config(tokenizer),
+        "quantizer": copy.deepcopy(quantizer_config(quantizer)),
+    }
+    torch.manual_seed(0)
+    tok = build_tokenizer(config)
+    loss = build(config["loss"])
+    images = tok.to_model_range(images_of(20))
+    tok.initialize(images)
+    tok.train()
+    optimizer = build_optimizer(tok, 1e-3, (0.9, 0.99), 0.01)
+    for step in range(2):
+        losses = loss(tok(images[:2]), tok.quantizer.loss_weights, step)
+        optimizer.zero_grad()
+        losses["total"].backward()
+        gradients = {n: p.grad for n, p in tok.named_parameters() if p.grad is not None}
+        assert all(torch.isfinite(g).all() for g in gradients.values())
+        optimizer.step()
+        tok.quantizer.after_step([optimizer])
+    for part in ("encoder", "decoder"):
+        reached = [n for n, g in gradients.items() if n.startswith(part) and g.abs().max() > 0]
+        assert len(reached) > 5, f"no gradient reaches the {part}"
+
+    tok.eval()
+    fresh = images_of(30)[20:22]
+    ids = tok.tokenize(fresh)
+    assert ids.shape == (2, tok.quantizer.num_index_tokens(4), len(tok.quantizer.codebook_sizes))
+    with torch.no_grad():
+        output = tok(tok.to_model_range(fresh))
+    assert torch.equal(output.quantizer.indices, ids)
+    write_export(tok, config, tmp_path / "out", {})
+    back = vistok.load(tmp_path / "out")
+    assert torch.equal(back.tokenize(fresh), ids)
+    assert torch.equal(back.detokenize(ids), tok.detokenize(ids))
+    assert torch.isfinite(tok.detokenize(ids)).all()
+    assert [t.shape[0] for t in back.codebooks()] == list(tok.quantizer.codebook_sizes)
+
+
+def test_pairs_cover_all_that_ships():
+    assert set(TOKENIZERS) == set(SIZES) and len(QUANTIZERS) >= 10
+
+
+# ---------------------------------------------------------------------- whole sizes
+
+
+def test_debug_step_goes_on_top(cli, photos):
+    words = ["+debug=step", "data=folder", f"data.train={photos}", "data.image_size=16"]
+    words += [
+        "data.val_fraction=0.2",
+        *SIZES["titok_tiny"],
+        "trainer.max_steps=2",
+        "hydra.run.dir=run",
+    ]
+    words += ["trainer.accelerator=cpu", "trainer.precision=32", "data.augment=[hflip]"]
+    code, lines, _ = cli("train", *words)
+    assert code == 0, lines
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["data"]["batch_size"] == 2 and config["debug"] is True
+
+
+@pytest.mark.slow
+def test_titok_s128_takes_a_step_at_paper_size(cli, tmp_path):
+    from helpers import make_photos
+
+    photos = make_photos(tmp_path / "photos", 4, height=256, width=300)
+    words = ["experiment=titok_s128", "data=folder", f"data.train={photos}", f"data.val={photos}"]
+    words += ["data.batch_size=1", "data.num_workers=0", "trainer.max_steps=1", "init_images=2"]
+    words += ["trainer.limit_val_batches=1", "data.eval_batch_size=1", "callbacks.num_pictures=1"]
+    words += ["trainer.precision=32", "quantizer.kmeans_iterations=1", "hydra.run.dir=run"]
+    code, lines, _ = cli("train", *words)
+    assert code == 0, lines
+    tok = vistok.load("run")
+    assert tok.num_tokens == 128 and tok.codebooks()[0].shape == (4096, 12)

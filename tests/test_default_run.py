@@ -1,0 +1,40 @@
+"""The default job itself, at a small number of steps: it learns, resumes, evaluates, exports."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import vistok
+from vistok.cli import evaluate, export, train
+
+
+@pytest.mark.slow
+def test_the_default_job_learns_resumes_evaluates_and_exports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    small = ["data.batch_size=16", "data.num_workers=0", "init_images=256"]
+    steps = ["trainer.max_steps=60", "trainer.val_check_interval=20", "baseline.num_patches=5000"]
+    constant = ["optimizer.total_samples=100000", "optimizer.warmup_samples=160"]
+    assert train([*small, *steps, *constant, f"hydra.run.dir={run}"]) == 0
+
+    summary = json.loads((run / "summary.json").read_text())
+    with open(run / "metrics.csv", newline="") as file:
+        psnr = [float(row["val/psnr"]) for row in csv.DictReader(file) if row["val/psnr"]]
+    assert psnr[-1] > psnr[0] + 0.2, "validation PSNR did not rise in forty steps"
+    # A mean colour per image stays below 15 dB on these photographs.
+    assert summary["val_psnr"] > 18
+    assert summary["baseline_kmeans_psnr"] > 18
+    assert summary["train_codebook_usage"] > 0.7
+
+    assert train([f"resume={run}", "trainer.max_steps=80"]) == 0
+    resumed = json.loads((run / "summary.json").read_text())
+    assert resumed["steps"] == 80 and resumed["samples_seen"] == 80 * 16
+
+    assert evaluate([f"run={run}", "weights=ema"]) == 0
+    assert export([f"run={run}", f"out={tmp_path / 'exported'}"]) == 0
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    ids = vistok.load(tmp_path / "exported").tokenize(images)
+    assert ids.shape == (2, 64, 1)
+    assert torch.equal(ids, vistok.load(run).tokenize(images))

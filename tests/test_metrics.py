@@ -1,0 +1,135 @@
+"""Metrics against computations of other hands."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from helpers import images_of, tiny_tokenizer
+from vistok.evaluation.evaluator import Evaluator
+from vistok.evaluation.pictures import comparison, save_png
+from vistok.metrics.image import PSNR, SSIM, to_uint8
+
+
+def pair(count=3, size=(32, 48), channels=3):
+    originals = images_of(count, size, channels)
+    noise = torch.randint(-30, 31, originals.shape, generator=torch.Generator().manual_seed(0))
+    return originals, (originals.int() + noise).clamp(0, 255).to(torch.uint8)
+
+
+def value(metric, *batches):
+    for batch in batches:
+        metric.update(*batch)
+    (result,) = metric.compute().values()
+    return result
+
+
+def test_psnr_by_hand():
+    black, grey = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 51).byte()
+    assert value(PSNR(), (black, grey)) == pytest.approx(20 * math.log10(5))  # 51 = 255 / 5
+    assert value(PSNR(), (black, black)) == pytest.approx(100)
+    originals, reconstructions = pair()
+    expected = [
+        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255)
+        for a, b in zip(originals, reconstructions, strict=True)
+    ]
+    assert value(PSNR(), (originals, reconstructions)) == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", [PSNR, SSIM])
+def test_the_mean_is_over_images_whatever_the_batches(metric):
+    a, b = pair(5)
+    whole = value(metric(), (a, b))
+    parts = value(metric(), (a[:4], b[:4]), (a[4:], b[4:]), (a[:0], b[:0]))
+    assert parts == pytest.approx(whole, rel=1e-6)
+    assert whole != pytest.approx(value(metric(), (a[:4], b[:4])), rel=1e-4)
+
+
+@pytest.mark.parametrize(("size", "channels"), [((32, 32), 3), ((24, 40), 3), ((32, 32), 1)])
+def test_ssim_equals_scikit_image(size, channels):
+    originals, reconstructions = pair(3, size, channels)
+    expected = []
+    for a, b in zip(originals, reconstructions, strict=True):
+        # The map of the whole image, whose border sees its mirror image.
+        a, b = (
+            np.pad(x.permute(1, 2, 0).numpy() / 255, [(5, 5), (5, 5), (0, 0)], "reflect")
+            for x in (a, b)
+        )
+        _, ssim_map = structural_similarity(
+            a,
+            b,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1.0,
+            full=True,
+        )
+        expected.append(ssim_map[5:-5, 5:-5].mean())
+    assert value(SSIM(), (originals, reconstructions)) == pytest.approx(np.mean(expected), abs=2e-4)
+
+
+def test_rounding_to_8_bits():
+    levels = torch.arange(256).float() / 255
+    assert torch.equal(to_uint8(levels), torch.arange(256).byte())
+    floats = torch.tensor([-1.0, 0.4999 / 255, 0.5001 / 255, 1.5])
+    assert to_uint8(floats).tolist() == [0, 0, 1, 255]
+
+
+def test_evaluator_in_a_trainers_autocast_measures_in_float32():
+    originals, _ = pair(2, (16, 16))
+    results = []
+    for enabled in (False, True):
+        evaluator = Evaluator(tiny_tokenizer())
+        reconstructions = torch.full_like(originals, 100)
+        evaluator.tokenizer.decode = lambda q: reconstructions.float() / 127.5 - 1  # noqa: B023
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            evaluator.update(originals)
+        results.append(evaluator.compute()["ssim"])
+    assert results[0] == results[1]
+
+
+def test_evaluator_leaves_padding_out():
+    tokenizer = tiny_tokenizer()
+    images = images_of(5)
+    plain, padded = Evaluator(tokenizer), Evaluator(tokenizer)
+    plain.update(images[:3])
+    valid = torch.tensor([True, True, True, False, False])
+    assert padded.update(images, valid).shape[0] == 3
+    padded.update(images, torch.zeros(5, dtype=torch.bool))  # a batch of nothing else
+    skip = "images_per_second"
+    a, b = plain.compute(), padded.compute()
+    assert {k: v for k, v in a.items() if k != skip} == {k: v for k, v in b.items() if k != skip}
+    assert a["images"] == 3 and a["num_tokens"] == 4 and a["bits_per_image"] == 16
+
+
+def test_evaluator_measures_what_users_get():
+    tokenizer = tiny_tokenizer()
+    images = images_of(4)
+    evaluator = Evaluator(tokenizer)
+    reconstructions = evaluator.update(images)
+    ids = tokenizer.tokenize(images)
+    assert torch.equal(reconstructions, to_uint8(tokenizer.detokenize(ids)))
+    results = evaluator.compute()
+    used = ids.unique().numel()
+    assert results["dead_codes"] == 16 - used and results["codebook_usage"] == used / 16
+    assert results["psnr"] == pytest.approx(value(PSNR(), (images, reconstructions)))
+
+
+def test_comparison_sheet(tmp_path):
+    from PIL import Image
+
+    originals, reconstructions = pair(2, (6, 8))
+    sheet = comparison(originals, reconstructions, gap=2)
+    assert sheet.shape == (3, 2 * 6 + 6, 2 * 10 + 2)
+    assert torch.equal(sheet[:, 2:8, 2:10], originals[0])
+    assert torch.equal(sheet[:, 10:16, 12:20], reconstructions[1])
+    covered = 4 * 3 * 6 * 8
+    assert (sheet == 255).sum() >= sheet.numel() - covered  # white between
+    save_png(sheet, tmp_path / "deep" / "x.png", scale=3)
+    with Image.open(tmp_path / "deep" / "x.png") as picture:
+        assert picture.size == (22 * 3, 18 * 3)
+        assert np.array_equal(np.asarray(picture)[1::3, 1::3], sheet.permute(1, 2, 0).numpy())
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]

@@ -1,0 +1,306 @@
+"""Tokenizers and their parts: shapes, masks, initialisation, what users call."""
+
+import pytest
+import torch
+
+from helpers import images_of, tiny_tokenizer
+from vistok.decoders.latent_transformer import LatentTransformerDecoder
+from vistok.errors import ConfigError
+from vistok.models.tokenizer import Tokenizer, to_unit_range
+from vistok.nn.patches import (
+    grid_of,
+    grid_points,
+    least_squares,
+    patchify,
+    principal_components,
+    spread_points,
+    unpatchify,
+)
+from vistok.nn.transformer import Transformer, attend
+
+both = pytest.mark.parametrize("tokenizer", ["titok_tiny", "vqgan_tiny"])
+
+
+@both
+def test_eval_forward_is_detokenize_of_tokenize(tokenizer):
+    tok = tiny_tokenizer(tokenizer=tokenizer)
+    images = images_of(3)
+    model_images = tok.to_model_range(images)
+    with torch.no_grad():
+        output = tok(model_images)
+    ids = tok.tokenize(images)
+    assert torch.equal(output.quantizer.indices, ids)
+    assert torch.allclose(to_unit_range(output.prediction), tok.detokenize(ids), atol=1e-6)
+    assert torch.equal(output.target, model_images) and output.mask is None
+    assert ids.shape == (3, 4, 1) and ids.dtype == torch.int64 and tok.num_tokens == 4
+    rec = tok.detokenize(ids)
+    assert rec.shape == images.shape and rec.dtype == torch.float32
+    assert rec.min() >= 0 and rec.max() <= 1
+
+
+@both
+@pytest.mark.parametrize(
+    ("size", "channels", "batch"), [((16, 32), 3, 2), ((24, 8), 1, 1), ((16, 16), 4, 2)]
+)
+def test_sizes_channels_and_batches(tokenizer, size, channels, batch):
+    height, width = size
+    tok = tiny_tokenizer(
+        f"data.image_size=[{height},{width}]", f"data.channels={channels}", tokenizer=tokenizer
+    )
+    images = images_of(batch, size, channels)
+    ids = tok.tokenize(images)
+    tokens = 4 if tokenizer == "titok_tiny" else height // 8 * (width // 8)
+    assert ids.shape == (batch, tokens, 1)
+    assert tok.detokenize(ids).shape == images.shape
+    tok.train()
+    output = tok(tok.to_model_range(images))
+    output.prediction.square().mean().backward()
+    assert output.prediction.shape == images.shape
+
+
+@both
+@pytest.mark.xfail(strict=True, reason="patchify and pixel_unshuffle refuse a batch of none")
+def test_an_empty_batch(tokenizer):
+    tok = tiny_tokenizer(tokenizer=tokenizer)
+    ids = tok.tokenize(images_of(2)[:0])
+    assert ids.shape == (0, 4, 1) and ids.dtype == torch.int64
+    assert tok.detokenize(ids).shape == (0, 3, 16, 16)
+
+
+@both
+def test_images_are_tokenized_one_by_one(tokenizer):
+    """A neighbour in the batch changes nothing."""
+    tok = tiny_tokenizer(tokenizer=tokenizer)
+    images = images_of(5)
+    together = tok.encode(tok.to_model_range(images))
+    alone = torch.cat([tok.encode(tok.to_model_range(x[None])) for x in images])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- what users pass
+
+
+def test_uint8_and_float_are_the_same_images():
+    tok = tiny_tokenizer()
+    images = images_of(4)
+    floats = images.float() / 255
+    assert torch.allclose(tok.to_model_range(images), tok.to_model_range(floats), atol=1e-6)
+    assert torch.equal(tok.tokenize(images), tok.tokenize(floats))
+    assert torch.equal(tok.tokenize(images), tok.tokenize(floats.double()))
+    black_white = torch.tensor([0, 255], dtype=torch.uint8).repeat(384).view(1, 3, 16, 16)
+    assert tok.to_model_range(black_white).unique().tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x[0], "expected (B, 3, 16, 16), found (3, 16, 16)"),
+        (lambda x: x[:, :1], "found (2, 1, 16, 16)"),
+        (lambda x: x[..., :8], "found (2, 3, 16, 8)"),
+        (lambda x: x.permute(0, 2, 3, 1), "found (2, 16, 16, 3)"),
+        (lambda x: x.int(), "found torch.int32"),
+        (lambda x: x > 3, "found torch.bool"),
+        (lambda x: x.float(), "must lie in [0, 1]"),
+        (lambda x: x / 127.5 - 1, "found [-"),
+        (lambda x: x / 255 * float("nan"), "nan"),
+    ],
+)
+def test_tokenize_refuses(change, words):
+    with pytest.raises(ConfigError) as error:
+        tiny_tokenizer().tokenize(change(images_of(2)))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x[..., 0], "expected (B, N, 1), found (2, 4)"),
+        (lambda x: x.repeat(1, 1, 2), "found (2, 4, 2)"),
+        (lambda x: x.float(), "expected integers"),
+        (lambda x: x + 16, "valid are 0 to 15"),
+        (lambda x: x - 16, "valid are 0 to 15"),
+    ],
+)
+def test_detokenize_refuses(change, words):
+    tok = tiny_tokenizer()
+    ids = torch.arange(8).view(2, 4, 1)
+    tok.detokenize(ids.to(torch.int16))
+    with pytest.raises(ConfigError) as error:
+        tok.detokenize(change(ids))
+    assert words in str(error.value)
+
+
+def test_parts_must_fit():
+    tok, other = tiny_tokenizer(), tiny_tokenizer("tokenizer.encoder.width=32")
+    with pytest.raises(ConfigError, match=r"latent_dim.*32.*16.*equal"):
+        Tokenizer(other.encoder, tok.quantizer, tok.decoder, 16)
+
+
+# ---------------------------------------------------------------------- masks
+
+
+def decoder(class_token=False):
+    torch.manual_seed(0)
+    return LatentTransformerDecoder(
+        [16, 24], 3, patch_size=8, num_latent_tokens=6, latent_dim=12, width=16, depth=2,
+        num_heads=2, class_token=class_token,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_masked_tokens_have_no_influence_and_equal_truncation(class_token):
+    net = decoder(class_token)
+    quantized, noise = torch.randn(3, 6, 12), torch.randn(3, 6, 12)
+    keep = torch.arange(6)[None] < torch.tensor([6, 4, 1])[:, None]
+    masked = net.reconstruct(quantized, keep)
+    changed = torch.where(keep[..., None], quantized, 100 * noise)
+    assert torch.allclose(net.reconstruct(changed, keep), masked, atol=1e-5)
+    for row, count in enumerate((6, 4, 1)):
+        short = net.reconstruct(quantized[row : row + 1, :count])
+        assert torch.allclose(masked[row : row + 1], short, atol=1e-5)
+    # What is not masked does have an influence, else all of this would hold of itself.
+    other = torch.where(keep[..., None], noise, quantized)
+    assert not torch.allclose(net.reconstruct(other, keep), masked, atol=1e-2)
+    assert not torch.allclose(net.reconstruct(quantized), masked, atol=1e-2)
+    assert torch.allclose(
+        net.reconstruct(quantized, torch.ones(3, 6).bool()), net.reconstruct(quantized), atol=1e-5
+    )
+
+
+def test_a_tokenizer_with_masks_trains_and_reads_prefixes():
+    class Nested(type(tiny_tokenizer())):
+        def sample_mask(self, latents):
+            return torch.arange(4).expand(len(latents), 4) < 2
+
+    tok = tiny_tokenizer()
+    tok.__class__ = Nested
+    images = images_of(3)
+    output = tok(tok.to_model_range(images))
+    assert output.mask.sum() == 6
+    prefix = tok.detokenize(tok.tokenize(images)[:, :2])
+    assert torch.allclose(to_unit_range(output.prediction), prefix, atol=1e-5)
+
+
+def test_cnn_decoder_counts_masked_cells_as_zero():
+    net = tiny_tokenizer(tokenizer="vqgan_tiny").decoder
+    quantized = torch.randn(2, 4, 16)
+    keep = torch.tensor([[True, False, True, True]]).expand(2, 4)
+    zeroed = quantized.clone()
+    zeroed[:, 1] = 0
+    assert torch.equal(net.reconstruct(quantized, keep), net.reconstruct(zeroed))
+    assert not torch.allclose(net.reconstruct(quantized), net.reconstruct(zeroed))
+
+
+# ---------------------------------------------------------------------- initialisation
+
+
+@both
+def test_initialisation_helps_and_is_deterministic(tokenizer):
+    images = images_of(48)
+    fresh, errors, states = images_of(64)[48:], [], []
+    for _ in range(2):
+        tok = tiny_tokenizer("quantizer.codebook_size=64", tokenizer=tokenizer)
+        before = mse(tok, fresh)
+        torch.manual_seed(1)
+        tok.initialize(tok.to_model_range(images))
+        assert not tok.training
+        errors.append((before, mse(tok, fresh)))
+        states.append(tok.state_dict())
+    for key, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][key]), key
+    before, after = errors[0]
+    assert errors[0] == errors[1]
+    mean = (fresh.float() / 255).mean(dim=(0, 2, 3), keepdim=True)
+    trivial = (fresh.float() / 255 - mean).square().mean().item()
+    assert after < 0.9 * before
+    if tokenizer == "titok_tiny":  # the CNN sets its last layer alone
+        assert after < trivial  # better than the best flat colour
+
+
+def mse(tok, images):
+    return (tok.detokenize(tok.tokenize(images)) - images.float() / 255).square().mean().item()
+
+
+def test_initialize_keeps_the_mode():
+    tok = tiny_tokenizer().train()
+    tok.initialize(tok.to_model_range(images_of(16)))
+    assert tok.training and tok.quantizer.training
+
+
+# ---------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patchify_is_cut_by_hand_and_unpatchify_its_inverse(channels):
+    images = torch.randn(2, channels, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 16 * channels)
+    by_hand = images[1, :, 4:8, 8:12].permute(1, 2, 0).flatten()  # row 1, column 2
+    assert torch.equal(patches[1, 5], by_hand)
+    assert torch.equal(unpatchify(patches, (2, 3), 4), images)
+
+
+def test_grid_of():
+    assert grid_of(16, 8) == (2, 2) and grid_of([16, 24], 8) == (2, 3)
+    with pytest.raises(ConfigError, match=r"data\.image_size=20.*8 px.*data\.image_size=16"):
+        grid_of(20, 8)
+    with pytest.raises(ConfigError, match=r"\[16, 20\]"):
+        grid_of([16, 20], 8)
+
+
+@pytest.mark.parametrize(
+    ("count", "grid"),
+    [(64, (8, 8)), (6, (2, 3)), (32, (16, 16)), (5, (4, 4)), (1, (3, 3)), (100, (2, 2))],
+)
+def test_points_are_spread(count, grid):
+    points = spread_points(count, grid)
+    assert points.shape == (count, 2) and len(points.unique(dim=0)) == count
+    assert (points > -0.5).all() and (points < torch.tensor(grid) - 0.5).all()
+    if count == grid[0] * grid[1]:
+        assert torch.allclose(points, grid_points(grid))
+
+
+def test_principal_components_equal_an_svd():
+    rows = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+    mean, components, deviations = principal_components(rows, 4)
+    assert torch.allclose(mean.double(), rows.mean(0), atol=1e-5)
+    _, s, v = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    assert torch.allclose(deviations.double(), s[:4] / 199**0.5, rtol=1e-4)
+    assert torch.allclose((components.double() @ v[:4].T).abs(), torch.eye(4).double(), atol=1e-4)
+
+
+def test_least_squares_equals_lstsq():
+    x, y = torch.randn(300, 5).double(), torch.randn(300, 3).double()
+    y += x @ torch.randn(5, 3).double() + 2
+    weight, bias = least_squares(x.float(), y.float(), ridge=0.0)
+    full = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1)], dim=1), y).solution
+    assert torch.allclose(weight.double(), full[:5].T, atol=1e-4)
+    assert torch.allclose(bias.double(), full[5], atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_attention_equals_the_fused_kernel(masked):
+    q, k, v = torch.randn(3, 2, 4, 7, 8).bfloat16()
+    mask = (torch.rand(2, 1, 1, 7) > 0.4) if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    with torch.enable_grad():
+        plain = attend(q, k, v, mask)
+    with torch.no_grad():
+        fused = attend(q, k, v, mask)
+    exact = attend(q.float(), k.float(), v.float(), mask)
+    assert torch.allclose(plain.float(), exact, atol=0.03) and torch.allclose(
+        fused.float(), exact, atol=0.03
+    )
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        net = Transformer(16, 2, 2, activation_checkpointing=flag)
+        x = torch.randn(2, 5, 16)
+        net(x).square().mean().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
