@@ -4,8 +4,9 @@
     python scripts/bench_quantizers.py methods=vq,simvq sizes=8192x32 out=bench.json
 
 Keys: `methods` (of METHODS below), `sizes` (codes x channels, for the codebook methods), `tokens`,
-`rounds`, `threads`, `memory_gb` (limit per process; what needs more is "out of memory") and `out`
-(a JSON file; its other cases are kept). `vqp` is vector-quantize-pytorch, `textbook` the usual few
+`rounds`, `threads`, `memory_gb` (limit per process; what needs more is "out of memory"), `patience`
+(seconds to wait before each step until nothing else runs on the machine) and `out` (a JSON file;
+its other cases are kept). `vqp` is vector-quantize-pytorch, `textbook` the usual few
 lines with a distance matrix and one-hots, `matmul` the product that an exact search cannot avoid,
 `matmul_reused` the same into memory that is there already.
 
@@ -305,6 +306,7 @@ def measure(method: str, size: str, options: dict) -> dict:
             if sum(wall for kind in times[name].values() for wall, _ in kind) > TURN_BUDGET:
                 continue
             for kind in ("train", "encode"):
+                wait_until_quiet(options["patience"])
                 connection.send(kind)
                 answer = receive(connection)
                 if isinstance(answer, tuple):
@@ -320,6 +322,21 @@ def measure(method: str, size: str, options: dict) -> dict:
                 results[name][f"{kind}_ms"] = 1e3 * min(wall for wall, _ in pairs)
                 results[name][f"{kind}_cpu_ms"] = 1e3 * min(cpu for _, cpu in pairs)
     return results
+
+
+def wait_until_quiet(patience: float) -> None:
+    """Return when the cores are idle, or after `patience` seconds."""
+
+    def ticks() -> tuple[int, int]:
+        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return sum(numbers), numbers[3] + numbers[4]
+
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        (total, idle), _ = ticks(), time.sleep(0.2)
+        later, later_idle = ticks()
+        if later_idle - idle > 0.9 * (later - total):
+            return
 
 
 def receive(connection) -> object:
@@ -378,13 +395,14 @@ def machine(options: dict) -> dict:
 def main() -> None:
     """Parse key=value arguments, measure, print and write."""
     options: dict = {"tokens": 8192, "rounds": 5, "threads": os.cpu_count(), "memory_gb": 10.0}
+    options["patience"] = 0.0
     chosen = {"methods": ",".join(METHODS), "sizes": ",".join(SIZES), "out": ""}
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
         if key in chosen:
             chosen[key] = value
         elif key in options:
-            options[key] = float(value) if key == "memory_gb" else int(value)
+            options[key] = type(options[key])(value)
         else:
             sys.exit(f"unknown key {key!r}; known: {', '.join([*chosen, *options])}")
     out = Path(chosen["out"]) if chosen["out"] else None

@@ -49,6 +49,8 @@ TINY = [
     "callbacks.num_pictures=2",
     "init_images=8",
     "optimizer.lr=1e-3",
+    "optimizer.warmup_samples=0",
+    "optimizer.final_lr_factor=0.1",
     "baseline.patch_size=null",
 ]
 

@@ -109,10 +109,11 @@ def test_quantizer_configs_write_out_every_argument():
 
     for group, wanted in (("quantizer", QUANTIZERS), ("tokenizer", names("tokenizer"))):
         for name in wanted:
-            config = config_of(f"{group}={name}")[group]
-            parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-            for part in parts:
-                known = set(inspect.signature(resolve(part["_target_"])).parameters)
+            config = config_of("~experiment", f"{group}={name}")[group]
+            parts = [v for v in config.values() if isinstance(v, dict)] if group == "tokenizer" else []
+            for part in [config, *parts]:
+                parameters = inspect.signature(resolve(part["_target_"])).parameters.values()
+                known = {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
                 given = (
                     {"encoder", "decoder", "quantizer", "latent_dim"}
                     if group == "tokenizer"
@@ -146,10 +147,17 @@ def tokenizer_config(name):
 
 @cache
 def quantizer_config(name):
-    return scale_down(config_of(f"quantizer={name}")["quantizer"])
+    return scale_down(config_of("~experiment", f"quantizer={name}")["quantizer"])
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+#: project_out has no bias there, which `Quantizer.initialize_from` sets.
+BROKEN = pytest.mark.xfail(strict=True, raises=AttributeError, reason="initialize_from sets a bias of None")
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [pytest.param(q, marks=BROKEN) if q in ("binary", "instella") else q for q in QUANTIZERS],
+)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_every_pair_trains_saves_and_loads(tokenizer, quantizer, tmp_path):
     config = {
@@ -188,6 +196,22 @@ def test_every_pair_trains_saves_and_loads(tokenizer, quantizer, tmp_path):
     assert torch.equal(back.detokenize(ids), tok.detokenize(ids))
     assert torch.isfinite(tok.detokenize(ids)).all()
     assert [t.shape[0] for t in back.codebooks()] == list(tok.quantizer.codebook_sizes)
+
+
+@pytest.mark.xfail(strict=True, reason="num_tokens and bits_per_image count latents, not ids")
+def test_the_size_of_a_code_counts_the_ids_of_all_scales():
+    config = {**tokenizer_config("titok_tiny"), "quantizer": quantizer_config("var")}
+    tok = build_tokenizer(config).eval()
+    ids = tok.tokenize(images_of(2))
+    assert ids.shape[1] == 5  # scales 1 x 1 and 2 x 2
+    assert tok.bits_per_image == ids.shape[1] * tok.quantizer.bits_per_token
+    assert tok.num_tokens == ids.shape[1]
+
+
+def test_the_quantizer_of_the_default_run_can_be_exchanged():
+    for name in ("vq", "fsq", "lfq", "residual_vq", "simvq"):
+        with torch.device("meta"):
+            build_tokenizer(config_of(f"quantizer={name}"))
 
 
 def test_pairs_cover_all_that_ships():

@@ -95,9 +95,10 @@ def test_quantizers_of_other_kinds(tmp_path, overrides, slots, looked_up):
     from helpers import SIZES
     from vistok.checkpoint import build_tokenizer
 
-    if "levels" not in overrides[-1]:
-        overrides = [*overrides, "quantizer.codebook_size=16"]
-    config = config_of(*SIZES["titok_tiny"], "data.image_size=16", *overrides)
+    config = config_of(*SIZES["titok_tiny"], "data.image_size=16")
+    config["quantizer"] = config_of("~experiment", *overrides)["quantizer"] | {"dim": 16}
+    if "codebook_size" in config["quantizer"]:
+        config["quantizer"]["codebook_size"] = 16
     torch.manual_seed(0)
     tok = build_tokenizer(config)
     tok.initialize(tok.to_model_range(images_of(16)))
@@ -176,7 +177,6 @@ def test_a_class_hidden_in_an_argument_is_refused(copy):
         lambda c: c["quantizer"].update(codebook_size=1),
         lambda c: c["quantizer"].update(codebook_size=32),
         lambda c: c["quantizer"].update(nonsense=32),
-        lambda c: c["tokenizer"].update(image_size=20),
         lambda c: c["tokenizer"]["encoder"].update(width="wide"),
     ],
 )

@@ -1,11 +1,13 @@
 """Whole runs through the command line: files, exact resume, evaluation, fine-tuning, loggers."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 
 import vistok
 from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
-from vistok.checkpoint import read_checkpoint
+from vistok.checkpoint import find_checkpoint, read_checkpoint
 from vistok.cli import train
 from vistok.training.callbacks import _read_rows
 
@@ -58,7 +60,7 @@ def assert_same_training(run, other):
     """Equal weights, averaged weights, optimizer, codebook statistics, random state, position."""
     first, second = state_of(run), state_of(other)
     assert first["ema"]["num_updates"] > 0
-    assert any("codebook" in key for key in first["state_dict"])
+    assert any("quantizer" in key for key in first["state_dict"])
     for part in ("state_dict", "ema", "optimizer_states", "random_state", "global_step"):
         assert_same(first[part], second[part], part)
     (position,) = [v for k, v in first.items() if "DataModule" in k]
@@ -81,7 +83,7 @@ def test_run_folder(finished_run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["tokenizer"]["encoder"]["width"] == 16 and config["quantizer"]["dim"] == 16
     versions = json.loads((run / "versions.json").read_text())
-    assert versions["vistok"] == vistok.__version__ and versions["torch"] == torch.__version__
+    assert versions["vistok"] == vistok.__version__ and versions["torch"] == torch.__version__.partition("+")[0]
     assert {"lightning", "python", "commit", "cpu_threads"} <= versions.keys()
     assert (run / "command.txt").read_text().strip()
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
@@ -118,22 +120,18 @@ def test_metrics_csv(finished_run):
         assert float(row["loss/total"]) == pytest.approx(total, rel=1e-5)
 
 
-def test_best_checkpoint_is_the_best_validation(words, tmp_path):
-    more = [
-        "optimizer.lr=0.3",
-        "ema.decay=0",
-        "trainer.val_check_interval=1",
-        "trainer.max_steps=6",
-    ]
-    assert train([*words, *more, "hydra.run.dir=run"]) == 0  # a rate at which it gets worse again
-    rows = {
-        int(r["step"]): float(r["val/psnr"]) for r in metrics_of(tmp_path / "run") if r["val/psnr"]
-    }
-    best = max(rows, key=rows.__getitem__)
-    assert best != 6, rows
-    assert state_of(tmp_path / "run", "best")["global_step"] == best
-    assert state_of(tmp_path / "run")["global_step"] == 6
+def test_best_checkpoint_is_the_best_validation(words, tmp_path, monkeypatch):
+    from vistok.evaluation.evaluator import Evaluator
+
+    scores = iter([10.0, 12.0, 30.0, 29.0, 11.0])
+    real = Evaluator.compute
+    monkeypatch.setattr(Evaluator, "compute", lambda self: {**real(self), "psnr": next(scores)})
+    more = ["ema.decay=0", "trainer.val_check_interval=1", "trainer.max_steps=5"]
+    assert train([*words, *more, "hydra.run.dir=run"]) == 0
+    assert state_of(tmp_path / "run", "best")["global_step"] == 3
+    assert state_of(tmp_path / "run")["global_step"] == 5
     assert "ema" not in state_of(tmp_path / "run")
+    assert find_checkpoint(tmp_path / "run").name == "best.ckpt"
 
 
 def test_the_loss_falls_and_validation_line_shows(cli, words):
@@ -148,8 +146,6 @@ def test_the_loss_falls_and_validation_line_shows(cli, words):
 
 
 def metrics_of_cwd(name):
-    from pathlib import Path
-
     return metrics_of(Path(name))
 
 
@@ -158,7 +154,9 @@ def metrics_of_cwd(name):
 #: An EMA codebook whose dead codes restart all the time, from latents chosen by chance; sampling
 #: of codes, which draws from torch's generator; averaged weights; more than one epoch.
 HARD = [
-    "quantizer.dead_code_threshold=0.5",
+    "quantizer.codebook_size=32",
+    "quantizer.dead_code_threshold=0.3",
+    "quantizer.ema_decay=0.5",
     "quantizer.assignment=stochastic",
     "quantizer.temperature=0.5",
     "ema.decay=0.9",
@@ -339,7 +337,6 @@ def test_second_ctrl_c_stops_at_once(words, tmp_path, monkeypatch):
 
 def test_evaluation(cli, finished_run, tmp_path):
     from vistok.data.datamodule import VistokDataModule
-    from vistok.models.tokenizer import to_unit_range
 
     code, lines, out = cli(
         "evaluate", f"run={finished_run}", "out=e", "num_pictures=3", "weights=last"
@@ -360,7 +357,6 @@ def test_evaluation(cli, finished_run, tmp_path):
         for image in batch["image"][batch["valid"]]:
             ids.append(tok.tokenize(image[None]))
             rec = (tok.detokenize(ids[-1])[0] * 255).round() / 255
-            assert torch.equal(to_unit_range(rec * 2 - 1), rec)
             mse = (rec.double() - image.double() / 255).square().mean()
             psnrs.append(float(-10 * torch.log10(mse)))
     counts = torch.bincount(torch.cat(ids).flatten(), minlength=16).double()
@@ -419,12 +415,13 @@ def test_fine_tuning_starts_from_the_weights(words, finished_run, exported, tmp_
             "optimizer.weight_decay=0",
             "trainer.max_steps=1",
         ]
-        assert train([*words, *more, "quantizer.codebook=gradient", f"hydra.run.dir={run}"]) == 0
+        assert train([*words, *more, f"hydra.run.dir={run}"]) == 0
         weights = vistok.load(run, weights="last").state_dict()
-        shared = [k for k in weights if k in kept]
-        assert len(shared) > 20
-    for key in shared:  # nothing moved at a rate of 0, and nothing was initialised anew
-        assert torch.equal(weights[key], kept[key]), key
+        # Nothing moves at a rate of 0 but the codes, and nothing is initialised anew.
+        still = [key for key in weights if not key.startswith("quantizer.") or "project" in key]
+        assert len(still) > 20
+        for key in still:
+            assert torch.equal(weights[key], kept[key]), key
 
 
 def test_fine_tuning_of_another_architecture_is_refused(fails, words, finished_run):
@@ -478,7 +475,8 @@ def test_accumulation_counts_samples(words, tmp_path):
     assert summary["steps"] == 4 and summary["samples_seen"] == 4 * 2 * 3
     assert list(losses_of(tmp_path / "run")) == [1, 2, 3, 4]
     lrs = [float(r["lr"]) for r in metrics_of(tmp_path / "run") if r["loss/total"]]
-    assert lrs[-1] == pytest.approx(1e-3 * 0.02, rel=1e-3) or lrs[-1] < lrs[0]
+    expected = [0.1 + 0.45 * (1 + math.cos(math.pi * n / 4)) for n in (1, 2, 3, 4)]
+    assert lrs == pytest.approx([1e-3 * factor for factor in expected])
 
 
 def test_schedule_counts_samples(words, tmp_path):
@@ -489,14 +487,22 @@ def test_schedule_counts_samples(words, tmp_path):
     assert lrs[7] == pytest.approx(0.55e-3) and lrs[-1] == pytest.approx(1e-4)
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_logger_in_one_word(words, tmp_path, logger):
+def test_tensorboard_in_one_word(words, tmp_path):
+    more = ["logger=tensorboard", "trainer.max_steps=2", "hydra.run.dir=run"]
+    assert train([*words, *more]) == 0
+    written = b"".join(p.read_bytes() for p in (tmp_path / "run" / "tensorboard").glob("events*"))
+    assert b"loss/total" in written and b"val/psnr" in written
+    assert len(losses_of(tmp_path / "run")) == 2  # CSV always
+
+
+@pytest.mark.slow
+def test_wandb_in_one_word(words, tmp_path):
     """In a process of its own, with nobody to answer a prompt and no network to wait for."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path / "home"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
     environment |= {"OMP_NUM_THREADS": "1"}
     (tmp_path / "home").mkdir()
-    words = [*words, f"logger={logger}", "trainer.max_steps=2", "hydra.run.dir=run"]
+    words = [*words, "logger=wandb", "trainer.max_steps=2", "hydra.run.dir=run"]
     result = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *words],
         cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
@@ -504,13 +510,9 @@ def test_logger_in_one_word(words, tmp_path, logger):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
-    assert len(metrics_of(run)) == 3  # CSV always
-    if logger == "tensorboard":
-        (file,) = (run / "tensorboard").glob("events*")
-        assert b"loss/total" in file.read_bytes()
-    else:
-        assert list(run.rglob("*.wandb")), sorted(run.rglob("*"))
-        assert "kept offline" in result.stdout
+    assert list(run.rglob("*.wandb")), sorted(run.rglob("*"))
+    assert "kept offline" in result.stdout
+    assert len(losses_of(run)) == 2
 
 
 PLUGIN = '''
@@ -535,7 +537,7 @@ def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path):
         f"# My own quantizer.\n_target_: {name}.Mine\ndim: ${{tokenizer.latent_dim}}\nbias: 0.5\n"
     )
     words = [w for w in words if not w.startswith("quantizer.")]
-    words += ["quantizer=mine", "--config-dir=mine", "trainer.max_steps=2", "hydra.run.dir=run"]
+    words += ["~experiment", "quantizer=mine", "--config-dir=mine", "trainer.max_steps=2", "hydra.run.dir=run"]
     fails("train", *words, words=(f"{name}.Mine", "registry"))
     assert train([*words, f"plugins=[{name}]"]) == 0
     assert vistok.load("run").codebooks()[0].shape == (9, 2)

@@ -90,6 +90,9 @@ def build(config: Any, **given: Any) -> Any:
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     """A tokenizer from the `tokenizer` and `quantizer` parts of a resolved config."""
+    for part in ("tokenizer", "quantizer"):
+        if not isinstance(config[part], Mapping):
+            raise ConfigError(f"{part}={config[part]!r}: expected a mapping with a _target_")
     parts = {key: value for key, value in config["tokenizer"].items() if key != "latent_dim"}
     tokenizer = build(parts, quantizer=build(config["quantizer"]))
     if not isinstance(tokenizer, Tokenizer):
@@ -229,6 +232,6 @@ def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged export ({error})") from error
     for part in ("tokenizer", "quantizer"):
-        if part not in config:
+        if not isinstance(config, dict) or part not in config:
             raise CheckpointError(f"{folder}/config.json: has no '{part}'")
     return config, state

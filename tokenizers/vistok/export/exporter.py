@@ -97,12 +97,11 @@ def codebook_tensors(tokenizer: Tokenizer) -> dict[str, Tensor]:
     tables = tokenizer.codebooks()
     tensors = {f"codebook.{q}": t.contiguous().clone() for q, t in enumerate(tables)}
     sizes = tokenizer.quantizer.codebook_sizes
-    if len(sizes) == 1 and sizes[0] <= LARGEST_TABLE:
-        try:
-            ids = torch.arange(sizes[0], device=tokenizer.device)[None, :, None]
-            tensors["decoder_input"] = tokenizer.quantizer.decode(ids)[0].contiguous().clone()
-        except ValueError:
-            pass  # codes that only mean something together (multi-scale) have no such table
+    # Codes that only mean something together (multi-scale) have no such table.
+    alone = tokenizer.quantizer.num_index_tokens(sizes[0]) == sizes[0]
+    if len(sizes) == 1 and sizes[0] <= LARGEST_TABLE and alone:
+        ids = torch.arange(sizes[0], device=tokenizer.device)[None, :, None]
+        tensors["decoder_input"] = tokenizer.quantizer.decode(ids)[0].contiguous().clone()
     return tensors
 
 

@@ -72,10 +72,10 @@ class EMA:
 
     def weights(self) -> dict[str, Tensor]:
         """State dict of the module with the averaged parameters in place."""
-        return {
-            name: (self.shadow[name] if name in self.shadow else value).detach().to(value.dtype)
-            for name, value in self.module.state_dict().items()
-        }
+        weights = {name: value.detach() for name, value in self.module.state_dict().items()}
+        for name, average in self.shadow.items():
+            weights[name] = average.to(weights[name].dtype)
+        return weights
 
     def state_dict(self) -> dict:
         """Plain containers and tensors."""
