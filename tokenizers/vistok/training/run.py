@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from importlib import metadata
@@ -103,7 +105,10 @@ def fit(
     trainer: L.Trainer, module: TokenizerModule, data: VistokDataModule, resume: Path | None
 ) -> None:
     """Train to the end, or until Ctrl-C."""
-    with warnings.catch_warnings():
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    stop = next(c for c in trainer.callbacks if isinstance(c, StopAfterStep))  # type: ignore
+    with warnings.catch_warnings(), stop.listening():
         # The batches come from an endless stream: the loaders' state is the DataModule's.
         warnings.filterwarnings("ignore", message=".*mid-epoch.*")
         try:
@@ -115,6 +120,10 @@ def fit(
             )
         except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
             raise KeyboardInterrupt from error
+        finally:
+            # After an exception Lightning puts back the handler that it found, which is ours.
+            if main_thread:
+                signal.signal(signal.SIGINT, handler)
 
 
 # ---------------------------------------------------------------------- building
