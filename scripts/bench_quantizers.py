@@ -4,16 +4,17 @@
     python scripts/bench_quantizers.py methods=vq,simvq sizes=8192x32 out=bench.json
 
 Keys: `methods` (of METHODS below), `sizes` (codes x channels, for the codebook methods), `tokens`,
-`rounds`, `threads`, `memory_gb` (limit per process; what needs more is "out of memory"), `patience`
-(seconds to wait before each step until nothing else runs on the machine) and `out` (a JSON file;
-its other cases are kept). `vqp` is vector-quantize-pytorch, `textbook` the usual few
+`rounds`, `threads`, `memory_gb` (limit per process; what needs more is "out of memory") and `out`
+(a JSON file; its other cases are kept). `vqp` is vector-quantize-pytorch, `textbook` the usual few
 lines with a distance matrix and one-hots, `matmul` the product that an exact search cannot avoid,
 `matmul_reused` the same into memory that is there already.
 
 A train step is forward, backward and `after_step`; encode is eval mode, ids only. Every
 contender of a case lives in a process of its own, and the processes take turns, one step each
-per round, so that a busy machine disturbs all alike. Figures are the best of the rounds. Memory
-is the peak of the first full step above what the process held before it, gradients included.
+per round, so that a busy machine disturbs all alike. Figures are the best of the rounds, ratios
+those of processor time, which other work disturbs least; `threads=1` leaves out the threads'
+waiting for each other. Memory is the peak of the first full step above what the process held
+before it, gradients included.
 """
 
 from __future__ import annotations
@@ -306,7 +307,6 @@ def measure(method: str, size: str, options: dict) -> dict:
             if sum(wall for kind in times[name].values() for wall, _ in kind) > TURN_BUDGET:
                 continue
             for kind in ("train", "encode"):
-                wait_until_quiet(options["patience"])
                 connection.send(kind)
                 answer = receive(connection)
                 if isinstance(answer, tuple):
@@ -324,21 +324,6 @@ def measure(method: str, size: str, options: dict) -> dict:
     return results
 
 
-def wait_until_quiet(patience: float) -> None:
-    """Return when the cores are idle, or after `patience` seconds."""
-
-    def ticks() -> tuple[int, int]:
-        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return sum(numbers), numbers[3] + numbers[4]
-
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        (total, idle), _ = ticks(), time.sleep(0.2)
-        later, later_idle = ticks()
-        if later_idle - idle > 0.9 * (later - total):
-            return
-
-
 def receive(connection) -> object:
     """The answer of a contender."""
     try:
@@ -351,28 +336,28 @@ def receive(connection) -> object:
 
 
 def table(cases: dict[str, dict]) -> str:
-    """Markdown, one row per contender; ratios are to ours in the same case."""
+    """Markdown, one row per contender; ratios of processor time are to ours in the same case."""
     lines = [
-        "| method | size | who | train ms | (cpu) | × ours | peak MB | encode ms | × ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | size | who | train ms | cpu | × ours | peak MB | encode ms | cpu | × ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, results in cases.items():
-        method, size = key.split(" ")
         base = results.get("ours", {})
         for name, row in results.items():
-            if "error" in row:
-                lines.append(f"| {method} | {size} | {name} | {row['error'][:60]} | | | | | |")
-                continue
-            ratios = {
-                kind: f"{row[kind] / base[kind]:.2f}" if kind in base and kind in row else ""
-                for kind in ("train_ms", "encode_ms")
-            }
-            train = [f"{row['train_ms']:.0f}", f"{row['train_cpu_ms']:.0f}", ratios["train_ms"]]
-            if name.startswith("matmul"):
-                train = ["", "", ""]
-            memory = f"{row['memory_mb']:.0f}"
-            encode = [f"{row['encode_ms']:.0f}", ratios["encode_ms"]]
-            lines.append(f"| {' | '.join([method, size, name, *train, memory, *encode])} |")
+            cells = [*key.split(" "), name]
+            for kind in ("train", "encode"):
+                if "error" in row:
+                    cells += ["", "", "", ""] if kind == "train" else [row["error"][:40], "", ""]
+                    continue
+                time, cpu = row.get(f"{kind}_ms", 0.0), row.get(f"{kind}_cpu_ms", 0.0)
+                own = base.get(f"{kind}_cpu_ms")
+                if kind == "train" and name.startswith("matmul"):
+                    cells += ["", "", ""]
+                else:
+                    cells += [f"{time:.0f}", f"{cpu:.0f}", f"{cpu / own:.2f}" if own else ""]
+                if kind == "train":
+                    cells.append(f"{row['memory_mb']:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -395,7 +380,6 @@ def machine(options: dict) -> dict:
 def main() -> None:
     """Parse key=value arguments, measure, print and write."""
     options: dict = {"tokens": 8192, "rounds": 5, "threads": os.cpu_count(), "memory_gb": 10.0}
-    options["patience"] = 0.0
     chosen = {"methods": ",".join(METHODS), "sizes": ",".join(SIZES), "out": ""}
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")

@@ -152,15 +152,9 @@ def quantizer_config(name):
     return scale_down(config_of("~experiment", f"quantizer={name}")["quantizer"])
 
 
-#: project_out has no bias there, which `Quantizer.initialize_from` sets.
-BROKEN = pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="initialize_from sets a bias of None"
-)
-
-
 @pytest.mark.parametrize(
     "quantizer",
-    [pytest.param(q, marks=BROKEN) if q in ("binary", "instella") else q for q in QUANTIZERS],
+    QUANTIZERS,
 )
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_every_pair_trains_saves_and_loads(tokenizer, quantizer, tmp_path):
@@ -202,12 +196,11 @@ def test_every_pair_trains_saves_and_loads(tokenizer, quantizer, tmp_path):
     assert [t.shape[0] for t in back.codebooks()] == list(tok.quantizer.codebook_sizes)
 
 
-@pytest.mark.xfail(strict=True, reason="num_tokens and bits_per_image count latents, not ids")
 def test_the_size_of_a_code_counts_the_ids_of_all_scales():
     config = {**tokenizer_config("titok_tiny"), "quantizer": quantizer_config("var")}
     tok = build_tokenizer(config).eval()
     ids = tok.tokenize(images_of(2))
-    assert ids.shape[1] == 5  # scales 1 x 1 and 2 x 2
+    assert ids.shape[1] > tok.encoder.num_tokens
     assert tok.bits_per_image == ids.shape[1] * tok.quantizer.bits_per_token
     assert tok.num_tokens == ids.shape[1]
 

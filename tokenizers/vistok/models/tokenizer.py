@@ -121,8 +121,8 @@ class Tokenizer(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of tokens per image."""
-        return self.encoder.num_tokens
+        """N, the number of tokens per image (of ids, where scales make them more than latents)."""
+        return self.quantizer.num_index_tokens(self.encoder.num_tokens)
 
     @property
     def bits_per_image(self) -> float:

@@ -41,15 +41,17 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = images.shape
     p = patch_size
     x = images.view(batch, channels, height // p, p, width // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+    count = (height // p) * (width // p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, count, p * p * channels)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Inverse of `patchify`: `(B, N, P*P*C)` to `(B, C, H, W)`."""
     rows, columns = grid
     p = patch_size
-    x = patches.view(patches.shape[0], rows, columns, p, p, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * p, columns * p)
+    channels = patches.shape[2] // (p * p)
+    x = patches.view(patches.shape[0], rows, columns, p, p, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * p, columns * p)
 
 
 def sincos_positions(points: Tensor, width: int, grid: tuple[int, int]) -> Tensor:

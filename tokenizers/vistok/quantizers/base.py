@@ -143,7 +143,8 @@ class Quantizer(nn.Module, ABC):
             self.project_in.weight[:count] = inward
             self.project_in.bias[:count] = -inward @ mean
             self.project_out.weight[:, :count] = (components * deviations[:, None]).T
-            self.project_out.bias.copy_(mean)
+            if self.project_out.bias is not None:
+                self.project_out.bias.copy_(mean)
         self.initialize(latents)
 
     def initialize(self, latents: Tensor) -> None:
