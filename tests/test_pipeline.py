@@ -19,6 +19,7 @@ import vistok
 from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
 from vistok.checkpoint import find_checkpoint, read_checkpoint
 from vistok.cli import train
+from vistok.errors import ConfigError
 from vistok.training.callbacks import _read_rows
 
 
@@ -60,7 +61,7 @@ def assert_same_training(run, other):
     """Equal weights, averaged weights, optimizer, codebook statistics, random state, position."""
     first, second = state_of(run), state_of(other)
     assert first["ema"]["num_updates"] > 0
-    assert any("quantizer" in key for key in first["state_dict"])
+    assert any("tokenizer.quantizer." in key for key in first["state_dict"])
     for part in ("state_dict", "ema", "optimizer_states", "random_state", "global_step"):
         assert_same(first[part], second[part], part)
     (position,) = [v for k, v in first.items() if "DataModule" in k]
@@ -83,10 +84,8 @@ def test_run_folder(finished_run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["tokenizer"]["encoder"]["width"] == 16 and config["quantizer"]["dim"] == 16
     versions = json.loads((run / "versions.json").read_text())
-    assert (
-        versions["vistok"] == vistok.__version__
-        and versions["torch"] == torch.__version__.partition("+")[0]
-    )
+    assert versions["vistok"] == vistok.__version__
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"lightning", "python", "commit", "cpu_threads"} <= versions.keys()
     assert (run / "command.txt").read_text().strip()
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
@@ -170,7 +169,13 @@ HARD = [
 ]
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["in-process", "workers"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(0, id="in-process"),
+        pytest.param(2, id="workers", marks=pytest.mark.slow),
+    ],
+)
 def whole(request, photos, tmp_path_factory):
     """Words of a run of 11 steps and its folder, uninterrupted."""
     run = tmp_path_factory.mktemp("whole") / "run"
@@ -537,7 +542,7 @@ class Mine(FSQ):
 '''
 
 
-def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path):
+def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path, monkeypatch):
     name = "my_plugin_of_this_test"
     (tmp_path / f"{name}.py").write_text(PLUGIN)
     (tmp_path / "mine" / "quantizer").mkdir(parents=True)
@@ -556,12 +561,9 @@ def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path):
     assert train([*words, f"plugins=[{name}]"]) == 0
     assert vistok.load("run").codebooks()[0].shape == (9, 2)
     assert train(["resume=run", "trainer.max_steps=3"]) == 0
-    probe = f"import vistok; vistok.load({str(tmp_path / 'run')!r})"  # a process without the class
-    result = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")}, cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode != 0 and "registry" in result.stderr
+    monkeypatch.setattr(vistok.checkpoint, "_registered", {})  # a program without the class
+    with pytest.raises(ConfigError, match="registry"):
+        vistok.load("run")
 
 
 def test_checkpoints_hold_each_weight_once(finished_run):
