@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers import images_of, tiny_tokenizer
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
@@ -11,6 +12,7 @@ from vistok.nn.patches import (
     grid_of,
     grid_points,
     least_squares,
+    pad_edges,
     patchify,
     principal_components,
     spread_points,
@@ -237,6 +239,11 @@ def test_patchify_is_cut_by_hand_and_unpatchify_its_inverse(channels):
     by_hand = images[1, :, 4:8, 8:12].permute(1, 2, 0).flatten()  # row 1, column 2
     assert torch.equal(patches[1, 5], by_hand)
     assert torch.equal(unpatchify(patches, (2, 3), 4), images)
+
+
+def test_pad_edges_is_replicate_padding():
+    images = torch.randn(2, 3, 4, 5)
+    assert torch.equal(pad_edges(images), F.pad(images, (1, 1, 1, 1), mode="replicate"))
 
 
 def test_grid_of():

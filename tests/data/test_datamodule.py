@@ -1,6 +1,7 @@
 """The DataModule: batches, exact resume, bad images, hold-out and its messages."""
 
 import inspect
+import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -299,6 +300,7 @@ def test_a_shard_that_shrinks_in_mid_run(shards, workers):
     with pytest.raises(StreamError, match=r"^\S*train-00000\d.tar became shorter") as error:
         take(datamodule, 1)
     assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()  # the error is still held, the workers are gone
 
 
 def test_a_file_that_vanishes_in_mid_run(photos):

@@ -223,9 +223,18 @@ class ImageLoader(DataLoader):
         self.on_batch = on_batch
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
-            self.on_batch(batch)
-            yield batch
+        iterator = super().__iter__()
+        try:
+            for batch in iterator:
+                self.on_batch(batch)
+                yield batch
+        except Exception:
+            # The traceback would keep the iterator until some collection of cycles, which stops
+            # its workers only by killing them, and that raises an error wherever we are then.
+            if self.num_workers:
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
+                self._iterator = None
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the position is the DataModule's. That it is here tells Lightning we resume."""

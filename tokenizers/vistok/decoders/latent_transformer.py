@@ -12,6 +12,7 @@ from vistok.nn.patches import (
     grid_of,
     grid_points,
     least_squares,
+    pad_edges,
     patchify,
     position_table,
     spread_points,
@@ -73,7 +74,7 @@ class LatentTransformerDecoder(Decoder):
         nn.init.orthogonal_(self.embed.weight)
         if latent_dim == width:
             nn.init.eye_(self.embed.weight)
-        self.smooth = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="replicate")
+        self.smooth = nn.Conv2d(channels, channels, 3)
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
         points = grid_points(self.grid)
@@ -84,7 +85,7 @@ class LatentTransformerDecoder(Decoder):
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
         patches = self.head(self.features(quantized, mask))
-        return self.smooth(unpatchify(patches, self.grid, self.patch_size))
+        return self.smooth(pad_edges(unpatchify(patches, self.grid, self.patch_size)))
 
     def features(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""

@@ -54,6 +54,15 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * p, columns * p)
 
 
+def pad_edges(images: Tensor) -> Tensor:
+    """Images `(B, C, H, W)` with each edge repeated once: `(B, C, H+2, W+2)`.
+
+    As replicate padding, whose gradient in torch 2.15 does not compile.
+    """
+    images = torch.cat([images[:, :, :1], images, images[:, :, -1:]], dim=2)
+    return torch.cat([images[..., :1], images, images[..., -1:]], dim=3)
+
+
 def sincos_positions(points: Tensor, width: int, grid: tuple[int, int]) -> Tensor:
     """Sine-cosine features of 2D points; wavelengths from 2 patches to twice the grid.
 

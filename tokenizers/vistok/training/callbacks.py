@@ -87,13 +87,21 @@ class CodebookWatch(L.Callback):
         if trainer.global_step % self.every:
             return
         usage = module.tokenizer.quantizer.usage
-        self.last = {name: value.item() for name, value in usage.compute().items()}
+        self._read(usage)
         for name, value in self.last.items():
             module.log(f"train/{name}", value)
         advice = collapse_advice(usage)
         if advice and trainer.is_global_zero:
             say(f"[yellow]step {trainer.global_step}: {advice}[/yellow]")
         usage.reset()
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """A run that is shorter than a window has a usage too."""
+        if not self.last:
+            self._read(module.tokenizer.quantizer.usage)
+
+    def _read(self, usage: Any) -> None:
+        self.last = {name: value.item() for name, value in usage.compute().items()}
 
 
 class RandomState(L.Callback):
