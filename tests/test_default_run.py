@@ -26,7 +26,7 @@ def test_the_default_job_learns_resumes_evaluates_and_exports(tmp_path, monkeypa
     # A mean colour per image stays below 15 dB on these photographs.
     assert summary["val_psnr"] > 18
     assert summary["baseline_kmeans_psnr"] > 18
-    assert summary["train_codebook_usage"] > 0.7
+    assert summary["codebook_usage"] > 0.7
 
     assert train([f"resume={run}", "trainer.max_steps=80"]) == 0
     resumed = json.loads((run / "summary.json").read_text())

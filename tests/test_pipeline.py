@@ -77,7 +77,9 @@ def test_run_folder(finished_run):
     summary = json.loads((run / "summary.json").read_text())
     assert 5 < summary["val_psnr"] < 40 and 5 < summary["baseline_kmeans_psnr"] < 40
     assert summary["baseline_kmeans_codes"] == 2 ** (4 * 4 // 4)  # as many bits, on 4 patches
-    assert 0 < summary["codebook_usage"] <= 1 and 1 <= summary["perplexity"] <= 16
+    for name in ("", "val_"):
+        assert 0 < summary[f"{name}codebook_usage"] <= 1
+        assert 1 <= summary[f"{name}perplexity"] <= 16
     assert summary["samples_seen"] == 7 * 4 and summary["steps"] == 7 and summary["seconds"] > 0
     assert summary["bits_per_image"] == 4 * 4 and summary["skipped_images"] == 0
     assert summary["data"]["num_train"] + summary["data"]["num_val"] == 22

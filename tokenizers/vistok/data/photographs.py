@@ -26,7 +26,7 @@ from vistok.errors import DataError
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the cutting below; part of the cache folder's name
+VERSION = 2  # of the cutting below; part of the cache folder's name
 VAL = ("coffee.png", "china.jpg")
 # Share of the training images per photograph. The last three are no everyday pictures: a galaxy
 # field, a tissue section and a retina, much of it of one colour.
@@ -49,9 +49,8 @@ MIN_IMAGES, MAX_IMAGES = 256, 8192
 def sample_shards(size: int) -> tuple[list[Path], list[Path]]:
     """Return the training and validation shards for images of `size` pixels, made if need be.
 
-    Validation images are `size` x `size` at native resolution, on a grid of half that step, so
-    that every place is seen in several positions; a photograph that is smaller than that is
-    enlarged to fit. Training images are 1.25 times as
+    Validation images are `size` x `size` at native resolution, side by side on a grid; a
+    photograph that is smaller than that is enlarged to fit. Training images are 1.25 times as
     large (the random window of each epoch is cut from them): squares at random places, half of
     them at native resolution, the others scaled down from up to the whole photograph.
 
@@ -148,9 +147,8 @@ def _val_images(photographs: dict[str, Path], size: int) -> Iterator[Image.Image
             scale = size / min(picture.size)
             larger = (round(picture.width * scale), round(picture.height * scale))
             picture = picture.resize(larger, Image.Resampling.BICUBIC)
-        step = max(1, size // 2)
-        for top in range(0, picture.height - size + 1, step):
-            for left in range(0, picture.width - size + 1, step):
+        for top in range(0, picture.height - size + 1, size):
+            for left in range(0, picture.width - size + 1, size):
                 yield picture.crop((left, top, left + size, top + size))
 
 

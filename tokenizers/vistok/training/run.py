@@ -342,12 +342,13 @@ def summarize(
     summary: dict[str, Any] = {
         "val_psnr": results["psnr"],
         "val_ssim": results["ssim"],
-        "codebook_usage": results["codebook_usage"],
-        "perplexity": results["perplexity"],
+        "val_codebook_usage": results["codebook_usage"],
+        "val_perplexity": results["perplexity"],
+        "codebook_usage": watch.last["codebook_usage"],  # of the last training window
+        "perplexity": watch.last["perplexity"],
         "bits_per_image": results["bits_per_image"],
         "steps": trainer.global_step,
         "samples_seen": data.samples_seen,
-        "train_codebook_usage": watch.last.get("codebook_usage"),
     }
     if config["baseline"]["patch_size"] and trainer.is_global_zero:
         summary.update(kmeans_baseline(data, module.tokenizer, **config["baseline"]))
