@@ -286,7 +286,7 @@ def serve(connection, build, args, options, width, tokens, threads, memory_gb) -
 def measure(method: str, size: str, options: dict) -> dict:
     """One case: every contender in its own process, steps in turn."""
     codes, dim = (int(part) for part in size.split("x")) if method in CODEBOOK_METHODS else (0, 0)
-    tokens, context = options["tokens"], mp.get_context("spawn")
+    tokens, context = options["tokens"], mp.get_context("forkserver")
     results: dict[str, dict] = {}
     alive = {}
     for name, (build, args, extra) in contenders(method, dim, codes, tokens).items():
@@ -379,6 +379,10 @@ def machine(options: dict) -> dict:
 
 def main() -> None:
     """Parse key=value arguments, measure, print and write."""
+    # Processes fork from one that has imported the libraries and computed nothing.
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["torch", "hydra", "vector_quantize_pytorch"]
+    )
     options: dict = {"tokens": 8192, "rounds": 5, "threads": os.cpu_count(), "memory_gb": 10.0}
     chosen = {"methods": ",".join(METHODS), "sizes": ",".join(SIZES), "out": ""}
     for argument in sys.argv[1:]:

@@ -134,3 +134,50 @@ def test_bad_values_name_their_key():
         TokenBridge(4, None, 1)
     with pytest.raises(ConfigError, match=r"quantizer.value_range=0"):
         TokenBridge(4, None, value_range=0.0)
+
+
+def test_post_training_trains_a_continuous_tokenizer():
+    torch.manual_seed(0)
+    quantizer = TokenBridge(3, None, post_training=True, decay=0.9)
+    scale, shift = torch.tensor([0.2, 1.0, 5.0]), torch.tensor([1.0, 0.0, -3.0])
+    latents = [(torch.randn(4, 500, 3) * scale + shift).requires_grad_() for _ in range(40)]
+    output = quantizer(latents[0])
+    assert torch.equal(output.quantized, latents[0])  # the decoder sees no rounding
+    (gradient,) = torch.autograd.grad(output.quantized.sum(), latents[0])
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    assert torch.equal(output.indices, quantizer.encode(latents[0]))
+
+    mean, variance = torch.zeros(3), torch.ones(3)
+    quantizer._moments.clear()
+    for z in latents:  # two forwards a step, as with accumulated gradients
+        quantizer(z[:2]), quantizer(z[2:])
+        quantizer.after_step()
+        now = z.detach().flatten(0, 1)
+        parts = now.mean(0), now.var(0, correction=0)
+        # Moments of the mixture of 90 % of what was and 10 % of the step.
+        mixed = 0.9 * mean + 0.1 * parts[0]
+        variance = (
+            0.9 * (variance + mean.square()) + 0.1 * (parts[1] + parts[0].square())
+        ) - mixed.square()
+        mean = mixed
+    torch.testing.assert_close(quantizer.mean, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quantizer.std, variance.sqrt(), rtol=1e-4, atol=1e-4)
+
+    quantizer.eval()
+    z = latents[-1].detach()
+    output = quantizer(z)
+    assert torch.equal(output.quantized, quantizer.decode(output.indices))
+    error = (output.quantized - z).flatten(0, 1).std(0) / scale
+    assert error.min() > 0.001 and error.max() < 0.2
+
+
+def test_post_training_pulls_latents_to_the_standard_normal():
+    quantizer = TokenBridge(2, None, post_training=True)
+    z = (3 * torch.randn(2, 50, 2) + 4).requires_grad_()
+    loss = quantizer(z).losses["moment"]
+    rows = z.detach().double().flatten(0, 1)
+    mean, variance = rows.mean(0), rows.var(0, correction=0)
+    expected = (variance + mean.square() - 1 - variance.log()).mean() / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert (gradient.flatten(0, 1).sum(0) > 0).all()  # down, towards 0

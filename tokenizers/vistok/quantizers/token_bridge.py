@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,19 @@ class TokenBridge(Quantizer):
     +-2.4, at the price of unit-variance latents using 5.72 of the 6 bits. With both ranges equal
     the levels are the normal's own.
 
-    After training: build it with the tokenizer's latent width and `codebook_dim: null`, call
-    `initialize` on latents (M, D) of training images, put it in place of the continuous
-    bottleneck, in eval mode. Nothing else is trained. Without `initialize` the latents are taken
-    to have unit variance.
+    With `post_training` (the paper's way) the tokenizer trains as a continuous one: the decoder
+    gets the latents as they are, and the levels only follow their mean and deviation. Eval,
+    `encode` and `decode` are discrete, so validation shows what the codes reach. Without it,
+    training rounds with a straight-through gradient.
 
-    In training, `quantizer=token_bridge` rounds with a straight-through gradient, and the loss
-    "moment" keeps the latents where the levels are: the divergence from the standard normal of
-    a normal with each channel's mean and variance over the batch, in nats per channel.
+    In both, the loss "moment" keeps the latents where the levels are: the divergence from the
+    standard normal of a normal with each channel's mean and variance over the batch, in nats per
+    channel.
+
+    A continuous tokenizer from elsewhere: build this with its latent width and
+    `codebook_dim: null`, call `initialize` on latents (M, D) of training images, and put it in
+    place of the bottleneck, in eval mode. Nothing is trained. Without `initialize` the latents
+    are taken to have unit variance.
 
     Paper: https://arxiv.org/abs/2503.16430. Departures: mean and standard deviation per channel
     instead of one given scale; the search is `bucketize` on the midpoints, the same indices
@@ -43,6 +50,9 @@ class TokenBridge(Quantizer):
         std_range: where the standard normal is cut off.
         calibrate: whether `initialize` sets mean and standard deviation of the channels.
         moment_weight: weight of the loss "moment".
+        post_training: train without rounding; see above.
+        decay: of the moving mean and variance that the levels follow with `post_training`, per
+            optimizer step, in [0, 1).
 
     Raises:
         ConfigError: if a value is out of range; the message names its key.
@@ -59,8 +69,12 @@ class TokenBridge(Quantizer):
         std_range: float = 3.0,
         calibrate: bool = True,
         moment_weight: float = 0.01,
+        post_training: bool = False,
+        decay: float = 0.99,
     ) -> None:
         check_positive(value_range=value_range, std_range=std_range)
+        if not 0 <= decay < 1:
+            raise ConfigError(f"quantizer.decay={decay} must lie in [0, 1)")
         check_count("codebook_size", codebook_size, 2)
         if codebook_dim is not None:
             check_count("codebook_dim", codebook_dim)
@@ -73,6 +87,9 @@ class TokenBridge(Quantizer):
         channels = codebook_dim or dim
         super().__init__(dim, channels, [codebook_size] * channels, {"moment": moment_weight})
         self.calibrate = calibrate
+        self.post_training = post_training
+        self.decay = decay
+        self._moments: list[Tensor] = []  # of the forwards since the last step
         self.mean: Tensor
         self.std: Tensor
         self.levels: Tensor
@@ -97,14 +114,31 @@ class TokenBridge(Quantizer):
 
     def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
         indices = self._search(codes)
-        quantized = straight_through(codes, self._lookup(indices))
         x = (codes - self.mean) / self.std
         clipped = (x.abs() > self.levels[-1]).float().mean(-1)
         weights = token_weights(codes, mask)
-        losses = {"moment": _moment_divergence(x.flatten(0, 1), weights)}
-        return QuantizerOutput(
-            quantized, indices, losses, {"clipped": (weights @ clipped.flatten()).detach()}
-        )
+        metrics = {"clipped": (weights @ clipped.flatten()).detach()}
+        if self.post_training:
+            moments = _moments(codes.flatten(0, 1), weights)
+            self._moments.append(moments.detach())
+            return QuantizerOutput(codes, indices, {"moment": _divergence(moments)}, metrics)
+        quantized = straight_through(codes, self._lookup(indices))
+        losses = {"moment": _divergence(_moments(x.flatten(0, 1), weights))}
+        return QuantizerOutput(quantized, indices, losses, metrics)
+
+    @torch.no_grad()
+    def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
+        """With `post_training`, let the levels follow the latents of the step."""
+        moments = [m for m in self._moments if bool(m[0, 0] > 0)]  # 0: no token counted
+        self._moments = []
+        if moments:
+            _, mean, square = torch.stack(moments).mean(0)
+            variance = (square - mean.square()).clamp(min=1e-12)
+            # The variance around the moving mean, were the two batches one.
+            old = self.std.square() + (1 - self.decay) * (mean - self.mean).square()
+            self.mean.lerp_(mean, 1 - self.decay)
+            self.std.copy_(old.lerp(variance, 1 - self.decay).sqrt())
+        return {}
 
     def _search(self, codes: Tensor) -> Tensor:
         # Clamping is implicit: beyond the last midpoint everything has the last level.
@@ -134,11 +168,15 @@ def normal_levels(num_levels: int, std_range: float) -> Tensor:
     return -density.diff() / mass.clamp(min=1e-30)
 
 
-def _moment_divergence(x: Tensor, weights: Tensor) -> Tensor:
-    """Mean over channels of KL(N(mean, variance) | N(0, 1)) of `(N, C)` values, in nats."""
-    columns = torch.cat([torch.ones_like(x[:, :1]), x, x.square()], 1)
-    moments = all_reduce_mean_with_grad(weights @ columns)
-    total, mean, square = moments.split([1, x.shape[1], x.shape[1]])
+def _moments(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted means `(3, C)` over all ranks of 1, x and x², for `(N, C)` values."""
+    columns = torch.cat([torch.ones_like(x), x, x.square()], 1)
+    return all_reduce_mean_with_grad(weights @ columns).view(3, -1)
+
+
+def _divergence(moments: Tensor) -> Tensor:
+    """Mean over channels of KL(N(mean, variance) | N(0, 1)) of `_moments`, in nats."""
+    total, mean, square = moments.unbind()
     variance = (square - mean.square()).clamp(min=1e-6)
     # total is 1, or 0 where no token counts
-    return total.squeeze() * (variance + mean.square() - 1 - variance.log()).mean() / 2
+    return (total * (variance + mean.square() - 1 - variance.log())).mean() / 2
