@@ -150,16 +150,18 @@ def ours(name: str, dim: int, **overrides: object) -> tuple[Step, Step]:
     return train, encode
 
 
-def matmul(dim: int, codes: int, tokens: int, reuse: bool) -> tuple[Step, Step]:
-    """The product of all latents with all codes, and nothing else."""
+def matmul(dim: int, codes: int, tokens: int, reuse: bool, layers: int = 1) -> tuple[Step, Step]:
+    """The product of all latents with all codes, `layers` times, and nothing else."""
     table = torch.randn(codes, dim)
     buffer = torch.zeros(tokens * codes) if reuse else None
 
-    def product(z: Tensor) -> object:
-        if buffer is None:
-            return z.detach() @ table.t()
-        out = buffer[: len(z) * codes].view(len(z), codes)
-        return torch.mm(z.detach(), table.t(), out=out)
+    def product(z: Tensor) -> None:
+        for _ in range(layers):
+            if buffer is None:
+                z.detach() @ table.t()
+            else:
+                out = buffer[: len(z) * codes].view(len(z), codes)
+                torch.mm(z.detach(), table.t(), out=out)
 
     return product, product
 
@@ -224,6 +226,8 @@ def contenders(method: str, dim: int, codes: int, tokens: int) -> dict[str, tupl
             ("ResidualVQ",),
             layers | {"dim": 128, "num_quantizers": 8, "rotation_trick": False, "decay": 0.99},
         ),
+        "matmul": (matmul, (128, 1024, tokens, False, 8), {}),
+        "matmul_reused": (matmul, (128, 1024, tokens, True, 8), {}),
     }
 
 
