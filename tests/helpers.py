@@ -29,6 +29,19 @@ SIZES = {
         "tokenizer.decoder.num_res_blocks=1",
     ],
 }
+SIZES["gigatok_tiny"] = [
+    "tokenizer.latent_dim=16",
+    "tokenizer.encoder.cnn.base_channels=8",
+    "tokenizer.encoder.num_latent_tokens=4",
+    "tokenizer.encoder.width=16",
+    "tokenizer.encoder.depth=1",
+    "tokenizer.encoder.num_heads=2",
+    "tokenizer.decoder.cnn.num_res_blocks=1",
+    "tokenizer.decoder.width=16",
+    "tokenizer.decoder.depth=1",
+    "tokenizer.decoder.num_heads=2",
+]
+SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
 
 #: A run of a second or two: a few thousand parameters, 16 px images.
 TINY = [
@@ -119,3 +132,13 @@ def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
         ]
     )
     return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()
+
+
+def awake(module):
+    """Give everything that starts at zero a value, so that all paths are open."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim < 2 or not p.any():
+                p.add_(0.3 * torch.randn_like(p))
+    return module

@@ -34,8 +34,40 @@ PARAMETERS = {
     "vqgan_f16": (60, 90),
     "titok_tiny": (0.5, 6),
     "vqgan_tiny": (0.5, 6),
+    # As TiTok of the same letter: 192 more positions and latent tokens are 0.3 to 0.6 M.
+    "one_d_piece_s256": (50, 56),
+    "one_d_piece_b256": (170, 180),
+    "one_d_piece_l256": (604, 620),
+    "one_d_piece_tiny": (0.5, 6),
+    # Published: about 0.3, 0.9 and 2.5 B with an autoencoder of 84 M, which is not here.
+    "flextok_d12_d12": (250, 265),
+    "flextok_d18_d18": (855, 875),
+    "flextok_d18_d28": (2430, 2470),
+    "flextok_tiny": (0.5, 6),
+    # Without the alignment's projection; with it, see test_gigatok.py.
+    "gigatok_s_s": (125, 132),
+    "gigatok_s_b": (212, 220),
+    "gigatok_b_l": (590, 600),
+    "gigatok_xl_xxl": (2800, 2900),
+    "gigatok_tiny": (0.5, 6),
 }
-TOKENS = {"titok_s128": 128, "titok_b64": 64, "titok_bl128": 128, "titok_l32": 32, "vqgan_f16": 256}
+TOKENS = {
+    "titok_s128": 128,
+    "titok_b64": 64,
+    "titok_bl128": 128,
+    "titok_l32": 32,
+    "vqgan_f16": 256,
+    "one_d_piece_s256": 256,
+    "one_d_piece_b256": 256,
+    "one_d_piece_l256": 256,
+    "flextok_d12_d12": 256,
+    "flextok_d18_d18": 256,
+    "flextok_d18_d28": 256,
+    "gigatok_s_s": 256,
+    "gigatok_s_b": 256,
+    "gigatok_b_l": 256,
+    "gigatok_xl_xxl": 256,
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -169,12 +169,8 @@ def test_masked_tokens_have_no_influence_and_equal_truncation(class_token):
 
 
 def test_a_tokenizer_with_masks_trains_and_reads_prefixes():
-    class Nested(type(tiny_tokenizer())):
-        def sample_mask(self, latents):
-            return torch.arange(4).expand(len(latents), 4) < 2
-
-    tok = tiny_tokenizer()
-    tok.__class__ = Nested
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
+    tok.sample_mask = lambda latents: torch.arange(4).expand(len(latents), 4) < 2
     images = images_of(3)
     output = tok(tok.to_model_range(images))
     assert output.mask.sum() == 6
@@ -264,6 +260,19 @@ def test_points_are_spread(count, grid):
     assert (points > -0.5).all() and (points < torch.tensor(grid) - 0.5).all()
     if count == grid[0] * grid[1]:
         assert torch.allclose(points, grid_points(grid))
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (4, 6)])
+def test_nested_points_cover_the_grid_at_every_length(grid):
+    count = grid[0] * grid[1]
+    rows, nested = spread_points(count, grid), spread_points(count, grid, nested=True)
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, nested.tolist()))
+    patches = grid_points(grid)
+    for k in (2, 4, 8, count // 2):
+        reach = [
+            torch.cdist(patches, points[:k]).min(dim=1).values.max() for points in (rows, nested)
+        ]
+        assert reach[1] < reach[0], k
 
 
 def test_principal_components_equal_an_svd():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,13 +17,17 @@ class Decoder(nn.Module, ABC):
 
     dim: int
 
+    #: Names of further arguments of `reconstruct`; only of decoders that sample.
+    sampling: tuple[str, ...] = ()
+
     @abstractmethod
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
         """Images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
 
         Args:
             quantized: vectors of the tokens.
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
+            sampling: arguments named in `sampling`.
         """
 
     def forward(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
-from vistok.nn.cnn import ResBlock, SpatialAttention, Upsample, group_norm
+from vistok.errors import ConfigError
+from vistok.nn.cnn import DepthToSpace, ResBlock, SpatialAttention, Upsample, group_norm
 from vistok.nn.patches import grid_of, least_squares
 
 
@@ -27,6 +29,7 @@ class CNNDecoder(Decoder):
         num_res_blocks: residual blocks per level (one more than the encoder, as in the paper).
         stem: side of the squares that the last channels unfold into; the encoder's.
         attention: self-attention in the middle block and at the first level.
+        upsample: "nearest" pixels and a convolution (VQGAN), or "depth_to_space" (GigaTok).
     """
 
     def __init__(
@@ -39,9 +42,12 @@ class CNNDecoder(Decoder):
         num_res_blocks: int = 3,
         stem: int = 1,
         attention: bool = True,
+        upsample: str = "nearest",
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, stem * 2 ** (len(channel_multipliers) - 1))
+        if upsample not in ("nearest", "depth_to_space"):
+            raise ConfigError(f"upsample={upsample}: must be nearest or depth_to_space")
         self.dim = latent_dim
         self.stem = stem
         width = base_channels * channel_multipliers[-1]
@@ -57,12 +63,12 @@ class CNNDecoder(Decoder):
                 if attention and level == len(channel_multipliers) - 1:
                     layers.append(SpatialAttention(width))
             if level:
-                layers.append(Upsample(width))
+                layers.append((Upsample if upsample == "nearest" else DepthToSpace)(width))
         self.layers = nn.Sequential(*layers)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, channels * stem * stem, 3, padding=1)
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
         """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class LatentTransformerDecoder(Decoder):
         num_heads: attention heads.
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
+        nested: as in the encoder.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LatentTransformerDecoder(Decoder):
         num_heads: int,
         class_token: bool = True,
         activation_checkpointing: bool = False,
+        nested: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, patch_size)
@@ -79,10 +82,10 @@ class LatentTransformerDecoder(Decoder):
         nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
         points = grid_points(self.grid)
         self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
-        points = spread_points(num_latent_tokens, self.grid)
+        points = spread_points(num_latent_tokens, self.grid, nested)
         self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
         patches = self.head(self.features(quantized, mask))
         return self.smooth(pad_edges(unpatchify(patches, self.grid, self.patch_size)))
@@ -100,9 +103,12 @@ class LatentTransformerDecoder(Decoder):
         if mask is not None:
             ones = mask.new_ones(batch, x.shape[1] - length)
             visible = torch.cat([ones, mask], dim=1)[:, None, None, :]
-        x = self.transformer(self.norm_in(x), visible)
+        return self.norm_out(self.patch_tokens(self.transformer(self.norm_in(x), visible)))
+
+    def patch_tokens(self, sequence: Tensor) -> Tensor:
+        """The patches `(B, rows * columns, W)` in the sequence behind any block."""
         start = 0 if self.class_token is None else 1
-        return self.norm_out(x[:, start : start + self.patch_positions.shape[0]])
+        return sequence[:, start : start + self.patch_positions.shape[0]]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

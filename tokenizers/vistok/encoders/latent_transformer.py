@@ -37,6 +37,11 @@ class LatentTransformerEncoder(Encoder):
         num_heads: attention heads.
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
+        causal: patches attend to patches alone, and latent token j to all patches and to the
+            latent tokens up to j (FlexTok's registers), so that later ones don't change it.
+        block: style of the blocks, "vit" or "flextok"; see `Block`.
+        nested: start the latent tokens where every prefix of them covers the image; see
+            `spread_points`. The decoder's must agree.
     """
 
     def __init__(
@@ -50,6 +55,9 @@ class LatentTransformerEncoder(Encoder):
         num_heads: int,
         class_token: bool = True,
         activation_checkpointing: bool = False,
+        causal: bool = False,
+        block: str = "vit",
+        nested: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, patch_size)
@@ -60,7 +68,7 @@ class LatentTransformerEncoder(Encoder):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, depth, num_heads, activation_checkpointing=activation_checkpointing
+            width, depth, num_heads, activation_checkpointing=activation_checkpointing, block=block
         )
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)
@@ -69,11 +77,15 @@ class LatentTransformerEncoder(Encoder):
         attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
         points = grid_points(self.grid)
         self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
-        points = spread_points(num_latent_tokens, self.grid)
+        points = spread_points(num_latent_tokens, self.grid, nested)
         self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
         # What a latent says about its own place is no news: its mean over images is taken off.
         self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)
+        self.mask: Tensor | None
+        prefix = len(self.patch_positions) + class_token
+        mask = prefix_causal_mask(prefix, num_latent_tokens) if causal else None
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`."""
@@ -82,7 +94,7 @@ class LatentTransformerEncoder(Encoder):
         parts = [x, latents.to(x.dtype)]
         if self.class_token is not None:
             parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
-        x = self.transformer(self.norm_in(torch.cat(parts, dim=1)))
+        x = self.transformer(self.norm_in(torch.cat(parts, dim=1)), self.mask)
         return self.norm_out(x[:, -self.num_tokens :]) - self.latent_means
 
     @torch.no_grad()
@@ -104,3 +116,11 @@ class LatentTransformerEncoder(Encoder):
         self.patch_embed.bias[:count] = -weight @ mean
         latents = torch.cat([self(chunk).float() for chunk in images.split(32)])
         self.latent_means += latents.mean(dim=0)
+
+
+def prefix_causal_mask(prefix: int, length: int) -> Tensor:
+    """`(prefix + length,)` squared bool, True = visible: a full prefix, then a causal tail."""
+    total = prefix + length
+    columns = torch.arange(total)
+    rows = columns[:, None]
+    return (columns < prefix) | ((rows >= prefix) & (columns <= rows))

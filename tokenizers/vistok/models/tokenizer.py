@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +51,40 @@ class Tokenizer(nn.Module):
         self.decoder = decoder
         self.image_size = as_pair(image_size)
         self.channels = channels
+        self.frozen: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------ training
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Training forward of images `(B, C, H, W)` in [-1, 1]."""
         latents = self.encode(images)
+        # Dropped after quantizing, as in the published methods: the quantizer sees all tokens.
+        quantizer_output = self.quantizer(latents)
         mask = self.sample_mask(latents)
-        quantizer_output = self.quantizer(latents, mask)
         prediction, target = self.decoder(quantizer_output.quantized, images, mask)
         return TokenizerOutput(prediction, target, quantizer_output, mask)
 
     def sample_mask(self, latents: Tensor) -> Tensor | None:
         """Which tokens `(B, N)` the decoder gets in this step; None for all of them."""
         return None
+
+    def freeze(self, *parts: str) -> None:
+        """Keep parts as they are: no gradient, no statistics, in eval mode from now on.
+
+        Args:
+            parts: dotted names of submodules, such as "encoder" or "decoder.pixel_decoder".
+        """
+        for name in parts:
+            self.get_submodule(name).requires_grad_(False)
+        self.frozen += parts
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        """Set the mode of all parts that are not frozen."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -90,30 +111,74 @@ class Tokenizer(nn.Module):
         """Images `(B, C, H, W)` in [-1, 1] to latents `(B, N, D)`."""
         return self.encoder(images)
 
-    def decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latents `(B, N, D)` to images `(B, C, H, W)`, unclamped."""
-        return self.decoder.reconstruct(quantized)
+    def decode(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Quantized latents `(B, N, D)` to images `(B, C, H, W)`, unclamped.
+
+        Args:
+            quantized: vectors of the tokens.
+            mask: `(B, N)` bool; tokens marked False are as if they were not there.
+            sampling: as in `detokenize`.
+        """
+        for name in sampling:
+            if name not in self.decoder.sampling:
+                known = ", ".join(self.decoder.sampling) or "none"
+                raise ConfigError(
+                    f"{name}: {type(self.decoder).__name__} takes no such argument; it has: {known}"
+                )
+        return self.decoder.reconstruct(quantized, mask, **sampling)
 
     # ------------------------------------------------------------------ what users call
 
     @torch.no_grad()
-    def tokenize(self, images: Tensor) -> Tensor:
+    def tokenize(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """Turn images into integers.
 
         Args:
             images: `(B, C, H, W)`, uint8 or float in [0, 1].
+            num_tokens: budget of a flexible tokenizer, 1 to N; None for all of them.
 
         Returns:
-            `(B, N, Q)` int64 ids; Q is kept when it is 1.
+            `(B, N, Q)` int64 ids, or `(B, num_tokens, Q)`; Q is kept when it is 1.
         """
-        return self.quantizer.encode(self.encode(self.to_model_range(images)))
+        ids = self.quantizer.encode(self.encode(self.to_model_range(images)))
+        return self._budget(ids, num_tokens)[0]
 
     @torch.no_grad()
-    def detokenize(self, ids: Tensor) -> Tensor:
-        """Turn ids `(B, N, Q)` back into images `(B, C, H, W)`, float in [0, 1]."""
-        self._check_ids(ids)
-        quantized = self.quantizer.decode(ids.to(self.device))
-        return to_unit_range(self.decode(quantized))
+    def detokenize(
+        self, ids: Tensor, num_tokens: int | Tensor | None = None, **sampling: Any
+    ) -> Tensor:
+        """Turn ids back into images.
+
+        Args:
+            ids: `(B, N, Q)`; for a flexible tokenizer also fewer than N tokens.
+            num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)`.
+                Ids behind an image's own number are not looked at.
+            sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow).
+
+        Returns:
+            `(B, C, H, W)` float in [0, 1].
+        """
+        self._check_shape(ids)
+        ids, mask = self._budget(ids.to(self.device), num_tokens)
+        self._check_range(ids)
+        return to_unit_range(self.decode(self.quantizer.decode(ids), mask, **sampling))
+
+    def tokenize_to_target(
+        self,
+        images: Tensor,
+        psnr: float | None = None,
+        max_bytes: float | None = None,
+        budgets: Iterable[int] | None = None,
+        **sampling: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As few tokens as a target needs; see `FlexibleTokenizer`."""
+        self._refuse_length("tokenize_to_target")
+
+    def detokenize_progressive(
+        self, ids: Tensor, budgets: Iterable[int] | None = None, **sampling: Any
+    ) -> Tensor:
+        """One picture per prefix; see `FlexibleTokenizer`."""
+        self._refuse_length("detokenize_progressive")
 
     def codebooks(self) -> list[Tensor]:
         """The Q tables `(K_q, d_q)`, float32, in the space that a downstream model looks up."""
@@ -159,16 +224,34 @@ class Tokenizer(nn.Module):
             )
         return images.float() * 2 - 1
 
-    def _check_ids(self, ids: Tensor) -> None:
-        sizes = self.quantizer.codebook_sizes
-        if ids.ndim != 3 or ids.shape[-1] != len(sizes):
-            raise ConfigError(f"ids: expected (B, N, {len(sizes)}), found {tuple(ids.shape)}")
+    def _budget(self, ids: Tensor, num_tokens: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Ids of the budget and a mask `(B, n)` if budgets differ; here there is only one."""
+        if num_tokens is not None and not (
+            isinstance(num_tokens, int) and num_tokens == self.num_tokens
+        ):
+            self._refuse_length("num_tokens")
+        if ids.shape[1] != self.num_tokens:
+            self._refuse_length(f"ids of {ids.shape[1]} tokens")
+        return ids, None
+
+    def _refuse_length(self, what: str) -> NoReturn:
+        raise ConfigError(
+            f"{what}: {type(self).__name__} has a fixed length of {self.num_tokens} tokens; other "
+            "budgets need a flexible tokenizer, such as tokenizer=one_d_piece_tiny"
+        )
+
+    def _check_shape(self, ids: Tensor) -> None:
+        slots = self.quantizer.num_indices
+        if ids.ndim != 3 or ids.shape[-1] != slots:
+            raise ConfigError(f"ids: expected (B, N, {slots}), found {tuple(ids.shape)}")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ConfigError(f"ids: expected integers, found {ids.dtype}")
+
+    def _check_range(self, ids: Tensor) -> None:
         if ids.numel():
             low = ids.amin(dim=(0, 1)).tolist()
             high = ids.amax(dim=(0, 1)).tolist()
-            for slot, size in enumerate(sizes):
+            for slot, size in enumerate(self.quantizer.codebook_sizes):
                 if low[slot] < 0 or high[slot] >= size:
                     bad = low[slot] if low[slot] < 0 else high[slot]
                     raise ConfigError(f"ids: slot {slot} holds {bad}, valid are 0 to {size - 1}")

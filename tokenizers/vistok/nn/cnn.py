@@ -85,3 +85,15 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C, 2H, 2W)`."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DepthToSpace(nn.Module):
+    """Double the size by a 3x3 convolution to four times the channels, which become 2x2 pixels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` to `(B, C, 2H, 2W)`."""
+        return F.pixel_shuffle(self.conv(x), 2)

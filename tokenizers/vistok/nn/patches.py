@@ -95,21 +95,39 @@ def grid_points(grid: tuple[int, int]) -> Tensor:
     return torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
 
 
-def spread_points(count: int, grid: tuple[int, int]) -> Tensor:
-    """`count` points spread evenly over a patch grid, `(count, 2)`, row after row.
+def spread_points(count: int, grid: tuple[int, int], nested: bool = False) -> Tensor:
+    """`count` points spread evenly over a patch grid, `(count, 2)`.
 
     With as many points as patches they are the patches. Latent tokens that start at these
     positions look at all of the image from the first step.
+
+    Args:
+        count: number of points.
+        grid: rows and columns of patches.
+        nested: not row after row, but so that the first k are spread over the grid for every k:
+            each next point is the one farthest from those before it. For tokens whose tail is
+            dropped: row after row, a prefix would begin with the top of the image.
     """
     rows, columns = grid
     num_rows = min(count, max(1, round(math.sqrt(count * rows / columns))))
-    points = []
+    points: list[tuple[float, float]] = []
     for row in range(num_rows):
         # Rows share the points as evenly as integers allow.
         in_row = (row + 1) * count // num_rows - row * count // num_rows
         y = (row + 0.5) / num_rows * rows - 0.5
         points += [(y, (column + 0.5) / in_row * columns - 0.5) for column in range(in_row)]
-    return torch.tensor(points)
+    return torch.tensor(_farthest_first(points) if nested else points)
+
+
+def _farthest_first(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    # In plain Python: on the meta device a tensor has no values.
+    centre = tuple(sum(axis) / len(points) for axis in zip(*points, strict=True))
+    order = [min(points, key=lambda point: math.dist(point, centre))]
+    nearest = [math.dist(point, order[0]) for point in points]
+    while len(order) < len(points):
+        order.append(points[max(range(len(points)), key=nearest.__getitem__)])
+        nearest = [min(d, math.dist(p, order[-1])) for d, p in zip(nearest, points, strict=True)]
+    return order
 
 
 @torch.no_grad()

@@ -30,46 +30,119 @@ class Attention(nn.Module):
     Args:
         width: W, in and out.
         num_heads: divides W.
+        bias: of both projections.
+        qk_norm: normalise queries and keys within each head, which bounds the logits.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(
+        self, width: int, num_heads: int, bias: bool = True, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         if width % num_heads:
             raise ConfigError(f"num_heads={num_heads} does not divide the width {width}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qk_norm = qk_norm
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend over `x` `(B, L, W)`; `mask` broadcasts to `(B, heads, L, L)`, True = visible."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            head = (q.shape[-1],)
+            q, k = F.layer_norm(q, head).to(v.dtype), F.layer_norm(k, head).to(v.dtype)
         x = attend(q, k, v, mask)
         return self.proj(x.transpose(1, 2).reshape(batch, length, width))
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP without biases, of as many weights as a plain one of `mlp_ratio` times W.
+
+    Args:
+        width: W, in and out.
+        mlp_ratio: hidden width of the plain MLP over W; two thirds of it are used, three times.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio * 2 / 3)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, L, W)` to `(B, L, W)`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
 class Block(nn.Module):
-    """Pre-norm attention and a GELU MLP of four times the width (TiTok, CLIP, ViT).
+    """Pre-norm attention and MLP.
 
     Args:
         width: W, in and out.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over W.
+        style: "vit" has a GELU MLP, biases and learned norms (TiTok, CLIP, ViT); "flextok" a
+            SwiGLU, normalised queries and keys, no biases and plain norms.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float = 4.0, style: str = "vit"
+    ) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio)
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        if style not in ("vit", "flextok"):
+            raise ConfigError(f"block={style}: must be vit or flextok")
+        plain = style == "flextok"
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=not plain)
+        self.attn = Attention(width, num_heads, bias=not plain, qk_norm=plain)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=not plain)
+        if plain:
+            self.mlp: nn.Module = SwiGLU(width, mlp_ratio)
+        else:
+            hidden = int(width * mlp_ratio)
+            self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map `(B, L, W)` to `(B, L, W)`."""
         x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
+
+
+class ModulatedBlock(Block):
+    """A "flextok" block whose norms and residuals are set by a condition (AdaLN-Zero).
+
+    The sequence has two parts, and each is modulated by maps of its own. They start at zero, so
+    that the block starts as the identity (DiT, Peebles and Xie 2023; FlexTok).
+
+    Args:
+        width: W, in and out, also of the condition.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over W.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__(width, num_heads, mlp_ratio, style="flextok")
+        self.modulations = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(2))
+
+    def forward(self, x: Tensor, condition: Tensor, first: int) -> Tensor:  # type: ignore[override]
+        """Map `(B, L, W)` to `(B, L, W)`.
+
+        Args:
+            x: the sequence.
+            condition: `(B, W)`.
+            first: length of the first part.
+        """
+        lengths = (first, x.shape[1] - first)
+        condition = F.silu(condition)[:, None]
+        parts = [
+            net(condition).expand(-1, length, -1)
+            for net, length in zip(self.modulations, lengths, strict=True)
+        ]
+        gate1, gate2, shift1, scale1, shift2, scale2 = torch.cat(parts, dim=1).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class Transformer(nn.Module):
@@ -82,6 +155,7 @@ class Transformer(nn.Module):
         mlp_ratio: hidden width of the MLPs over W.
         activation_checkpointing: recompute each block in the backward pass; less memory, about
             a third more time, the same numbers.
+        block: style of the blocks, see `Block`.
     """
 
     def __init__(
@@ -91,10 +165,11 @@ class Transformer(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         activation_checkpointing: bool = False,
+        block: str = "vit",
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, block) for _ in range(depth))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map `(B, L, W)` to `(B, L, W)`; `mask` as in `Attention`."""

@@ -1,0 +1,405 @@
+"""Flexible length: the law of the lengths, what is dropped, and the calls for any budget."""
+
+import math
+
+import pytest
+import torch
+
+from helpers import awake, images_of, tiny_tokenizer
+from vistok.errors import ConfigError
+from vistok.metrics.image import PSNR, to_uint8
+from vistok.models.flexible import prefix_mask, rounded_psnr
+from vistok.models.length import LengthPolicy
+from vistok.models.tokenizer import to_unit_range
+
+FLEXIBLE = ["one_d_piece_tiny", "flextok_tiny"]
+flexible = pytest.mark.parametrize("name", FLEXIBLE)
+
+
+# ---------------------------------------------------------------------- the law of the lengths
+
+
+def law(distribution, n):
+    """P(k) for k of 1..n, by enumeration of the definitions."""
+    p = [0.0] * (n + 1)
+    if distribution == "uniform":
+        for k in range(1, n + 1):
+            p[k] += 1 / n
+    elif distribution == "powers_of_two":
+        levels = sorted({min(2**i, n) for i in range(20)})
+        for k in levels:
+            p[k] += 1 / len(levels)
+    else:  # a uniform draw, rounded up
+        for k in range(1, n + 1):
+            p[min(2 ** math.ceil(math.log2(k)), n)] += 1 / n
+    return torch.tensor(p[1:], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [1, 8, 12, 256])
+@pytest.mark.parametrize("distribution", ["uniform", "powers_of_two", "rounded_up"])
+def test_lengths_follow_their_definition(distribution, n):
+    """Chi-square at 5 standard deviations of its statistic, about 1e-6."""
+    torch.manual_seed(1)
+    draws = 40 * 256
+    lengths = LengthPolicy(distribution, "sample")(draws, n)
+    counts = torch.bincount(lengths, minlength=n + 1)[1:].double()
+    expected = law(distribution, n) * draws
+    assert len(counts) == n and (counts[expected == 0] == 0).all()
+    possible = expected > 0
+    chi2 = ((counts - expected)[possible].square() / expected[possible]).sum()
+    freedom = int(possible.sum()) - 1
+    assert chi2 <= freedom + 5 * math.sqrt(2 * freedom) + 1e-9, (chi2, freedom)
+
+
+def test_the_chi_square_tells_the_laws_apart():
+    n, draws = 256, 40 * 256
+    lengths = LengthPolicy("powers_of_two")(draws, n)
+    counts = torch.bincount(lengths, minlength=n + 1)[1:].double()
+    for other in ("uniform", "rounded_up"):
+        expected = law(other, n) * draws
+        chi2 = ((counts - expected).square() / expected.clamp(min=1e-3)).sum()
+        assert chi2 > 1000, other
+
+
+def test_the_rounded_law_of_the_reference():
+    """Of 256: 1/2, 1/4, 1/8 ... 2/256 for 4, and 1/256 each for 2 and 1."""
+    p = law("rounded_up", 256)
+    assert [p[k - 1].item() * 256 for k in (256, 128, 64, 4, 2, 1)] == [128, 64, 32, 2, 1, 1]
+
+
+def test_one_length_per_batch_or_per_sample():
+    torch.manual_seed(0)
+    assert len(LengthPolicy("uniform", "batch")(50, 64).unique()) == 1
+    assert len(LengthPolicy("uniform", "sample")(50, 64).unique()) > 20
+    firsts = {int(LengthPolicy("uniform", "batch")(3, 64)[0]) for _ in range(50)}
+    assert len(firsts) > 20
+
+
+def test_lengths_come_from_torchs_generator():
+    """What a resumed run restores."""
+    policy = LengthPolicy("rounded_up")
+    torch.manual_seed(5)
+    policy(7, 64)
+    state = torch.get_rng_state()
+    expected = policy(100, 64)
+    torch.rand(3)
+    torch.set_rng_state(state)
+    assert torch.equal(policy(100, 64), expected)
+
+
+def test_unknown_policies_are_refused():
+    with pytest.raises(ConfigError, match=r"length\.distribution=uniforn.*did you mean 'uniform'"):
+        LengthPolicy("uniforn")
+    with pytest.raises(ConfigError, match=r"length\.per=image"):
+        LengthPolicy("uniform", "image")
+
+
+# ---------------------------------------------------------------------- tail token drop
+
+
+def spied(tok, monkeypatch):
+    """What the decoder was given: a list of (quantized, mask)."""
+    seen = []
+    forward = tok.decoder.forward
+
+    def spy(quantized, images, mask=None):
+        seen.append((quantized, mask))
+        return forward(quantized, images, mask)
+
+    monkeypatch.setattr(tok.decoder, "forward", spy)
+    return seen
+
+
+def test_tail_token_drop_truncates_once_per_forward(monkeypatch):
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
+    seen = spied(tok, monkeypatch)
+    images = tok.to_model_range(images_of(6))
+    for _ in range(40):
+        output = tok(images)
+        quantized, mask = seen[-1]
+        kept = quantized.shape[1]
+        assert mask is None  # nothing stands in for the tail
+        assert torch.equal(quantized, output.quantizer.quantized[:, :kept])
+        assert torch.equal(output.mask, prefix_mask(torch.full((6,), kept), 4))
+    assert {quantized.shape[1] for quantized, _ in seen} == {1, 2, 3, 4}
+    tok.eval()
+    tok(images)
+    assert seen[-1][0].shape[1] == 4 and seen[-1][1] is None
+
+
+def test_quantizer_losses_and_statistics_see_all_tokens():
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
+    images = tok.to_model_range(images_of(6))
+    for _ in range(5):
+        tok.quantizer.usage.reset()
+        output = tok(images)
+        assert int(tok.quantizer.usage.histograms()[0].sum()) == 6 * 4
+        latents = tok.quantizer.project_in(tok.encode(images))
+        codes = tok.quantizer._lookup(output.quantizer.indices)
+        expected = (latents - codes).square().mean()
+        assert torch.allclose(output.quantizer.losses["commitment"], expected, rtol=1e-4)
+
+
+def test_dropped_tokens_get_no_gradient_from_the_picture():
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
+    quantized = torch.randn(2, 4, 16, requires_grad=True)
+    images = tok.to_model_range(images_of(2))
+    prediction, target = tok.decoder(quantized[:, :2], images)
+    (prediction - target).square().mean().backward()
+    assert (quantized.grad[:, :2] != 0).any() and (quantized.grad[:, 2:] == 0).all()
+
+
+def test_a_mask_gives_the_numbers_of_truncation(monkeypatch):
+    """What torch.compile takes, whose shapes are static."""
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
+    images = tok.to_model_range(images_of(3))
+    tok(images)  # starts the codebook, which draws numbers too
+    for seed in range(6):
+        torch.manual_seed(seed)
+        cut = tok(images)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            torch.manual_seed(seed)
+            masked = tok(images)
+        assert torch.equal(cut.mask, masked.mask)
+        assert torch.allclose(cut.prediction, masked.prediction, atol=1e-5)
+
+
+def test_lengths_per_sample_mask_each_image():
+    tok = tiny_tokenizer("tokenizer.length.per=sample", tokenizer="one_d_piece_tiny").train()
+    output = tok(tok.to_model_range(images_of(32)))
+    lengths = output.mask.sum(dim=1)
+    assert len(lengths.unique()) > 1
+    assert torch.equal(output.mask, prefix_mask(lengths, 4))
+
+
+# ---------------------------------------------------------------------- the user's side
+
+
+@flexible
+def test_shorter_ids_are_a_prefix(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    images = images_of(20)
+    tok.initialize(tok.to_model_range(images))
+    ids = tok.tokenize(images)
+    assert len(ids.unique()) > 8
+    for k in (1, 2, 3, 4):
+        assert torch.equal(tok.tokenize(images, num_tokens=k), ids[:, :k])
+
+
+@flexible
+def test_lengths_may_differ_inside_a_batch(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    awake(tok.decoder)
+    ids = tok.tokenize(images_of(4))
+    lengths = torch.tensor([4, 1, 3, 2])
+    together = tok.detokenize(ids, num_tokens=lengths)
+    for row, k in enumerate(lengths.tolist()):
+        alone = tok.detokenize(ids[row : row + 1, :k])
+        assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
+        assert torch.equal(tok.detokenize(ids[row : row + 1], num_tokens=k), alone)
+    # Ids behind an image's length are not looked at, whatever they are.
+    padded = torch.where(prefix_mask(lengths, 4)[..., None], ids, -1)
+    assert torch.equal(tok.detokenize(padded, num_tokens=lengths), together)
+    assert not torch.allclose(together[1], tok.detokenize(ids)[1], atol=1e-3)
+
+
+@flexible
+def test_progressive(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    awake(tok.decoder)
+    ids = tok.tokenize(images_of(3))
+    pictures = tok.detokenize_progressive(ids)
+    assert pictures.shape == (3, 4, 3, 16, 16)
+    for k in range(1, 5):
+        assert torch.equal(pictures[:, k - 1], tok.detokenize(ids, num_tokens=k))
+    few = tok.detokenize_progressive(ids, budgets=[1, 4])
+    assert torch.equal(few, pictures[:, [0, 3]])
+
+
+def fitted(name):
+    """Trained for a moment, so that budgets matter."""
+    tok = tiny_tokenizer("quantizer.codebook_size=64", tokenizer=name)
+    images = tok.to_model_range(images_of(24))
+    tok.initialize(images)
+    tok.train()
+    optimizer = torch.optim.AdamW(tok.parameters(), 3e-3)
+    for _ in range(60):
+        output = tok(images)
+        loss = (output.prediction - output.target).square().mean()
+        optimizer.zero_grad()
+        (loss + sum(output.quantizer.losses.values())).backward()
+        optimizer.step()
+        tok.quantizer.after_step([optimizer])
+    return tok.eval()
+
+
+def test_fewest_tokens_that_reach_a_quality():
+    tok = fitted("one_d_piece_tiny")
+    images = images_of(24)
+    ids = tok.tokenize(images)
+    table = []  # (B, N) by brute force with the metric of the evaluation
+    for picture, original in zip(tok.detokenize_progressive(ids), images, strict=True):
+        original = original[None].float() / 255
+        table.append([PSNR().per_image(original, to_uint8(p[None]).float() / 255).item() for p in picture])  # fmt: skip
+    target = torch.tensor(table).flatten().median().item() + 1e-6
+    cut, num_tokens = tok.tokenize_to_target(images, psnr=target)
+    expected = [next((k for k, v in enumerate(row, 1) if v >= target), 4) for row in table]
+    assert num_tokens.tolist() == expected
+    assert len(set(expected)) > 1 and any(max(row) < target for row in table)
+    assert torch.equal(cut, ids[:, : max(expected)])
+    tok.detokenize(cut, num_tokens=num_tokens)
+    _, few = tok.tokenize_to_target(images, psnr=target, budgets=[4, 1])
+    assert few.tolist() == [1 if row[0] >= target else 4 for row in table]
+    assert tok.tokenize_to_target(images, psnr=0.0)[1].tolist() == [1] * 24
+    assert tok.tokenize_to_target(images, psnr=99.0)[1].tolist() == [4] * 24
+    assert tok.tokenize_to_target(images[:0], psnr=20.0)[1].shape == (0,)
+
+
+def test_most_tokens_that_fit():
+    tok = tiny_tokenizer("quantizer.codebook_size=64", tokenizer="one_d_piece_tiny")  # 6 bits
+    images = images_of(2)
+    for size, k in ((0.75, 1), (1, 1), (1.5, 2), (2, 2), (2.25, 3), (3, 4), (1000, 4)):
+        ids, num_tokens = tok.tokenize_to_target(images, max_bytes=size)
+        assert num_tokens.tolist() == [k, k] and ids.shape == (2, k, 1), size
+    _, both = tok.tokenize_to_target(images, psnr=99.0, max_bytes=2)
+    assert both.tolist() == [2, 2]
+    with pytest.raises(ConfigError, match=r"max_bytes=0\.5: one token has 6 bits"):
+        tok.tokenize_to_target(images, max_bytes=0.5)
+    with pytest.raises(ConfigError, match=r"budgets=\[2, 5\]: must lie in 1 to 4"):
+        tok.tokenize_to_target(images, psnr=20.0, budgets=[5, 2])
+    with pytest.raises(ConfigError, match="needs psnr"):
+        tok.tokenize_to_target(images)
+
+
+def test_rounded_psnr_is_that_of_the_evaluation():
+    a, b = torch.rand(5, 3, 8, 8), images_of(5, 8)
+    expected = PSNR().per_image(b.float() / 255, to_uint8(a).float() / 255)
+    assert torch.allclose(rounded_psnr(a, b.float() / 255), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["titok_tiny", "vqgan_tiny"])
+def test_fixed_length_tokenizers_say_so(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    images = images_of(2)
+    ids = tok.tokenize(images)
+    assert torch.equal(tok.tokenize(images, num_tokens=4), ids)
+    for call in (
+        lambda: tok.tokenize(images, num_tokens=2),
+        lambda: tok.tokenize_to_target(images, psnr=20.0),
+        lambda: tok.detokenize(ids, num_tokens=2),
+        lambda: tok.detokenize(ids, num_tokens=torch.tensor([4, 2])),
+        lambda: tok.detokenize(ids[:, :2]),
+        lambda: tok.detokenize_progressive(ids),
+    ):
+        with pytest.raises(ConfigError) as error:
+            call()
+        assert "has a fixed length of 4 tokens" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "words"),
+    [
+        (0, "num_tokens=0: must be 1 to 4"),
+        (5, "num_tokens=5: must be 1 to 4"),
+        (torch.tensor([1, 9]), "num_tokens=9"),
+        (torch.tensor([1, 2, 3]), r"\(2,\)"),
+        (1.5, "expected an integer"),
+    ],
+)
+def test_wrong_budgets_are_refused(num_tokens, words):
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
+    with pytest.raises(ConfigError, match=words):
+        tok.detokenize(tok.tokenize(images_of(2)), num_tokens=num_tokens)
+
+
+def test_arguments_of_sampling_are_refused_where_nothing_is_sampled():
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
+    with pytest.raises(ConfigError, match="steps: LatentTransformerDecoder takes no such argument"):
+        tok.detokenize(tok.tokenize(images_of(2)), steps=3)
+
+
+def test_ids_of_scales_have_no_budget():
+    from test_configs import quantizer_config, tokenizer_config
+    from vistok.checkpoint import build_tokenizer
+
+    config = {**tokenizer_config("one_d_piece_tiny"), "quantizer": quantizer_config("var")}
+    tok = build_tokenizer(config).eval()
+    ids = tok.tokenize(images_of(2))
+    assert tok.detokenize(ids).shape == (2, 3, 16, 16)
+    with pytest.raises(ConfigError, match="stand for scales"):
+        tok.detokenize(ids, num_tokens=2)
+
+
+def test_eval_forward_uses_all_tokens():
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
+    images = images_of(3)
+    with torch.no_grad():
+        output = tok(tok.to_model_range(images))
+    assert output.mask is None
+    rec = tok.detokenize(tok.tokenize(images))
+    assert torch.allclose(to_unit_range(output.prediction), rec, atol=1e-6)
+
+
+@flexible
+def test_an_interrupted_run_draws_the_lengths_of_a_whole_one(name, photos, tmp_path, monkeypatch):
+    import vistok
+    from helpers import TINY
+    from vistok.cli import train
+
+    monkeypatch.chdir(tmp_path)
+    words = [w for w in TINY if not w.startswith(("quantizer.", "trainer.max_steps"))]
+    words = [f"experiment={name}", *words, "data=folder", f"data.train={photos}"]
+    words += ["data.val_fraction=0.2", "data.image_size=16", "optimizer.total_samples=100"]
+    if name == "one_d_piece_tiny":
+        words += ["quantizer.codebook_size=16"]
+    assert train([*words, "trainer.max_steps=8", "hydra.run.dir=whole"]) == 0
+    assert train([*words, "trainer.max_steps=3", "hydra.run.dir=parts"]) == 0
+    assert train(["resume=parts", "trainer.max_steps=8"]) == 0
+    whole, parts = (
+        vistok.load(f"{run}/checkpoints/last.ckpt", weights="last").state_dict()
+        for run in ("whole", "parts")
+    )
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+
+
+# ---------------------------------------------------------------------- options that keep numbers
+
+
+@flexible
+def test_compiling_keeps_the_numbers(name, monkeypatch):
+    """The graph that torch.compile takes, run without code generation, against eager."""
+    torch._dynamo.reset()
+    tok = tiny_tokenizer("quantizer.kmeans_init=false", tokenizer=name).train()
+    awake(tok.decoder)
+    images = tok.to_model_range(images_of(4))
+    compiled = torch.compile(tok.forward, backend="aot_eager")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ours = compiled(images)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            torch.manual_seed(seed)
+            eager = tok(images)
+        assert torch.equal(ours.mask, eager.mask)
+        assert torch.allclose(ours.prediction, eager.prediction, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@flexible
+def test_activation_checkpointing_keeps_the_gradients(name):
+    results = []
+    for flag in ("false", "true"):
+        options = [f"tokenizer.{part}.activation_checkpointing={flag}" for part in ("encoder", "decoder")]  # fmt: skip
+        tok = tiny_tokenizer(*options, tokenizer=name).train()
+        awake(tok)
+        torch.manual_seed(1)
+        output = tok(tok.to_model_range(images_of(4)))
+        (output.prediction - output.target).square().mean().backward()
+        results.append([p.grad for p in tok.parameters()])
+    assert sum(g is not None and bool(g.any()) for g in results[0]) > 20
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,133 @@
+"""GigaTok: sizes as published, pooled queries, who reads what."""
+
+import pytest
+import torch
+
+from helpers import config_of, images_of, tiny_tokenizer
+from vistok.checkpoint import build_tokenizer
+from vistok.errors import ConfigError
+from vistok.nn.cnn import DepthToSpace
+from vistok.nn.qformer import CrossAttention, QFormer, pooling_pyramid
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("gigatok_s_s", 136), ("gigatok_s_b", 232), ("gigatok_b_l", 622), ("gigatok_xl_xxl", 2900)],
+)
+def test_parameters_within_two_per_cent_of_the_published(name, published):
+    """Millions, with the projection to 768 features that the released models count."""
+    with torch.device("meta"):
+        tok = build_tokenizer(config_of(f"experiment={name}"))
+    width = tok.decoder.embed.out_features
+    projection = 4 * width * width + 16 * width * width + 4 * width * 768
+    found = sum(p.numel() for p in tok.parameters()) + projection
+    assert found / 1e6 == pytest.approx(published, rel=0.02)
+
+
+def test_paper_size_forward_and_backward_on_the_meta_device():
+    with torch.device("meta"):
+        tok = build_tokenizer(config_of("experiment=gigatok_b_l")).train()
+        latents = tok.encoder(torch.zeros(1, 3, 256, 256))
+        assert latents.shape == (1, 256, 256)
+        pictures = tok.decoder.reconstruct(latents)
+        assert pictures.shape == (1, 3, 256, 256)
+        pictures.sum().backward()
+    unused = [n for n, p in tok.named_parameters() if p.grad is None]
+    assert all(n.startswith("quantizer") for n in unused), unused
+
+
+def test_the_pyramid_of_the_paper():
+    sizes = [(1, 1), (1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16)]
+    assert pooling_pyramid(256) == sizes
+    for count in (1, 2, 4, 64):
+        assert sum(r * c for r, c in pooling_pyramid(count)) == count
+    with pytest.raises(ConfigError, match="power of two"):
+        pooling_pyramid(48)
+
+
+def test_queries_are_averages_of_ever_smaller_parts():
+    encoder = tiny_tokenizer("tokenizer.encoder.num_latent_tokens=8", "data.image_size=32", tokenizer="gigatok_tiny").encoder  # fmt: skip
+    memory = torch.randn(2, 16, 16)  # a grid of 4 x 4; the first projection is the identity
+    queries = encoder.queries(memory)
+    grid = memory.view(2, 4, 4, 16)
+    whole = grid.mean(dim=(1, 2))
+    expected = [whole, whole, grid[:, :, :2].mean((1, 2)), grid[:, :, 2:].mean((1, 2))]
+    expected += [grid[:, y : y + 2, x : x + 2].mean((1, 2)) for y in (0, 2) for x in (0, 2)]
+    assert torch.allclose(queries, torch.stack(expected, dim=1), atol=1e-5)
+
+
+def test_attention_equals_torchs():
+    torch.manual_seed(0)
+    ours = CrossAttention(16, 4)
+    theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
+        theirs.out_proj.weight.copy_(ours.proj.weight)
+        theirs.out_proj.bias.copy_(ours.proj.bias)
+    q, k, v = torch.randn(2, 5, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
+    assert torch.allclose(ours(q, k, v), theirs(q, k, v)[0], atol=1e-5)
+
+
+def test_positions_enter_queries_and_keys_alone():
+    """Equal positions everywhere shift all logits of a row alike, or not at all, and no value."""
+    torch.manual_seed(0)
+    net = QFormer(16, 2, 2).eval()
+    x, memory = torch.randn(1, 4, 16), torch.randn(1, 6, 16)
+    zero, place = torch.zeros(1, 16), torch.randn(1, 16)
+    none = net(x, memory, zero.expand(4, -1), zero.expand(6, -1))
+    same = net(x, memory, zero.expand(4, -1), place.expand(6, -1))
+    assert torch.allclose(same, none, atol=1e-5)  # a key shared by all changes no softmax
+    other = net(x, memory, zero.expand(4, -1), torch.randn(6, 16) * 3)
+    assert not torch.allclose(other, none, atol=1e-3)
+
+
+def test_grid_queries_begin_as_the_first_token():
+    tok = tiny_tokenizer(tokenizer="gigatok_tiny")
+    decoder, seen = tok.decoder, []
+    decoder.transformer.blocks[0].register_forward_hook(lambda b, i, o: seen.append(i))
+    quantized = torch.randn(2, 4, 16)
+    decoder.reconstruct(quantized)
+    queries, memory = seen[0][:2]
+    assert torch.equal(queries, memory[:, :1].expand(-1, 4, -1)) and queries.shape == (2, 4, 16)
+    moved = quantized.clone()
+    moved[:, 3] += 1  # every token has a say
+    assert not torch.allclose(decoder.reconstruct(moved), decoder.reconstruct(quantized))
+
+
+def test_depth_to_space_doubles():
+    net = DepthToSpace(3)
+    x = torch.randn(1, 3, 4, 4)
+    y = net(x)
+    assert y.shape == (1, 3, 8, 8)
+    assert torch.allclose(y[0, 1, 2::2, 5::2], net.conv(x)[0, 4 + 1, 1:, 2:], atol=1e-6)
+
+
+def test_activation_checkpointing_keeps_the_gradients():
+    results = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        net = QFormer(16, 2, 2, activation_checkpointing=flag)
+        x, memory = torch.randn(2, 4, 16), torch.randn(2, 6, 16)
+        net(x, memory, torch.randn(4, 16), torch.randn(6, 16)).square().sum().backward()
+        results.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_tiny_one_learns():
+    torch.manual_seed(0)
+    tok = tiny_tokenizer(tokenizer="gigatok_tiny")
+    x = tok.to_model_range(images_of(24))
+    tok.initialize(x)
+    tok.train()
+    optimizer = torch.optim.AdamW(tok.parameters(), 3e-3)
+    errors = []
+    for _ in range(60):
+        output = tok(x)
+        error = (output.prediction - x).square().mean()
+        optimizer.zero_grad()
+        (error + 0.25 * output.quantizer.losses["commitment"]).backward()
+        optimizer.step()
+        tok.quantizer.after_step([optimizer])
+        errors.append(error.item())
+    assert sum(errors[-5:]) < 0.7 * sum(errors[:5])

@@ -1,0 +1,92 @@
+"""A Q-Former that lays a 1D code out on a grid, and a CNN that paints it (GigaTok's decoder)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistok.decoders.base import Decoder
+from vistok.decoders.cnn import CNNDecoder
+from vistok.errors import ConfigError
+from vistok.nn.patches import grid_points, position_table, spread_points
+from vistok.nn.qformer import QFormer
+from vistok.nn.transformer import init_transformer_
+
+
+class QFormerDecoder(Decoder):
+    """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
+
+    Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
+
+    Args:
+        cnn: the last stage; its `latent_dim` is D.
+        num_latent_tokens: K, the length of the code.
+        latent_dim: D, the width of the quantized latents.
+        width: W of the Q-Former, a multiple of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        activation_checkpointing: of the Q-Former's blocks.
+    """
+
+    def __init__(
+        self,
+        cnn: CNNDecoder,
+        num_latent_tokens: int,
+        latent_dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if cnn.dim != latent_dim:
+            raise ConfigError(
+                f"tokenizer.decoder.cnn.latent_dim={cnn.dim}: must be latent_dim={latent_dim}"
+            )
+        self.dim = latent_dim
+        self.grid = cnn.grid
+        self.embed = nn.Linear(latent_dim, width)
+        self.norm_in = nn.LayerNorm(width)
+        self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
+        self.norm_out = nn.LayerNorm(width)
+        self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)
+        init_transformer_(self)
+        self.cnn = cnn
+        points = grid_points(cnn.grid)
+        self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+        points = spread_points(num_latent_tokens, cnn.grid)
+        self.latent_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Images `(B, C, H, W)` from `(B, K, D)`; masked tokens count as zero."""
+        if mask is not None:
+            quantized = quantized * mask[..., None]
+        return self.cnn.reconstruct(self.cells(quantized))
+
+    def cells(self, quantized: Tensor) -> Tensor:
+        """What the CNN gets: `(B, rows * columns, D)`, raster order."""
+        memory = self.norm_in(self.embed(quantized))
+        queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
+        x = self.transformer(
+            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]]
+        )
+        grid = self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
+        return self.conv_out(grid).flatten(2).transpose(1, 2)
+
+    def patch_tokens(self, sequence: Tensor) -> Tensor:
+        """The cells `(B, rows * columns, W)` in the sequence behind any block: all of it."""
+        return sequence
+
+    @torch.no_grad()
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Start the CNN's last layer at the linear map that reconstructs `images` best."""
+        self.cnn.initialize(
+            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+        )
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the CNN's last convolution."""
+        return self.cnn.last_layer

@@ -1,0 +1,81 @@
+"""A CNN read by a Q-Former (GigaTok's encoder)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.encoders.base import Encoder
+from vistok.encoders.cnn import CNNEncoder
+from vistok.nn.patches import grid_points, position_table, spread_points
+from vistok.nn.qformer import QFormer, pooling_pyramid
+from vistok.nn.transformer import init_transformer_
+
+
+class QFormerEncoder(Encoder):
+    """Image to a grid of features by a CNN, and these to a 1D code by a Q-Former.
+
+    The queries start as averages of the embedded grid over ever finer cells (1, 1, 2, 4, ... of
+    them), so the first tokens see the whole image and the last ones small parts of it.
+
+    Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
+
+    Args:
+        cnn: the first stage.
+        num_latent_tokens: K, the length of the code; a power of two.
+        dim: D, the width of the latents.
+        width: W of the Q-Former, a multiple of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        activation_checkpointing: of the Q-Former's blocks.
+    """
+
+    def __init__(
+        self,
+        cnn: CNNEncoder,
+        num_latent_tokens: int,
+        dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_tokens = num_latent_tokens
+        self.levels = pooling_pyramid(num_latent_tokens)
+        self.grid = cnn.grid
+        self.conv_out = nn.Conv2d(cnn.dim, dim, 3, padding=1)
+        self.embed = nn.Linear(dim, width)
+        self.norm_in = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
+        self.norm_out = nn.LayerNorm(width)
+        self.project = nn.Linear(width, dim)
+        init_transformer_(self)
+        nn.init.eye_(self.query.weight)
+        self.cnn = cnn
+        points = grid_points(cnn.grid)
+        self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+        points = spread_points(num_latent_tokens, cnn.grid)
+        self.latent_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, D)`."""
+        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
+        memory = self.norm_in(self.embed(grid.flatten(2).transpose(1, 2)))
+        x = self.transformer(
+            self.queries(memory), memory, self.latent_positions, self.grid_positions
+        )
+        return self.project(self.norm_out(x))
+
+    def queries(self, memory: Tensor) -> Tensor:
+        """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""
+        grid = memory.transpose(1, 2).unflatten(2, self.grid)
+        pooled = [F.adaptive_avg_pool2d(grid, level).flatten(2) for level in self.levels]
+        return self.query(torch.cat(pooled, dim=2).transpose(1, 2))
+
+    def initialize(self, images: Tensor) -> None:
+        """As the CNN does."""
+        self.cnn.initialize(images)

@@ -1,0 +1,20 @@
+"""GigaTok: a CNN around a Q-Former, up to three billion parameters."""
+
+from vistok.models.tokenizer import Tokenizer
+
+
+class GigaTok(Tokenizer):
+    """A CNN, a Q-Former to a 1D code, a Q-Former back to a grid, and a CNN.
+
+    The paper's semantic regularisation, without which the large sizes give codes that are hard
+    to model, is `alignment.*` of the run: the decoder's third block against DINOv2-B, weight
+    0.5. Its entropy loss is `quantizer.entropy_weight`.
+
+    Differs from the released code: group norms of the CNN decoder are plain, not adaptive.
+
+    Paper: Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
+    Parts: `QFormerEncoder`, `QFormerDecoder`.
+    """
+
+    # Full attention on both sides; queries start coarse to fine, but nothing is dropped.
+    token_order = "unordered"

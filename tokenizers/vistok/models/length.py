@@ -1,0 +1,58 @@
+"""How many tokens a training step keeps: the length policy of flexible tokenizers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vistok.errors import ConfigError, nearest
+
+_DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up")
+
+
+class LengthPolicy(nn.Module):
+    """Draws the number of tokens k that the decoder gets, 1 to N.
+
+    Where the tail is cut, what stands in for it and when are the tokenizer's and its decoder's:
+    published checkpoints differ in these, and they can't be exchanged. Numbers come from torch's
+    generator, so a resumed run draws what the whole run would have drawn.
+
+    Args:
+        distribution: of k. "uniform": each of 1..N alike (One-D-Piece's tail token drop; nested
+            dropout). "powers_of_two": each of 1, 2, 4, ..., N alike. "rounded_up": uniform,
+            then up to the next power of two, so P(N) = 1/2, P(N/2) = 1/4 and so on, which keeps
+            the tail from starving. If N is no power of two it stands in for the next one.
+        per: "sample" draws one k for each image, "batch" one for the whole (local) batch.
+    """
+
+    def __init__(self, distribution: str = "uniform", per: str = "sample") -> None:
+        super().__init__()
+        if distribution not in _DISTRIBUTIONS:
+            raise ConfigError(
+                f"tokenizer.length.distribution={distribution}: must be one of "
+                f"{', '.join(_DISTRIBUTIONS)}{nearest(str(distribution), _DISTRIBUTIONS)}"
+            )
+        if per not in ("sample", "batch"):
+            raise ConfigError(f"tokenizer.length.per={per}: must be sample or batch")
+        self.distribution = distribution
+        self.per = per
+
+    def forward(
+        self, batch: int, num_tokens: int, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Lengths `(B,)` int64 in 1..N; all the same with per="batch"."""
+        draws = 1 if self.per == "batch" else batch
+        levels = power_levels(num_tokens).to(device)
+        if self.distribution == "powers_of_two":
+            kept = levels[torch.randint(len(levels), (draws,), device=device)]
+        else:
+            kept = torch.randint(1, num_tokens + 1, (draws,), device=device)
+            if self.distribution == "rounded_up":
+                kept = levels[torch.searchsorted(levels, kept)]
+        return kept.expand(batch)
+
+
+def power_levels(num_tokens: int) -> Tensor:
+    """`[1, 2, 4, ..., N]` int64; N is the last whether or not it is a power of two."""
+    levels = [2**i for i in range(num_tokens.bit_length()) if 2**i < num_tokens]
+    return torch.tensor([*levels, num_tokens])

@@ -1,0 +1,16 @@
+"""One-D-Piece: TiTok with a tail that may be missing."""
+
+from vistok.models.flexible import FlexibleTokenizer
+
+
+class OneDPiece(FlexibleTokenizer):
+    """TiTok trained with tail token drop, so that the first tokens carry the most.
+
+    All N tokens are quantized and enter the quantizer's losses and statistics; then one k,
+    uniform on 1..N, is drawn per forward and rank, and the decoder gets the first k tokens and
+    nothing in place of the others.
+
+    Paper: Miwa et al. 2025, https://arxiv.org/abs/2501.10064.
+    Parts: `LatentTransformerEncoder`, `LatentTransformerDecoder`; the length policy of the paper
+    is distribution="uniform", per="batch".
+    """

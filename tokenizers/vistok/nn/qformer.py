@@ -1,0 +1,116 @@
+"""Q-Former: queries that attend to each other and read a memory (DETR's decoder, pre-norm)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vistok.errors import ConfigError
+from vistok.nn.transformer import attend
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose queries, keys and values come from different places.
+
+    Args:
+        width: W, in and out.
+        num_heads: divides W.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ConfigError(f"num_heads={num_heads} does not divide the width {width}")
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """`(B, L, W)` from queries `(B, L, W)`, keys and values `(B, M, W)`."""
+        pairs = ((self.q, queries), (self.k, keys), (self.v, values))
+        q, k, v = (net(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for net, x in pairs)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class QFormerBlock(nn.Module):
+    """Self-attention of the queries, attention to the memory, GELU MLP; positions in q and k.
+
+    Args:
+        width: W, in and out.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over W.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attn = CrossAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attn = CrossAttention(width, num_heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(
+        self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor
+    ) -> Tensor:
+        """Map queries `(B, L, W)` to `(B, L, W)`, reading memory `(B, M, W)`.
+
+        Args:
+            x: the queries.
+            memory: what they read.
+            positions: `(L, W)` of the queries.
+            memory_positions: `(M, W)` of the memory.
+        """
+        y = self.norm1(x)
+        x = x + self.self_attn(y + positions, y + positions, y)
+        y = self.norm2(x) + positions
+        x = x + self.cross_attn(y, memory + memory_positions, memory)
+        return x + self.mlp(self.norm3(x))
+
+
+class QFormer(nn.Module):
+    """A stack of `QFormerBlock`s.
+
+    Args:
+        width: W, in and out.
+        depth: number of blocks.
+        num_heads: attention heads.
+        activation_checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self, width: int, depth: int, num_heads: int, activation_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.blocks = nn.ModuleList(QFormerBlock(width, num_heads) for _ in range(depth))
+
+    def forward(
+        self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor
+    ) -> Tensor:
+        """As a block."""
+        for block in self.blocks:
+            inputs = (x, memory, positions, memory_positions)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(*inputs)
+        return x
+
+
+def pooling_pyramid(count: int) -> list[tuple[int, int]]:
+    """Grids of 1, 1, 2, 4, ... cells that add up to `count`, each next one twice as fine.
+
+    1x1, 1x1, 1x2, 2x2, 2x4, 4x4, ...
+
+    Raises:
+        ConfigError: if `count` is no power of two.
+    """
+    if count < 1 or count & (count - 1):
+        raise ConfigError(f"num_latent_tokens={count}: pooled queries need a power of two")
+    exponents = range(count.bit_length() - 1)
+    return [(1, 1), *((2 ** (e // 2), 2 ** ((e + 1) // 2)) for e in exponents)]
