@@ -44,6 +44,8 @@ examples
 
 {_listing("tokenizer", "tokenizers (tokenizer=NAME)")}
 
+{_listing("stage", "stages (stage=NAME)")}
+
 {_listing("data", "data (data=NAME)")}
 
 {_listing("logger", "loggers (logger=NAME)")}
@@ -79,6 +81,7 @@ examples
   eval.py run=runs/<run>                            on that run's validation images
   eval.py run=exported/my_tokenizer data=shards data.val=/sets/val-000000.tar
   eval.py run=runs/<run> weights=last               the raw weights, not the averaged ones
+  eval.py run=runs/<run> 'eval.num_tokens=[1,8,64]' a curve over budgets (flexible length)
 
 keys
   run           a run folder, an export folder or a checkpoint
@@ -86,6 +89,8 @@ keys
   weights=ema   ema or last
   device=auto   auto, cpu or cuda;   precision=auto: auto, bf16, 16 or 32
   batch_size=64, num_pictures=12, picture_scale=1
+  eval.num_tokens               budgets of a flexible tokenizer, beside JPEG and WebP
+  eval.steps, eval.guidance, eval.seed    of a decoder that samples
   data.*        as in training, for example data.val=/photos/val data.val_crop=tv_center
   debug=true    show tracebacks
 """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vistok.metrics.image import PSNR, SSIM, ImageMetric, to_uint8
-from vistok.models.tokenizer import Tokenizer, to_unit_range
+from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage
 
 
@@ -21,10 +22,20 @@ class Evaluator:
     Args:
         tokenizer: in eval mode; its device is used.
         metrics: what to measure besides the codes; PSNR and SSIM by default.
+        num_tokens: budget of a flexible tokenizer; None for all tokens.
+        sampling: further arguments of `detokenize`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, metrics: Iterable[ImageMetric] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        metrics: Iterable[ImageMetric] | None = None,
+        num_tokens: int | None = None,
+        sampling: dict[str, Any] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.num_tokens = num_tokens
+        self.sampling = sampling or {}
         self.metrics = list(metrics) if metrics is not None else [PSNR(), SSIM()]
         self.usage = CodeUsage(tokenizer.quantizer.codebook_sizes).to(tokenizer.device)
         self.num_images = 0
@@ -47,10 +58,8 @@ class Evaluator:
             return images
         start = time.perf_counter()
         images = images.to(self.tokenizer.device)
-        model_images = self.tokenizer.to_model_range(images)
-        indices = self.tokenizer.quantizer.encode(self.tokenizer.encode(model_images))
-        decoded = self.tokenizer.decode(self.tokenizer.quantizer.decode(indices))
-        reconstructions = to_uint8(to_unit_range(decoded))
+        indices = self.tokenizer.tokenize(images, self.num_tokens)
+        reconstructions = to_uint8(self.tokenizer.detokenize(indices, **self.sampling))
         if images.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start
@@ -75,12 +84,14 @@ class Evaluator:
             results.update(metric.compute())
         usage = {name: value.item() for name, value in self.usage.compute().items()}
         tokens = sum(int(h.sum()) for h in self.usage.histograms()) / len(self.usage.offsets[1:])
+        budget = self.num_tokens or self.tokenizer.num_tokens
+        bits = budget * self.tokenizer.quantizer.bits_per_token
         return {
             **results,
             **usage,
-            "bits_per_image": self.tokenizer.bits_per_image,
-            "bits_per_pixel": self.tokenizer.bits_per_image / (height * width),
-            "num_tokens": self.tokenizer.num_tokens,
-            "images": round(tokens / self.tokenizer.num_tokens),
+            "bits_per_image": bits,
+            "bits_per_pixel": bits / (height * width),
+            "num_tokens": budget,
+            "images": round(tokens / budget),
             "images_per_second": self.num_images / self.seconds if self.seconds else 0.0,
         }

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -21,13 +22,18 @@ def comparison(originals: Tensor, reconstructions: Tensor, gap: int = 2) -> Tens
     Returns:
         `(C, 2H + 3 gap, B (W + gap) + gap)` uint8.
     """
-    count, channels, height, width = originals.shape
-    sheet = originals.new_full((channels, 2 * height + 3 * gap, count * (width + gap) + gap), 255)
-    for i in range(count):
-        left = gap + i * (width + gap)
-        sheet[:, gap : gap + height, left : left + width] = originals[i]
-        sheet[:, 2 * gap + height : 2 * gap + 2 * height, left : left + width] = reconstructions[i]
-    return sheet
+    return grid(torch.stack([originals, reconstructions]), gap)
+
+
+def grid(pictures: Tensor, gap: int = 2) -> Tensor:
+    """Pictures `(rows, columns, C, H, W)` uint8 on a white sheet.
+
+    Returns:
+        `(C, rows (H + gap) + gap, columns (W + gap) + gap)` uint8.
+    """
+    framed = F.pad(pictures, (gap, 0, gap, 0), value=255)
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in framed], dim=1)
+    return F.pad(sheet, (0, gap, 0, gap), value=255)
 
 
 def save_png(image: Tensor, path: Path, scale: int = 1) -> None:

@@ -14,15 +14,21 @@ from vistok.configuration import apply_overrides, compose
 from vistok.console import say
 from vistok.data.datamodule import VistokDataModule
 from vistok.errors import ConfigError
+from vistok.evaluation.budgets import evaluate_budgets, print_budgets
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
 
 #: Keys of the run's data that stay when `data=...` chooses another kind.
 _KEPT = ("image_size", "channels", "val_crop", "num_workers", "seed")
 
+#: Arguments of decoders that sample; null keeps the decoder's own.
+_SAMPLING = ("steps", "guidance", "seed")
+
 
 def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
     """Evaluate, print a table, write `metrics.json` and `reconstructions.png`.
+
+    With `eval.num_tokens` also the curve over budgets, `curve.png` and `budgets.png`.
 
     Args:
         config: resolved `configs/eval.yaml`.
@@ -47,7 +53,8 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     out = Path(config["out"]) if config["out"] else default_folder(run) / "eval"
 
     dtype = choose_precision(config["precision"], device)
-    evaluator = Evaluator(tokenizer)
+    sampling = {k: config["eval"][k] for k in _SAMPLING if config["eval"][k] is not None}
+    evaluator = Evaluator(tokenizer, sampling=sampling)
     autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=bool(dtype))
     with autocast:
         for batch in data.val_dataloader():
@@ -55,17 +62,32 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
         images = data.val_images(config["num_pictures"]) if config["num_pictures"] else None
         results: dict[str, Any] = evaluator.compute()
         if images is not None:
-            reconstructions = Evaluator(tokenizer, metrics=[]).update(images)
+            reconstructions = Evaluator(tokenizer, metrics=[], sampling=sampling).update(images)
             sheet = comparison(images.cpu(), reconstructions.cpu())
             save_png(sheet, out / "reconstructions.png", config["picture_scale"])
+        if config["eval"]["num_tokens"]:
+            curve = evaluate_budgets(
+                tokenizer,
+                data,
+                out,
+                config["eval"]["num_tokens"],
+                sampling,
+                config["eval"]["codec_images"],
+                config["num_pictures"],
+                config["picture_scale"],
+            )
+            results.update(curve)
     results["weights"] = config["weights"]
     results["checkpoint"] = str(source)
     results["crop"] = values["val_crop"]
     results["precision"] = str(dtype or torch.float32).removeprefix("torch.")
+    results["sampling"] = sampling
     results["skipped_images"] = len(data.skipped)
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     print_table(results, out)
+    if "budgets" in results:
+        print_budgets(results, out)
     if report := data.skipped_report():
         say(f"[yellow]{report}[/yellow]")
     return results
@@ -132,5 +154,7 @@ def print_table(results: dict[str, Any], out: Path) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():
+        if isinstance(value, (list, dict)):
+            continue
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     say(table)

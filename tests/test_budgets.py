@@ -1,0 +1,158 @@
+"""The curve over budgets: numbers, codecs at matched bytes, plot and picture."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vistok
+from helpers import TINY, images_of
+from vistok.evaluation.codecs import CODECS, best_within, codec_curves, jpeg, webp
+from vistok.evaluation.pictures import comparison, grid
+from vistok.evaluation.plots import Panel, Series, bounds, draw, ticks
+from vistok.metrics.image import PSNR
+
+
+def flat(value, size=32):
+    return torch.full((3, size, size), value, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("codec", [jpeg, webp])
+def test_payload_is_the_file_without_its_headers(codec):
+    """Headers of one size and quality are alike, whatever the picture; payloads are not."""
+    images = [*images_of(6, 32), flat(128)]
+    results = [codec(image, 50) for image in images]
+    headers = {r.file - r.payload for r in results}
+    if codec is webp:  # RIFF, chunk and frame header; chunks are padded to even lengths
+        assert headers <= {30, 31}
+    else:
+        assert len(headers) == 1 and 590 < headers.pop() < 640
+    payloads = [r.payload for r in results]
+    assert min(payloads) == payloads[-1] < 30 and len(set(payloads)) > 3
+    error = (results[-1].picture.int() - 128).abs().max()
+    assert error <= 1
+
+
+@pytest.mark.parametrize("name", ["jpeg", "webp"])
+def test_grey_images_and_quality(name):
+    codec, highest = CODECS[name]
+    image = images_of(1, 32)[0]
+    low, high = codec(image, 0), codec(image, highest)
+    assert low.payload < high.payload
+    assert (high.picture.int() - image.int()).abs().float().mean() < 8
+    assert codec(image[:1], 50).picture.shape == (1, 32, 32)
+
+
+def test_the_best_quality_within_a_limit():
+    image = images_of(1, 32)[0]
+    for limit in (60, 100, 200):
+        found = best_within(lambda q: jpeg(image, q), 95, limit)
+        fitting = [q for q in range(96) if jpeg(image, q).payload <= limit]
+        assert found.payload == jpeg(image, max(fitting)).payload <= limit
+    assert best_within(lambda q: jpeg(image, q), 95, 3) is None
+
+
+def test_curves_leave_out_what_does_not_fit():
+    images = images_of(4, 32)
+    curves = codec_curves(images, [1, 150, 400])
+    for name, points in curves.items():
+        assert [p["max_bytes"] for p in points] == [150, 400], name
+        assert points[0]["psnr"] < points[1]["psnr"]
+        assert all(p["payload_bytes"] <= p["max_bytes"] for p in points)
+        assert all(p["file_bytes"] > p["payload_bytes"] for p in points)
+
+
+def test_grid_of_pictures():
+    pictures = torch.randint(0, 255, (2, 3, 1, 4, 5), dtype=torch.uint8)
+    sheet = grid(pictures, gap=2)
+    assert sheet.shape == (1, 2 * 6 + 2, 3 * 7 + 2)
+    for row in range(2):
+        for column in range(3):
+            y, x = 2 + row * 6, 2 + column * 7
+            assert torch.equal(sheet[:, y : y + 4, x : x + 5], pictures[row, column])
+            sheet[:, y : y + 4, x : x + 5] = 255
+    assert (sheet == 255).all()
+    rows = comparison(pictures[0], pictures[1])
+    assert torch.equal(rows, grid(pictures))
+
+
+def test_plot(tmp_path):
+    up = Series("a", [1, 4, 16], [10.0, 20.0, 22.0])
+    draw([Panel("tokens", "dB", [up]), Panel("bytes", "dB", [up, Series("b", [8], [21.0])])], tmp_path / "p.png")  # fmt: skip
+    array = np.asarray(Image.open(tmp_path / "p.png"))
+    assert array.shape == (460, 1280, 3)
+    blue = (array == (0x1F, 0x5F, 0xB4)).all(-1)
+    orange = (array == (0xD1, 0x60, 0x2B)).all(-1)
+    assert blue[:, :640].sum() > 300 and not orange[:, :640].any() and orange[:, 640:].any()
+    # The line rises: its leftmost point lies lowest. (The legend is above all of it.)
+    rows = [np.flatnonzero(blue[120:, x]) for x in range(70, 620)]
+    drawn = [r.mean() for r in rows if len(r)]
+    assert drawn[0] > drawn[len(drawn) // 2] > drawn[-1]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (17.3, 23.4), (5, 5.01), (-40, 900)])
+def test_ticks(low, high):
+    values = ticks(low, high)
+    assert 5 <= len(values) <= 11 and low <= values[0] and values[-1] <= high
+    assert bounds([low, high])[0] < low and bounds([high, high])[1] > high
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def flexible_run(tmp_path_factory, photos):
+    from vistok.cli import train
+
+    run = tmp_path_factory.mktemp("flexible") / "run"
+    words = ["experiment=one_d_piece_tiny", *TINY, "data=folder", f"data.train={photos}"]
+    words += ["data.val_fraction=0.2", "trainer.max_steps=6", f"hydra.run.dir={run}"]
+    assert train([*words, "data.image_size=16"]) == 0
+    return run
+
+
+def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
+    out = tmp_path / "e"
+    code, lines, text = cli(
+        "evaluate", f"run={flexible_run}", f"out={out}", "eval.num_tokens=[4,1,2]"
+    )
+    assert code == 0, lines
+    results = json.loads((out / "metrics.json").read_text())
+    rows = results["budgets"]
+    assert [row["num_tokens"] for row in rows] == [1, 2, 4]
+    assert [row["bits_per_image"] for row in rows] == [4, 8, 16]
+    assert [row["bytes"] for row in rows] == [1, 1, 2]
+    assert len({row["images"] for row in rows}) == 1 and rows[0]["images"] == results["images"]
+    assert rows[-1]["psnr"] == pytest.approx(results["psnr"])
+    assert (out / "curve.png").is_file() and (out / "budgets.png").is_file()
+    assert "curve.png" in text
+
+    tok = vistok.load(flexible_run)
+    from vistok.checkpoint import find_checkpoint
+    from vistok.data.datamodule import VistokDataModule
+    from vistok.evaluation.run import data_config
+
+    data = VistokDataModule(**data_config(find_checkpoint(flexible_run), [], 8))
+    data.setup("validate")
+    images = data.val_images(100)
+    assert len(images) == results["images"]
+    for row in rows:
+        ids = tok.tokenize(images)[:, : row["num_tokens"]]
+        rec = (tok.detokenize(ids) * 255).round() / 255
+        psnr = PSNR().per_image(images.float() / 255, rec)
+        assert row["psnr"] == pytest.approx(psnr.mean().item(), abs=1e-3)
+    picture = np.asarray(Image.open(out / "budgets.png"))
+    assert picture.shape == (len(images[:12]) * 18 + 2, 4 * 18 + 2, 3)
+    assert np.array_equal(picture[2:18, 2:18], images[0].permute(1, 2, 0).numpy())
+
+
+def test_budgets_of_a_fixed_length_are_refused(fails, finished_run, flexible_run):
+    fails(
+        "evaluate", f"run={finished_run}", "eval.num_tokens=[1,2]", words="has a fixed length of 4"
+    )
+    fails(
+        "evaluate", f"run={flexible_run}", "eval.num_tokens=[1,9]", words=("[1, 9]", "from 1 to 4")
+    )
+    fails("evaluate", f"run={flexible_run}", "eval.steps=3", words="takes no such argument")

@@ -1,0 +1,114 @@
+"""What JPEG and WebP make of the same number of bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vistok.metrics.image import PSNR
+
+
+@dataclass(frozen=True)
+class Coded:
+    """An image that went through a codec.
+
+    Attributes:
+        payload: bytes of the compressed picture alone: of a JPEG its scan (its Huffman tables
+            are the standard ones), of a WebP its VP8 data behind the frame's header.
+        file: bytes of the whole file.
+        picture: the decoded image `(C, H, W)` uint8.
+    """
+
+    payload: int
+    file: int
+    picture: Tensor
+
+
+def jpeg(image: Tensor, quality: int) -> Coded:
+    """Baseline JPEG, 4:2:0, of an image `(C, H, W)` uint8, C 1 or 3; quality 1 to 95."""
+    options = {} if image.shape[0] == 1 else {"subsampling": 2}
+    data, picture = _through(image, format="JPEG", quality=max(1, quality), **options)
+    position = 2
+    while data[position + 1] != 0xDA:  # segments, up to the start of the scan
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return Coded(len(data) - position - 2, len(data), picture)  # 2: the end marker
+
+
+def webp(image: Tensor, quality: int) -> Coded:
+    """Lossy WebP at its slowest and best method; quality 0 to 100."""
+    data, picture = _through(image, format="WEBP", quality=quality, method=6)
+    start = data.index(b"VP8 ")
+    size = int.from_bytes(data[start + 4 : start + 8], "little")
+    return Coded(size - 10, len(data), picture)  # 10: frame tag, start code, width and height
+
+
+def _through(image: Tensor, **options: object) -> tuple[bytes, Tensor]:
+    array = image.cpu().permute(1, 2, 0).numpy()
+    mode = "L" if array.shape[2] == 1 else "RGB"
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if mode == "L" else array).save(buffer, **options)  # type: ignore
+    decoded = np.array(Image.open(buffer).convert(mode)).reshape(array.shape)
+    return buffer.getvalue(), torch.from_numpy(decoded).permute(2, 0, 1)
+
+
+#: Name to codec and highest quality.
+CODECS: dict[str, tuple[Callable[[Tensor, int], Coded], int]] = {
+    "jpeg": (jpeg, 95),
+    "webp": (webp, 100),
+}
+
+
+def best_within(code: Callable[[int], Coded], highest: int, max_bytes: int) -> Coded | None:
+    """The result of the highest quality whose payload fits, by bisection; None if none does."""
+    best, low, high = None, 0, highest
+    while low <= high:
+        middle = (low + high) // 2
+        result = code(middle)
+        if result.payload <= max_bytes:
+            best, low = result, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def codec_curves(images: Tensor, max_bytes: list[int]) -> dict[str, list[dict[str, float]]]:
+    """PSNR of each codec, the quality of every image searched so that its payload just fits.
+
+    Args:
+        images: `(B, C, H, W)` uint8, C 1 or 3.
+        max_bytes: limits; one that some image exceeds even at the lowest quality is left out.
+
+    Returns:
+        For each codec a list of `max_bytes`, `psnr` (dB, mean of the images), and mean
+        `payload_bytes` and `file_bytes`.
+    """
+    metric = PSNR()
+    curves = {}
+    for name, (codec, highest) in CODECS.items():
+        coders = [cache(lambda q, image=image, codec=codec: codec(image, q)) for image in images]
+        curves[name] = []
+        for limit in max_bytes:
+            found = [best_within(coder, highest, limit) for coder in coders]
+            coded = [c for c in found if c is not None]
+            if not coded or len(coded) < len(images):
+                continue
+            pictures = torch.stack([c.picture for c in coded])
+            psnr = metric.per_image(images.float() / 255, pictures.float() / 255)
+            curves[name].append(
+                {
+                    "max_bytes": limit,
+                    "psnr": float(psnr.mean()),
+                    "payload_bytes": math.fsum(c.payload for c in coded) / len(coded),
+                    "file_bytes": math.fsum(c.file for c in coded) / len(coded),
+                }
+            )
+    return curves
