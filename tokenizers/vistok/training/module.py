@@ -14,6 +14,8 @@ from vistok.errors import VistokError
 from vistok.evaluation.evaluator import Evaluator
 from vistok.training.ema import EMA
 from vistok.training.optimizers import build_optimizer, warmup_cosine
+from vistok.training.stages import prepare_stage
+from vistok.training.teachers import build_alignment
 
 
 class TokenizerModule(L.LightningModule):
@@ -31,7 +33,9 @@ class TokenizerModule(L.LightningModule):
         self.save_hyperparameters()
         self.config = config
         self.tokenizer = build_tokenizer(config)
+        prepare_stage(self.tokenizer, config)
         self.loss = build(config["loss"])
+        self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
         self.schedule = config["optimizer"]
         decay = config["ema"]["decay"]
         self.ema = EMA(self.tokenizer, decay) if decay else None
@@ -49,6 +53,11 @@ class TokenizerModule(L.LightningModule):
         images = batch["image"].float().div_(127.5).sub_(1)
         output = self._step_function(images)
         losses = self.loss(output, self.tokenizer.quantizer.loss_weights, self.global_step)
+        if self.alignment is not None:
+            losses["alignment"] = self.alignment(images)
+            losses["total"] = (
+                losses["total"] + self.config["alignment"]["weight"] * losses["alignment"]
+            )
         total = losses["total"]
         self._check_finite(losses)
         for name, value in losses.items():
@@ -80,16 +89,18 @@ class TokenizerModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then whatever happens once per step: codebook statistics and the EMA."""
         super().optimizer_step(*args, **kwargs)
-        optimizer = self.trainer.optimizers[0]
-        for name, value in self.tokenizer.quantizer.after_step([optimizer]).items():
-            self.log(f"quantizer/{name}", value)
+        if "quantizer" not in self.tokenizer.frozen:
+            optimizer = self.trainer.optimizers[0]
+            for name, value in self.tokenizer.quantizer.after_step([optimizer]).items():
+                self.log(f"quantizer/{name}", value)
         if self.ema is not None:
             self.ema.update()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what is trainable."""
         s = self.schedule
-        return build_optimizer(self.tokenizer, s["lr"], s["betas"], s["weight_decay"])
+        trained = [part for part in (self.tokenizer, self.alignment) if part is not None]
+        return build_optimizer(torch.nn.ModuleList(trained), s["lr"], s["betas"], s["weight_decay"])
 
     @property
     def data(self) -> VistokDataModule:

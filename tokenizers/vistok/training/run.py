@@ -43,6 +43,7 @@ from vistok.training.callbacks import (
     checkpoint_callbacks,
 )
 from vistok.training.module import TokenizerModule
+from vistok.training.stages import resolve_stage
 
 PRECISIONS = {
     "bf16": "bf16-mixed",
@@ -67,6 +68,8 @@ def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> d
     """
     started = time.time()
     quiet_libraries()
+    if resume is None:
+        config = resolve_stage(config)
     L.seed_everything(config["seed"], verbose=False)
     data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
     module = TokenizerModule(config)  # before the data: a wrong size shows at once

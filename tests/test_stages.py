@@ -1,0 +1,237 @@
+"""TiTok's stages: what learns, what stays bit for bit, and what comes out of each."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+import vistok
+from helpers import SIZES, TINY, images_of, metrics_of, tiny_tokenizer
+from vistok.cli import evaluate, export, train
+from vistok.losses.codes import CodeLoss
+from vistok.nn.frozen import Frozen
+from vistok.training.ema import EMA
+from vistok.training.module import TokenizerModule
+from vistok.types import QuantizerOutput, TokenizerOutput
+
+WORDS = [w for w in TINY if w != "loss=mse"]
+COMMON = ["trainer.max_steps=5", "trainer.val_check_interval=2"]
+
+
+def data_words(photos):
+    return ["data=folder", f"data.train={photos}", "data.val_fraction=0.2", "data.image_size=16"]
+
+
+@pytest.fixture(scope="module")
+def proxy_run(tmp_path_factory, photos):
+    """A 2D tokenizer of 2 x 2 cells with 16 codes."""
+    run = tmp_path_factory.mktemp("proxy") / "run"
+    words = [w for w in TINY if w not in SIZES["titok_tiny"]] + SIZES["vqgan_tiny"]
+    assert train(["experiment=vqgan_tiny", *words, *data_words(photos), *COMMON, f"hydra.run.dir={run}"]) == 0  # fmt: skip
+    return run
+
+
+@pytest.fixture(scope="module", params=["titok_tiny", "one_d_piece_tiny"])
+def stages(request, proxy_run, tmp_path_factory, photos):
+    """The runs of both stages, by the commands that a user gives."""
+    folder = tmp_path_factory.mktemp("stages")
+    first, second = folder / "first", folder / "second"
+    words = [f"experiment={request.param}", *WORDS, *data_words(photos), *COMMON]
+    assert train([*words, "stage=proxy", f"stage.proxy={proxy_run}", f"hydra.run.dir={first}"]) == 0
+    words = [*words, "stage=decoder", f"stage.weights={first}"]
+    assert train([*words, f"hydra.run.dir={second}"]) == 0
+    return proxy_run, first, second
+
+
+def module_of(run) -> TokenizerModule:
+    return TokenizerModule(yaml.safe_load((run / "config.yaml").read_text()))
+
+
+def weights_of(run):
+    return vistok.load(run / "checkpoints" / "last.ckpt", weights="last").state_dict()
+
+
+def test_first_stage_learns_the_codes_of_the_proxy(stages):
+    proxy_run, run, _ = stages
+    proxy, module = vistok.load(proxy_run), module_of(run)
+    module.train()
+    images = images_of(6)
+    output = module.tokenizer(module.tokenizer.to_model_range(images))
+    assert torch.equal(output.target, proxy.tokenize(images)[..., 0])
+    assert output.prediction.shape == (6, 4, 16)
+    losses = module.loss(output, module.tokenizer.quantizer.loss_weights, 0)
+    expected = F.cross_entropy(output.prediction.reshape(24, 16), output.target.reshape(24))
+    assert losses["codes"].item() == pytest.approx(expected.item(), rel=1e-5)
+    rows = [float(r["loss/codes"]) for r in metrics_of(run) if r.get("loss/codes")]
+    assert rows[0] == pytest.approx(math.log(16), abs=0.3)
+
+
+def test_first_stage_decodes_through_the_proxys_decoder(stages):
+    proxy_run, run, _ = stages
+    proxy, tok = vistok.load(proxy_run), vistok.load(run)
+    ids = tok.tokenize(images_of(5))
+    assert ids.shape == (5, 4, 1)
+    with torch.no_grad():
+        codes = tok.decoder.logits(tok.quantizer.decode(ids)).argmax(dim=-1, keepdim=True)
+    assert torch.allclose(tok.detokenize(ids), proxy.detokenize(codes), atol=1e-5)
+
+
+def test_second_stage_decodes_expected_codes(stages):
+    proxy_run, _, run = stages
+    tok = vistok.load(run)
+    ids = tok.tokenize(images_of(5))
+    with torch.no_grad():
+        p = tok.decoder.logits(tok.quantizer.decode(ids)).double().softmax(-1)
+        vectors = torch.einsum("bnk,kd->bnd", p, tok.decoder.code_vectors.weight.double())
+        pictures = tok.decoder.pixel_decoder.reconstruct(vectors.float())
+    assert torch.allclose(tok.detokenize(ids), ((pictures + 1) / 2).clamp(0, 1), atol=1e-5)
+
+
+def gradients(module):
+    module.train()
+    output = module.tokenizer(module.tokenizer.to_model_range(images_of(6)))
+    losses = module.loss(output, module.tokenizer.quantizer.loss_weights, 0)
+    losses["total"].backward()
+    named = module.tokenizer.named_parameters()
+    return {n for n, p in named if p.grad is not None and p.grad.abs().max() > 0}, output
+
+
+def of(names, *prefixes):
+    return {n for n in names if n.startswith(prefixes)}
+
+
+def test_which_parameters_learn_in_the_first_stage(stages):
+    module = module_of(stages[1])
+    reached, _ = gradients(module)
+    assert not of(reached, "decoder.pixel_decoder", "decoder.code_vectors")
+    for part in ("encoder.", "quantizer.project_in", "decoder.transformer", "decoder.head"):
+        assert of(reached, part), part
+    grouped = {id(p) for g in module_optimizer(module).param_groups for p in g["params"]}
+    names = {n for n, p in module.tokenizer.named_parameters() if id(p) in grouped}
+    assert not of(names, "decoder.pixel_decoder", "decoder.code_vectors") and reached <= names
+
+
+def test_which_parameters_learn_in_the_second_stage(stages):
+    module = module_of(stages[2])
+    reached, output = gradients(module)
+    assert not of(reached, "encoder", "quantizer") and not output.quantizer.losses
+    for part in ("decoder.transformer", "decoder.head", "decoder.code_vectors", "decoder.pixel_decoder"):  # fmt: skip
+        assert of(reached, part), part
+    grouped = {id(p) for g in module_optimizer(module).param_groups for p in g["params"]}
+    assert not any(id(p) in grouped for p in module.tokenizer.encoder.parameters())
+    assert not any(id(p) in grouped for p in module.tokenizer.quantizer.parameters())
+
+
+def module_optimizer(module):
+    from vistok.training.optimizers import build_optimizer
+
+    return build_optimizer(module.tokenizer, 1e-3, (0.9, 0.99), 0.01)
+
+
+def same(a, b, prefix):
+    """Whether all and whether any entries under `prefix` are bit-identical."""
+    keys = of(a, prefix)
+    assert keys and keys == of(b, prefix), prefix
+    return {k for k in keys if torch.equal(a[k], b[k])} == keys
+
+
+def test_first_stage_leaves_the_proxy_as_it_is(stages):
+    proxy_run, run, _ = stages
+    proxy, state = vistok.load(proxy_run), weights_of(run)
+    for name, value in proxy.decoder.state_dict().items():
+        assert torch.equal(state[f"decoder.pixel_decoder.{name}"], value), name
+    table = proxy.quantizer.decode(torch.arange(16)[None, :, None])[0]
+    assert torch.equal(state["decoder.code_vectors.weight"], table)
+    assert not any("proxy" in name for name in state)  # used, not owned: nothing of its encoder
+
+
+def test_second_stage_keeps_encoder_and_codebook_bit_for_bit(stages):
+    _, first, second = stages
+    before, after = vistok.load(first).state_dict(), weights_of(second)
+    assert before.keys() == after.keys()
+    assert any("stats" in k for k in before)  # the codebook's statistics are among them
+    assert same(before, after, "encoder.") and same(before, after, "quantizer.")
+    for part in ("decoder.transformer", "decoder.head", "decoder.code_vectors", "decoder.pixel_decoder"):  # fmt: skip
+        assert not same(before, after, part), part
+    images = images_of(8)
+    assert torch.equal(vistok.load(first).tokenize(images), vistok.load(second).tokenize(images))
+
+
+def test_exports_and_evaluation_after_each_stage(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = images_of(4)
+    for number, run in enumerate(stages[1:]):
+        assert evaluate([f"run={run}", f"out=e{number}"]) == 0
+        assert export([f"run={run}", f"out=x{number}"]) == 0
+        tok, back = vistok.load(run), vistok.load(f"x{number}")
+        ids = tok.tokenize(images)
+        assert torch.equal(back.tokenize(images), ids)
+        assert torch.equal(back.detokenize(ids), tok.detokenize(ids))
+        assert Path(f"e{number}/metrics.json").is_file()
+
+
+def test_both_stages_resume(stages, tmp_path):
+    import shutil
+
+    for number, run in enumerate(stages[1:]):
+        copy = tmp_path / str(number)
+        shutil.copytree(run, copy)
+        assert train([f"resume={copy}", "trainer.max_steps=7"]) == 0
+    second = weights_of(tmp_path / "1")
+    assert same(vistok.load(stages[1]).state_dict(), second, "quantizer.")
+
+
+# ---------------------------------------------------------------------- freezing itself
+
+
+def test_frozen_parts_stay_in_eval_mode():
+    tok = tiny_tokenizer()
+    tok.freeze("encoder", "quantizer")
+    tok.train()
+    assert tok.training and tok.decoder.training and tok.decoder.transformer.training
+    assert not any(m.training for m in (*tok.encoder.modules(), *tok.quantizer.modules()))
+    counts = tok.quantizer.usage.counts.clone()
+    output = tok(tok.to_model_range(images_of(4)))
+    assert not output.quantizer.losses and torch.equal(tok.quantizer.usage.counts, counts)
+    tok = tiny_tokenizer().train()
+    assert tok(tok.to_model_range(images_of(4))).quantizer.losses  # else this shows nothing
+
+
+def test_a_held_network_is_not_owned():
+    owner = torch.nn.Module()
+    owner.teacher = Frozen(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.9)))
+    owner.own = torch.nn.Linear(2, 2)
+    owner.train()
+    assert set(owner.state_dict()) == {"own.weight", "own.bias"}
+    assert {n for n, _ in owner.named_parameters()} == {"own.weight", "own.bias"}
+    assert EMA(owner, 0.9).shadow.keys() == {"own.weight", "own.bias"}
+    x = torch.ones(3, 2, requires_grad=True)
+    out = owner.teacher(x)
+    assert not out.requires_grad and torch.equal(out, owner.teacher(x))  # no dropout either
+    owner.double()
+    assert owner.teacher.module[0].weight.dtype == torch.float64
+
+
+def test_code_loss_closed_form():
+    logits = torch.zeros(2, 3, 4)
+    logits[0, 0, 1] = math.log(3)
+    target = torch.tensor([[1, 0, 0], [0, 0, 0]])
+    quantizer = QuantizerOutput(torch.zeros(1), torch.zeros(1))
+    loss = CodeLoss()(TokenizerOutput(logits, target, quantizer), 0)
+    assert loss.item() == pytest.approx((math.log(2) + 5 * math.log(4)) / 6)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_stages_say_what_they_lack(fails, photos, proxy_run, finished_run):
+    words = [*WORDS, *data_words(photos)]
+    fails("train", *words, "stage=proxy", words=("stage.proxy: is missing", "2D tokenizer"))
+    fails("train", *words, "stage=decoder", words=("stage.weights: is missing", "stage=proxy"))
+    fails("train", *words, "stage=proxy", f"stage.proxy={finished_run}", words="must be a 2D tokenizer")  # fmt: skip
+    fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is no run of stage=proxy")  # fmt: skip
+    fails("train", *words, "stage=proxy", f"stage.proxy={proxy_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
+    fails("train", *words, "stage.frozen=[encodr]", words="stage.frozen: the tokenizer has no part encodr")  # fmt: skip

@@ -1,0 +1,157 @@
+"""Semantic teachers: what they say, that nobody owns them, whom the alignment teaches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+import vistok
+from helpers import TINY, awake, config_of, images_of
+from vistok.checkpoint import read_checkpoint
+from vistok.errors import ConfigError
+from vistok.training.module import TokenizerModule
+from vistok.training.teachers import Teacher
+
+timm = pytest.importorskip("timm")
+VIT, CNN = "vit_tiny_patch16_224", "resnet18"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Random weights of two small models, as files."""
+    folder = tmp_path_factory.mktemp("teachers")
+    torch.manual_seed(0)
+    paths = {}
+    for name in (VIT, CNN):
+        paths[name] = folder / f"{name}.pth"
+        torch.save(timm.create_model(name, pretrained=False).state_dict(), paths[name])
+    return paths
+
+
+def test_features_of_a_vit_are_its_patch_tokens(files):
+    teacher = Teacher(VIT, str(files[VIT]), 224).eval()
+    model = timm.create_model(VIT, pretrained=False).eval()
+    model.load_state_dict(torch.load(files[VIT], weights_only=True))
+    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        tokens = model.forward_features(((images + 1) / 2 - mean) / std)
+        features = teacher(images)
+    assert features.shape == (2, 192, 14, 14) and teacher.dim == 192
+    assert torch.allclose(features[:, :, 3, 5], tokens[:, 1 + 3 * 14 + 5], atol=1e-3)
+
+
+def test_other_sizes_channels_and_models(files):
+    with torch.no_grad():
+        assert Teacher(VIT, str(files[VIT]), 64).eval()(torch.zeros(1, 1, 16, 16)).shape == (1, 192, 4, 4)  # fmt: skip
+        assert Teacher(CNN, str(files[CNN]), 64).eval()(torch.zeros(1, 4, 16, 16)).shape == (1, 512, 2, 2)  # fmt: skip
+
+
+def test_missing_weights_say_how_to_get_them(files, monkeypatch):
+    with pytest.raises(ConfigError, match=r"no such model.*did you mean"):
+        Teacher("vit_tiny_patch16_22", None, 224)
+    with pytest.raises(ConfigError, match=r"alignment\.weights=none\.pth: no such file"):
+        Teacher(VIT, "none.pth", 224)
+    with pytest.raises(ConfigError, match=f"not weights of {VIT}"):
+        Teacher(VIT, str(files[CNN]), 224)
+
+    def offline(*args, **kwargs):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConfigError) as error:
+        Teacher(VIT, None, 224)
+    message = str(error.value)
+    assert "\n" not in message and "no network" in message
+    assert f"timm.create_model('{VIT}', pretrained=True)" in message
+    assert "alignment.weights=FILE" in message
+
+
+def module(files, name, *overrides):
+    words = [w for w in TINY if not w.startswith("quantizer.")]
+    words += ["alignment.layer=0", "alignment.input_size=32", f"alignment.weights={files[VIT]}"]
+    torch.manual_seed(0)
+    config = config_of(f"experiment={name}", *words, f"alignment.teacher={VIT}", *overrides)
+    built = TokenizerModule(config).train()
+    awake(built.tokenizer)
+    return built
+
+
+@pytest.mark.parametrize("name", ["titok_tiny", "one_d_piece_tiny", "flextok_tiny"])
+def test_alignment_is_one_minus_the_cosine_at_the_same_place(files, name):
+    m = module(files, name)
+    images = m.tokenizer.to_model_range(images_of(4))
+    kept = []
+    decoder = m.tokenizer.decoder
+    blocks = getattr(decoder, "transformer", decoder).blocks
+    blocks[0].register_forward_hook(lambda block, inputs, output: kept.append(output))
+    m.tokenizer(images)
+    value = m.alignment(images)
+    # A 32 px input gives 2 x 2 features, as many as there are patches of 8 px in 16 px.
+    features = m.alignment.teacher(images).flatten(2).transpose(1, 2)
+    tokens = m.alignment.projector(kept[0][:, :4])
+    expected = 1 - F.cosine_similarity(tokens, features, dim=-1).mean()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_alignment_teaches_what_lies_before_its_block(files):
+    m = module(files, "titok_tiny", "tokenizer.decoder.depth=2")
+    images = m.tokenizer.to_model_range(images_of(4))
+    m.tokenizer(images)
+    m.alignment(images).backward()
+    reached = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+    for part in ("alignment.projector", "tokenizer.encoder", "tokenizer.decoder.transformer.blocks.0"):  # fmt: skip
+        assert any(n.startswith(part) for n in reached), part
+    for part in ("tokenizer.decoder.transformer.blocks.1", "tokenizer.decoder.head"):
+        assert not any(n.startswith(part) for n in reached), part
+
+
+def test_nobody_owns_the_teacher(files):
+    m = module(files, "titok_tiny")
+    assert not any("teacher" in key for key in m.state_dict())
+    assert any(key.startswith("alignment.projector") for key in m.state_dict())
+    assert not any("alignment" in key for key in m.ema.shadow)
+    held = {id(p) for p in m.alignment.teacher.module.parameters()}
+    optimizer = m.configure_optimizers()
+    trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert not held & trained
+    assert {id(p) for p in m.alignment.projector.parameters()} <= trained
+    assert not any(p.requires_grad for p in m.alignment.teacher.module.parameters())
+    assert not m.alignment.teacher.module.training
+
+
+def test_no_teacher_no_alignment():
+    assert TokenizerModule(config_of(*TINY)).alignment is None
+
+
+def test_a_decoder_without_blocks_is_refused(files):
+    with pytest.raises(ConfigError, match="CNNDecoder has no transformer blocks"):
+        TokenizerModule(config_of("experiment=vqgan_tiny", f"alignment.teacher={VIT}", f"alignment.weights={files[VIT]}"))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"alignment\.layer=7: the decoder has blocks 0 to 0"):
+        module(files, "titok_tiny", "alignment.layer=7")
+
+
+def test_a_run_with_a_teacher_resumes_and_leaves_it_behind(files, photos, tmp_path, monkeypatch):
+    from vistok.cli import train
+
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "data=folder", f"data.train={photos}", "data.val_fraction=0.2"]
+    words += ["data.image_size=16", f"alignment.teacher={VIT}", f"alignment.weights={files[VIT]}"]
+    words += ["alignment.layer=0", "alignment.input_size=32", "hydra.run.dir=run"]
+    assert train(words) == 0
+    assert train(["resume=run", "trainer.max_steps=6"]) == 0
+    content = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    assert not any("teacher" in key for key in content["state_dict"])
+    assert any("projector" in key for key in content["state_dict"])
+    tok = vistok.load("run")
+    assert not any("projector" in key for key in tok.state_dict())
+    import csv
+
+    with open("run/metrics.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r.get("loss/alignment")]
+    assert len(rows) >= 6
+    total = float(rows[0]["loss/total"])
+    parts = float(rows[0]["loss/reconstruction"]) + 0.5 * float(rows[0]["loss/alignment"])
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    weights = config["quantizer"]["commitment_weight"]
+    assert total == pytest.approx(parts + weights * float(rows[0]["loss/commitment"]), rel=1e-4)

@@ -1,0 +1,142 @@
+"""Stages of a training recipe: what is frozen, and where weights come from."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistok.checkpoint import build_tokenizer, find_checkpoint, load, read_config
+from vistok.decoders.proxy import ProxyDecoder
+from vistok.errors import ConfigError
+from vistok.models.tokenizer import Tokenizer
+from vistok.nn.frozen import Frozen
+from vistok.nn.patches import as_pair
+
+_PIXEL_DECODER = "vistok.decoders.latent_transformer.LatentTransformerDecoder"
+_PROXY_DECODER = "vistok.decoders.proxy.ProxyDecoder"
+
+
+def resolve_stage(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a fresh run with the architecture and start that its stage calls for.
+
+    Raises:
+        ConfigError: if the stage lacks its source, or the two do not fit.
+    """
+    stage = config["stage"]
+    if stage["name"] == "proxy":
+        return _learn_codes(config, _source(stage, "proxy", "the run of a 2D tokenizer"))
+    if stage["name"] == "decoder":
+        return _learn_pixels(config, _source(stage, "weights", "the run of stage=proxy"))
+    return config
+
+
+def prepare_stage(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    """Give a tokenizer its proxy, and freeze what its stage keeps."""
+    stage = config.get("stage")
+    if not stage:  # a run from before there were stages
+        return
+    if stage["name"] == "proxy":
+        assert isinstance(tokenizer.decoder, ProxyDecoder)
+        _attach(tokenizer.decoder, load(stage["proxy"]))
+    for name in stage["frozen"]:
+        try:
+            tokenizer.get_submodule(name)
+        except AttributeError as error:
+            raise ConfigError(f"stage.frozen: the tokenizer has no part {name}") from error
+    tokenizer.freeze(*stage["frozen"])
+
+
+class ProxyCodes(nn.Module):
+    """Images `(B, C, H, W)` in [-1, 1] to the codes `(B, cells)` of a 2D tokenizer.
+
+    Args:
+        tokenizer: the 2D tokenizer; one id per cell.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.encoder, self.quantizer = tokenizer.encoder, tokenizer.quantizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode and search."""
+        return self.quantizer.encode(self.encoder(images))[..., 0]
+
+
+@torch.no_grad()
+def _attach(decoder: ProxyDecoder, proxy: Tokenizer) -> None:
+    ids = torch.arange(proxy.quantizer.codebook_sizes[0])[None, :, None]
+    decoder.code_vectors.weight.copy_(proxy.quantizer.decode(ids)[0])
+    decoder.pixel_decoder.load_state_dict(proxy.decoder.state_dict())
+    decoder.proxy = Frozen(ProxyCodes(proxy))
+
+
+def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Exchange the pixel head for one over the proxy's codes."""
+    own = read_config(source)
+    with torch.device("meta"):
+        proxy = build_tokenizer(own)
+    tokenizer = config["tokenizer"]
+    size, channels = as_pair(config["data"]["image_size"]), config["data"]["channels"]
+    if (proxy.image_size, proxy.channels) != (size, channels):
+        raise ConfigError(
+            f"stage.proxy={source}: takes {proxy.channels} x {proxy.image_size} images, but "
+            f"data.image_size and data.channels are {size} and {channels}"
+        )
+    cells = proxy.encoder.num_tokens
+    if (
+        proxy.token_order != "raster"
+        or proxy.quantizer.num_indices != 1
+        or proxy.num_tokens != cells
+    ):
+        raise ConfigError(
+            f"stage.proxy={source}: must be a 2D tokenizer with one id per cell, found "
+            f"{type(proxy).__name__} with {type(proxy.quantizer).__name__}"
+        )
+    if tokenizer["decoder"].get("_target_") != _PIXEL_DECODER:
+        raise ConfigError(
+            f"stage=proxy: needs a tokenizer with a LatentTransformerDecoder, found "
+            f"{tokenizer['decoder'].get('_target_')}"
+        )
+    patch = math.isqrt(size[0] * size[1] // cells)
+    decoder = {
+        **tokenizer["decoder"],
+        "_target_": _PROXY_DECODER,
+        "patch_size": patch,
+        "num_codes": proxy.quantizer.codebook_sizes[0],
+        "code_dim": proxy.decoder.dim,
+        "pixel_decoder": copy.deepcopy(own["tokenizer"]["decoder"]),
+        "learns": "codes",
+    }
+    return {**config, "tokenizer": {**tokenizer, "decoder": decoder}}
+
+
+def _learn_pixels(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The tokenizer of stage 1, its weights as the start, its decoder set to learn pixels."""
+    own = copy.deepcopy(read_config(source))
+    decoder = own["tokenizer"].get("decoder", {})
+    if decoder.get("_target_") != _PROXY_DECODER:
+        raise ConfigError(f"stage.weights={source}: is no run of stage=proxy")
+    if as_pair(decoder["image_size"]) != as_pair(config["data"]["image_size"]):
+        raise ConfigError(
+            f"data.image_size={config['data']['image_size']}: stage.weights={source} has "
+            f"{decoder['image_size']}"
+        )
+    decoder["learns"] = "pixels"
+    return {
+        **config,
+        "tokenizer": own["tokenizer"],
+        "quantizer": own["quantizer"],
+        "init_from": config["init_from"] or str(config["stage"]["weights"]),
+    }
+
+
+def _source(stage: dict[str, Any], key: str, what: str) -> Path:
+    if not stage[key]:
+        raise ConfigError(f"stage.{key}: is missing; set it to {what}, stage.{key}=runs/<run>")
+    folder = Path(stage[key])
+    return folder if (folder / "model.safetensors").exists() else find_checkpoint(folder)

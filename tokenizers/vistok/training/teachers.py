@@ -1,0 +1,165 @@
+"""Semantic teachers: the features of a frozen timm model that a decoder is aligned with."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.errors import ConfigError, nearest
+from vistok.models.tokenizer import Tokenizer
+from vistok.nn.frozen import Frozen
+
+
+class Teacher(nn.Module):
+    """Images to the last feature map of a timm model, pretrained.
+
+    Args:
+        name: of the model in timm.
+        weights: a local file (.safetensors, .pth); None for timm's own, from its cache or the
+            network.
+        input_size: side of the squares that images are resized to, in pixels.
+
+    Raises:
+        ConfigError: if there is no such model, or its weights are not at hand; the message says
+            how to get them.
+    """
+
+    def __init__(self, name: str, weights: str | None, input_size: int) -> None:
+        super().__init__()
+        self.model = _create(name, weights, input_size)
+        self.input_size = input_size
+        self.dim = int(self.model.num_features)  # type: ignore[arg-type]
+        config: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
+        for key in ("mean", "std"):
+            values = torch.tensor(config[key]).view(1, 3, 1, 1)
+            self.register_buffer(key, values, persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `(B, D, h, w)` of images `(B, C, H, W)` in [-1, 1]; C 1, 3 or 4."""
+        x = (images + 1) / 2
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
+        size = (self.input_size, self.input_size)
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        features = self.model.forward_features((x - self.mean) / self.std)  # type: ignore[operator]
+        if features.ndim == 4:
+            return features
+        features = features[:, self.model.num_prefix_tokens :]
+        side = math.isqrt(features.shape[1])
+        return features.transpose(1, 2).unflatten(2, (side, side))
+
+
+class Alignment(nn.Module):
+    """Pulls the patch tokens inside a decoder towards a teacher's features.
+
+    One minus the cosine between a projection of the tokens behind one block and the features of
+    the teacher at the same place, mean over the patches: REPA (Yu et al. 2025,
+    https://arxiv.org/abs/2410.06940), as FlexTok and GigaTok use it. The projection, an MLP of
+    three layers, is trained along, and is no part of the tokenizer.
+
+    Args:
+        tokenizer: its decoder must have blocks.
+        teacher: what to align with; it is used, not owned.
+        layer: index of the decoder's block.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, teacher: Teacher, layer: int) -> None:
+        super().__init__()
+        decoder = tokenizer.decoder
+        blocks = getattr(getattr(decoder, "transformer", decoder), "blocks", None)
+        if blocks is None:
+            raise ConfigError(f"alignment: {type(decoder).__name__} has no transformer blocks")
+        if not 0 <= layer < len(blocks):
+            raise ConfigError(
+                f"alignment.layer={layer}: the decoder has blocks 0 to {len(blocks) - 1}"
+            )
+        width = decoder.embed.out_features  # type: ignore[union-attr]
+        self.projector = nn.Sequential(
+            nn.Linear(width, 4 * width),  # type: ignore[arg-type,operator]
+            nn.SiLU(),
+            nn.Linear(4 * width, 4 * width),  # type: ignore[arg-type,operator]
+            nn.SiLU(),
+            nn.Linear(4 * width, teacher.dim),  # type: ignore[arg-type,operator]
+        )
+        self.teacher = Frozen(teacher)
+        self._decoder = (decoder,)  # a tuple: the tokenizer owns it
+        self._sequence: Tensor | None = None
+        blocks[layer].register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, inputs: Any, output: Tensor) -> None:
+        if block.training:
+            self._sequence = output
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scalar in [0, 2], of the images `(B, C, H, W)` of the last training forward."""
+        assert self._sequence is not None, "the decoder has not been called in training mode"
+        (decoder,) = self._decoder
+        tokens = self.projector(decoder.patch_tokens(self._sequence))  # type: ignore[operator]
+        self._sequence = None
+        features = F.interpolate(self.teacher(images).float(), size=decoder.grid, mode="area")  # type: ignore[arg-type]
+        target = features.flatten(2).transpose(1, 2)
+        return (1 - F.cosine_similarity(tokens.float(), target, dim=-1)).mean()
+
+
+def build_alignment(tokenizer: Tokenizer, config: Mapping[str, Any] | None) -> Alignment | None:
+    """The alignment that a run's config asks for, if any."""
+    if not config or not config["teacher"]:
+        return None
+    teacher = Teacher(config["teacher"], config["weights"], config["input_size"])
+    return Alignment(tokenizer, teacher, config["layer"])
+
+
+def _create(name: str, weights: str | None, input_size: int) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        known = timm.list_models()
+        raise ConfigError(f"alignment.teacher={name}: timm has no such model{nearest(name, known)}")
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"alignment.weights={weights}: no such file")
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": True}
+    if weights is not None:
+        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    try:
+        model = _seeded(name, input_size, options)
+        if weights is not None:
+            # timm passes over names that do not fit: what still is as it was drawn was not loaded.
+            drawn = _seeded(name, input_size, {"num_classes": 0, "pretrained": False})
+            for (key, value), other in zip(
+                model.named_parameters(), drawn.parameters(), strict=True
+            ):
+                if value.ndim > 1 and value.any() and torch.equal(value, other):
+                    raise ValueError(f"it holds no '{key}'")
+        return model
+    except Exception as error:  # whatever the network or the file raise
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        if weights is not None:
+            raise ConfigError(
+                f"alignment.weights={weights}: not weights of {name} ({reason})"
+            ) from error
+        raise ConfigError(
+            f"alignment.teacher={name}: its weights are not at hand ({reason}); with a network "
+            f"run python -c \"import timm; timm.create_model('{name}', pretrained=True)\" once, "
+            "or name a file of them: alignment.weights=FILE"
+        ) from error
+
+
+def _seeded(name: str, input_size: int, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(20250406)
+        try:
+            return timm.create_model(name, img_size=input_size, **options)
+        except TypeError:  # convolutional models take any size
+            torch.manual_seed(20250406)
+            return timm.create_model(name, **options)
