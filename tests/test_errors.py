@@ -175,7 +175,8 @@ def test_resume_refuses_what_cannot_go_on(fails, finished_run, tmp_path):
     other = "tokenizer.encoder.num_latent_tokens=2"
     line = fails("train", *more, other, words=("last.ckpt", "another architecture", "shape"))
     assert "latent" in line
-    (run / "checkpoints" / "last.ckpt").unlink()
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
     fails("train", *more, words=("run", "last.ckpt"))
     (run / "config.yaml").unlink()
     fails("train", *more, words="config.yaml")
@@ -315,11 +316,13 @@ import vistok.training.run as run
 from vistok.cli import train
 real = run.fit
 def fit(trainer, *args):
-    real_save = trainer.checkpoint_callbacks[-1]._save_checkpoint
+    callback = trainer.checkpoint_callbacks[-1]
+    real_save = callback.save
     def save(*a):
         real_save(*a)
+        callback.writer.join()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # from now on it is full
-    trainer.checkpoint_callbacks[-1]._save_checkpoint = save
+    callback.save = save
     return real(trainer, *args)
 run.fit = fit
 import signal

@@ -20,7 +20,7 @@ from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
 from vistok.checkpoint import find_checkpoint, read_checkpoint
 from vistok.cli import train
 from vistok.errors import ConfigError
-from vistok.training.callbacks import _read_rows
+from vistok.training.metrics_file import read_rows as _read_rows
 
 
 @pytest.fixture

@@ -2,13 +2,19 @@
 
 Weights are read as safetensors or with `weights_only=True`. Configs may name only classes of
 vistok's own layers, or classes that the running program registered itself.
+
+A checkpoint file ends with its seal: a line with the SHA-256 of all bytes before it and the step.
+The seal is in the file itself, so no crash can come between the two; zip readers, torch's among
+them, ignore what follows the archive.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +182,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is damaged, or holds anything that would run code.
     """
+    check_seal(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -188,6 +195,48 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path}: not a checkpoint of vistok (no state_dict in it)")
     return content
+
+
+# ---------------------------------------------------------------------- seals
+
+_SEAL = "\nvistok sha256={} step={:010d}\n"
+_SEAL_BYTES = len(_SEAL.format("0" * 64, 0))
+
+
+def seal(sha256: str, step: int) -> bytes:
+    """The last line of a checkpoint file whose bytes before it have this digest."""
+    return _SEAL.format(sha256, step).encode()
+
+
+def read_seal(path: Path) -> tuple[str, int] | None:
+    """Digest and step that the file's seal names; None if it has none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _SEAL_BYTES))
+        found = re.fullmatch(rb"\nvistok sha256=(.{64}) step=(\d{10})\n", file.read(), re.DOTALL)
+    return (found[1].decode(errors="replace"), int(found[2])) if found else None
+
+
+def check_seal(path: Path) -> None:
+    """Compare the bytes of a file with its seal; a file without one passes.
+
+    Raises:
+        CheckpointError: if they differ, or the file cannot be read.
+    """
+    try:
+        sealed = read_seal(path)
+        if sealed is None:
+            return
+        sha, left = hashlib.sha256(), path.stat().st_size - _SEAL_BYTES
+        with open(path, "rb") as file:
+            while left and (chunk := file.read(min(left, 1 << 22))):
+                sha.update(chunk)
+                left -= len(chunk)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read, {error.strerror}") from error
+    if sha.hexdigest() != sealed[0]:
+        raise CheckpointError(
+            f"{path}: damaged, its bytes do not have the checksum in its last line"
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:

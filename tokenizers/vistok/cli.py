@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vistok.errors import ConfigError, VistokError, nearest
+from vistok.errors import ConfigError, Preempted, VistokError, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +72,17 @@ def _train(argv: list[str]) -> None:
     resume = _value(overrides, "resume")
     if "resume=" in overrides:
         raise ConfigError("resume=: which run? for example: train.py resume=runs/<run>")
-    if resume:
+    many = "--multirun" in flags or "-m" in flags
+    key = "hydra.sweep.dir" if many else "hydra.run.dir"
+    if not _value(overrides, key):
+        if resume == "auto":
+            raise ConfigError(f"resume=auto: in which folder? add {key}=runs/<name>")
+        if _launched_from_outside() and not resume:
+            raise ConfigError(
+                f"{key} is not set: processes that torchrun or srun start must agree on a run "
+                f"folder; add {key}=runs/<name>"
+            )
+    if resume and resume != "auto":
         rest = [o for o in overrides if not o.startswith("resume=")]
         run, checkpoint = _run_of(Path(resume))
         config = c.apply_overrides(c.load_run_config(run), rest)
@@ -80,7 +90,6 @@ def _train(argv: list[str]) -> None:
         return
     # Composed once here for errors that people can read, then again by Hydra, which owns
     # --multirun, launchers and sweepers.
-    many = "--multirun" in flags or "-m" in flags
     for job in c.sweep(overrides) if many else [overrides]:
         c.to_container(c.compose("train", job, folders))
     _hydra_main(overrides, folders, flags)
@@ -96,11 +105,15 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
     failures: list[BaseException] = []
 
     def task(config: DictConfig) -> None:
+        if any(isinstance(error, (KeyboardInterrupt, Preempted)) for error in failures):
+            return  # the sweep is over
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            _run_training(c.to_container(config), _relative(folder))
+            _start_or_resume(c.to_container(config), _relative(folder))
         except (Exception, KeyboardInterrupt) as error:
             # Hydra would print its own report above ours; a sweep goes on with its next job.
+            if "basic_launcher" not in HydraConfig.get().launcher._target_:
+                raise  # this is another process, whose launcher must see it
             failures.append(error)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -108,14 +121,33 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
     search = [f"'file://{p.resolve()}'" for p in [*c.user_config_dirs(), *folders]]
     if search:
         flags = [*flags, f"hydra.searchpath=[{','.join(search)}]"]
-    before = sys.argv
+    before, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [before[0], *overrides, *flags]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are ours to tell; Hydra would print a traceback
     try:
         hydra.main(version_base="1.3", config_path=str(c.config_dir()), config_name="train")(task)()
     finally:
         sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if told is not None:
+            os.environ["HYDRA_FULL_ERROR"] = told
     if failures:
         raise failures[0]
+
+
+def _start_or_resume(config: dict, folder: Path) -> None:
+    """With resume=auto, go on in a folder that holds checkpoints; leave a finished run alone."""
+    if config["resume"] != "auto":
+        return _run_training(config, folder)
+    from vistok.console import say
+    from vistok.training.checkpoints import newest_whole
+    from vistok.training.run import finished_steps
+
+    steps = finished_steps(folder)
+    if steps >= config["trainer"]["max_steps"]:
+        say(f"{folder}: finished at step {steps}; nothing to do")
+    else:
+        _run_training(config, folder, newest_whole(folder))
 
 
 def _run_training(config: dict, folder: Path, checkpoint: Path | None = None) -> None:
@@ -183,7 +215,9 @@ def _guarded(command: Callable[[list[str]], None], argv: Sequence[str] | None) -
         command(argv)
         return 0
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _stopped("interrupted", 130)
+    except Preempted as error:
+        return _stopped(f"{error}; run the same command again", Preempted.EXIT_CODE)
     except VistokError as error:
         if debug:
             raise
@@ -215,9 +249,26 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _stopped(message: str, code: int) -> int:
+    """The exit code of a run that ended early and in order."""
+    # Lightning kills all processes as soon as one that it started does not return 0; theirs is
+    # not asked for.
+    child = os.environ.get("LOCAL_RANK", "0") != "0" and not _launched_from_outside()
+    return 0 if child else _fail(message, code)
+
+
 def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK")
+    who = f"rank {rank}: " if rank not in (None, "", "0") else ""
+    print(f"error: {who}{message}", file=sys.stderr)
     return code
+
+
+def _launched_from_outside() -> bool:
+    """Whether torchrun or srun started this process as one of several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def _wants_help(argv: Sequence[str]) -> bool:
@@ -264,10 +315,11 @@ def _run_of(path: Path) -> tuple[Path, Path]:
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         return run, path
     from vistok.configuration import load_run_config
+    from vistok.training.checkpoints import newest_whole
 
     load_run_config(path)  # says clearly if there is no such run
-    checkpoint = path / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
+    checkpoint = newest_whole(path)
+    if checkpoint is None:
         raise CheckpointError(f"{path}: has no checkpoints/last.ckpt yet; start the run again")
     return path, checkpoint
 

@@ -128,6 +128,8 @@ def _explain(
     error: Exception, name: str, overrides: Sequence[str], extra_dirs: Iterable[Path]
 ) -> str:
     text = " ".join(str(error).split())
+    if "submitit_slurm" in text:
+        return "hydra/launcher=submitit: not installed; pip install 'vistok[slurm]'"
     if match := re.search(r"Could not (?:find|override|load) '?([\w/]+)/([\w.-]+)'?", text):
         group, choice = match.groups()
         known = options(group, extra_dirs)

@@ -6,9 +6,14 @@ exists, and an answer cached then would leave the codebooks of each rank to them
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 def world_size() -> int:
@@ -19,6 +24,13 @@ def world_size() -> int:
 def rank() -> int:
     """Index of this rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, also before there is a process group (torchrun, SLURM, Lightning)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return all(os.environ.get(name, "0") == "0" for name in _RANK_VARIABLES)
 
 
 @torch.no_grad()
@@ -57,3 +69,30 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     if world_size() > 1:
         dist.broadcast(tensor, source)
     return tensor
+
+
+# ---------------------------------------------------------------------- beside the accelerator
+
+_control: tuple[Any, Any] | None = None  # the default group, and the gloo group beside it
+
+
+def control_group() -> Any:
+    """A gloo group for flags and small objects, so that they never wait for the accelerator.
+
+    Every rank must make the first call together.
+    """
+    global _control
+    default = dist.group.WORLD
+    if _control is None or _control[0] is not default:
+        own = default if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        _control = default, own
+    return _control[1]
+
+
+def max_of_all(value: int) -> int:
+    """The largest of the ranks' numbers; every rank must call it."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=control_group())
+    return int(tensor)

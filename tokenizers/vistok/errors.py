@@ -22,6 +22,15 @@ class CheckpointError(VistokError):
     """A checkpoint or export is missing, damaged or of another architecture."""
 
 
+class Preempted(Exception):
+    """The machine is wanted back: what was done is saved, and the same command goes on from there.
+
+    The command line then exits with `EXIT_CODE`, which sysexits.h calls "try again later".
+    """
+
+    EXIT_CODE = 75
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -121,6 +121,7 @@ class VistokDataModule(L.LightningDataModule):
         self._train_transform = Transform(self.image_size, train_crop, augment)
         self._val_transform = Transform(self.image_size, val_crop, key="data.val_crop")
         self.samples_seen = 0
+        self.batches_per_step = 1  # of each rank; the trainer sets it
         self.skipped = SkippedImages()
         self._skipped_val: set[str] = set()
         self._resumed: dict[str, Any] | None = None
@@ -209,7 +210,9 @@ class VistokDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """Endless batches from the current position on; its length is one epoch's."""
-        sampler = StreamSampler(self.order, self.batch_size, lambda: self.samples_seen)
+        sampler = StreamSampler(
+            self.order, self.batch_size, lambda: self.samples_seen, self.batches_per_step
+        )
         return ImageLoader(self.train_set, sampler, self._workers(), self.record)
 
     def val_dataloader(self) -> ImageLoader:

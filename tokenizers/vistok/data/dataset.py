@@ -146,14 +146,26 @@ class StreamSampler:
         order: of the samples.
         batch_size: per rank.
         position: returns p, the number of samples consumed by all ranks.
+        batches_per_step: that a rank's optimizer step accumulates.
     """
 
-    def __init__(self, order: SampleOrder, batch_size: int, position: Callable[[], int]):
+    def __init__(
+        self,
+        order: SampleOrder,
+        batch_size: int,
+        position: Callable[[], int],
+        batches_per_step: int = 1,
+    ):
         self.order, self.batch_size, self.position = order, batch_size, position
+        self.batches_per_step = batches_per_step
 
     def __len__(self) -> int:
-        """Batches in an epoch, rounded down; only a length of Lightning's epochs, no end."""
-        return max(1, self.order.num_samples // (self.batch_size * distributed.world_size()))
+        """Batches in an epoch; only a length of Lightning's epochs, no end.
+
+        Whole steps, for at an epoch's end Lightning steps with what it has.
+        """
+        per_step = self.batch_size * distributed.world_size() * self.batches_per_step
+        return max(1, self.order.num_samples // per_step) * self.batches_per_step
 
     def __iter__(self) -> Iterator[list[Request]]:
         return self._batches(self.position())

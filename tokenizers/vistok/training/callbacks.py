@@ -1,14 +1,9 @@
-"""Callbacks: pictures, checkpoints, random state, codebook watch, what the terminal shows."""
+"""Callbacks: pictures, random state, codebook watch, what the terminal shows."""
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +11,6 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import (
@@ -31,8 +23,7 @@ from rich.progress import (
 )
 
 from vistok.console import console, say
-from vistok.distributed import world_size
-from vistok.errors import CheckpointError
+from vistok.distributed import control_group, world_size
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
 from vistok.quantizers.usage import collapse_advice
@@ -81,11 +72,17 @@ class CodebookWatch(L.Callback):
     def __init__(self, every: int) -> None:
         self.every = every
         self.last: dict[str, float] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Begin to count."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        """Close the window when it is full."""
-        if trainer.global_step % self.every:
+        """Close the window when it is full, never between accumulated batches."""
+        if trainer.global_step == self._step or trainer.global_step % self.every:
             return
+        self._step = trainer.global_step
         usage = module.tokenizer.quantizer.usage
         self._read(usage)
         for name, value in self.last.items():
@@ -102,6 +99,18 @@ class CodebookWatch(L.Callback):
 
     def _read(self, usage: Any) -> None:
         self.last = {name: value.item() for name, value in usage.compute().items()}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
+        """Keep the window that is open, over all ranks."""
+        counts = torch.cat(module.tokenizer.quantizer.usage.histograms())
+        checkpoint["codebook_window"] = {"counts": counts, "last": self.last}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
+        """Open the window again; the counts go to one rank, for they are summed in the end."""
+        window, usage = checkpoint.get("codebook_window"), module.tokenizer.quantizer.usage
+        if window and window["counts"].shape == usage.counts.shape:
+            self.last = dict(window["last"])
+            usage.counts.copy_(window["counts"] * (trainer.global_rank == 0))
 
 
 class RandomState(L.Callback):
@@ -120,7 +129,7 @@ class RandomState(L.Callback):
         state = self.fence or random_state()
         states: list[Any] = [state] * world_size()
         if world_size() > 1:
-            dist.all_gather_object(states, state)
+            dist.all_gather_object(states, state, group=control_group())
         checkpoint["random_state"] = states
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
@@ -168,122 +177,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-class StopAfterStep(L.Callback):
-    """Ctrl-C ends the run after the step under way, so that what is saved is whole.
-
-    A second one ends it at once. Loader workers inherit the handler and thereby outlive the first.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.stopped = False
-        self._last_step = 0
-        self._process = os.getpid()
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take over the signal; to be entered before the loaders start their processes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGINT, self._ask)
-        try:
-            yield
-        finally:  # also where Lightning ignores the signal from then on
-            signal.signal(signal.SIGINT, previous)
-
-    def _ask(self, *args: Any) -> None:
-        if os.getpid() != self._process:
-            return
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("[yellow]stopping after this step; Ctrl-C again stops at once[/yellow]")
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        """Stop all ranks together, never between accumulated batches."""
-        if trainer.global_step == self._last_step:
-            return
-        self._last_step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
-            self.stopped = trainer.global_step < trainer.max_steps
-            trainer.should_stop = True
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name beside its place, syncs it, then renames it.
-
-    Whatever goes wrong before the rename leaves the previous checkpoint as it was.
-    """
-
-    def save_checkpoint(self, checkpoint: dict, path: Any, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            kept = " (the previous checkpoint is whole)" if target.exists() else ""
-            raise CheckpointError(f"{target}: could not be written, {reason}{kept}") from error
-
-
-def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
-    """`last.ckpt` every `every` steps and `best.ckpt` by `val/psnr`."""
-    common: dict[str, Any] = {
-        "dirpath": folder,
-        "save_top_k": 1,
-        "enable_version_counter": False,
-        "auto_insert_metric_name": False,
-    }
-    best = ModelCheckpoint(filename="best", monitor="val/psnr", mode="max", **common)
-    last = ModelCheckpoint(filename="last", every_n_train_steps=every, **common)
-    return [best, last]
-
-
-class ContinuedCSVLogger(CSVLogger):
-    """`metrics.csv` in the run folder; a resumed run goes on below the rows that still hold.
-
-    Lightning's own logger deletes the file when a run starts in the same folder.
-    """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        super().__init__(str(folder.parent), name=folder.name, version="")
-        self.first_step = first_step
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `config.yaml` has them."""
-
-    @property
-    def experiment(self) -> Any:
-        """The writer, which begins with the earlier rows."""
-        if self._experiment is None:
-            path = Path(self.log_dir) / "metrics.csv"
-            rows = _read_rows(path, self.first_step)
-            super().experiment  # noqa: B018  (makes the writer, which removes the old file)
-            if self._experiment is not None and rows:
-                self._experiment.metrics = rows
-                self._experiment.save()
-        return super().experiment
-
-
-def _read_rows(path: Path, first_step: int) -> list[dict[str, Any]]:
-    import csv
-
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    # A row that was cut short when the run ended has no step.
-    return [r for r in rows if (r.get("step") or "").isdecimal() and int(r["step"]) <= first_step]
 
 
 class ProgressBar(L.Callback):

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vistok.checkpoint import build, build_tokenizer
 from vistok.data.datamodule import VistokDataModule
+from vistok.distributed import all_reduce_sum, world_size
 from vistok.errors import VistokError
 from vistok.evaluation.evaluator import Evaluator
 from vistok.training.ema import EMA
-from vistok.training.optimizers import build_optimizer, warmup_cosine
+from vistok.training.optimizers import build_optimizer, learning_rate, warmup_cosine
 from vistok.training.stages import prepare_stage
 from vistok.training.teachers import build_alignment
 
@@ -42,6 +43,7 @@ class TokenizerModule(L.LightningModule):
         self.evaluator: Evaluator | None = None
         self.val_results: dict[str, float] = {}
         self.val_step = -1
+        self._numbers: dict[str, Tensor] = {}  # of the step under way, summed over its batches
         # A bound method, not a module: it must not appear in the state dict a second time.
         forward = self.tokenizer.forward
         self._step_function = torch.compile(forward) if config["compile"] else forward
@@ -61,9 +63,9 @@ class TokenizerModule(L.LightningModule):
         total = losses["total"]
         self._check_finite(losses)
         for name, value in losses.items():
-            self.log(f"loss/{name}", value.detach(), prog_bar=name == "total")
+            self._add(f"loss/{name}", value)
         for name, value in output.quantizer.metrics.items():
-            self.log(f"quantizer/{name}", value)
+            self._add(f"quantizer/{name}", value)
         # Consumed, not fetched: the position moves when the step has used the batch.
         self.data.advance(len(images) * self.trainer.world_size)
         self.log("samples_seen", float(self.data.samples_seen))
@@ -76,6 +78,7 @@ class TokenizerModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step from the samples seen."""
+        base = learning_rate(self.schedule, self.samples_per_step)
         factor = warmup_cosine(
             self.data.samples_seen,
             int(self.schedule["warmup_samples"]),
@@ -83,12 +86,13 @@ class TokenizerModule(L.LightningModule):
             self.schedule["final_lr_factor"],
         )
         for group in optimizer.param_groups:
-            group["lr"] = self.schedule["lr"] * factor
-        self.log("lr", self.schedule["lr"] * factor)
+            group["lr"] = base * factor
+        self.log("lr", base * factor)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then whatever happens once per step: codebook statistics and the EMA."""
         super().optimizer_step(*args, **kwargs)
+        self._log_numbers()
         if "quantizer" not in self.tokenizer.frozen:
             optimizer = self.trainer.optimizers[0]
             for name, value in self.tokenizer.quantizer.after_step([optimizer]).items():
@@ -119,6 +123,20 @@ class TokenizerModule(L.LightningModule):
         """Images of one optimizer step over all ranks and accumulated batches."""
         per_rank = self.data.batch_size * self.trainer.accumulate_grad_batches
         return per_rank * self.trainer.world_size
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self._numbers[name] = self._numbers[name] + value if name in self._numbers else value
+
+    def _log_numbers(self) -> None:
+        """Log the step's losses: means over its batches and over the ranks, in one reduction."""
+        if not self._numbers:
+            return
+        share = 1 / (self.trainer.accumulate_grad_batches * world_size())
+        means = all_reduce_sum(torch.stack(list(self._numbers.values()))) * share
+        for name, value in zip(self._numbers, means, strict=True):
+            self.log(name, value, prog_bar=name == "loss/total")
+        self._numbers = {}
 
     def _check_finite(self, losses: dict[str, Tensor]) -> None:
         if not torch.isfinite(losses["total"]):

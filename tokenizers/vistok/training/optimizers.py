@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, nearest
 
 # Only these modules' `weight` is decayed: norms, biases, positions, tokens and codebooks are not.
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -51,3 +52,27 @@ def warmup_cosine(samples: int, warmup: int, total: int, final: float) -> float:
         return samples / warmup
     progress = min(1.0, (samples - warmup) / max(1, total - warmup))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+#: How `optimizer.lr` is meant: as it is, or for 256 images per step.
+LR_RULES = ("absolute", "linear", "sqrt")
+
+
+def learning_rate(config: dict[str, Any], samples_per_step: int) -> float:
+    """The learning rate of a run, before warm-up and decay.
+
+    Args:
+        config: `optimizer` of the run's config; `lr` and `lr_rule`.
+        samples_per_step: images of one optimizer step over all ranks.
+
+    Raises:
+        ConfigError: for an unknown rule.
+    """
+    rule = config.get("lr_rule", "absolute")
+    if rule not in LR_RULES:
+        raise ConfigError(
+            f"optimizer.lr_rule={rule}: must be one of {', '.join(LR_RULES)}"
+            f"{nearest(str(rule), LR_RULES)}"
+        )
+    ratio = samples_per_step / 256
+    return config["lr"] * {"absolute": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[rule]

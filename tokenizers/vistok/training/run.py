@@ -9,15 +9,16 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -29,21 +30,22 @@ from vistok import distributed
 from vistok.checkpoint import find_checkpoint, load, load_weights, read_checkpoint
 from vistok.console import say
 from vistok.data.datamodule import VistokDataModule
-from vistok.errors import ConfigError, nearest
+from vistok.data.files import replacing
+from vistok.errors import ConfigError, Preempted, VistokError, nearest
 from vistok.evaluation.baseline import kmeans_baseline
 from vistok.training.callbacks import (
-    AtomicCheckpointIO,
     CodebookWatch,
-    ContinuedCSVLogger,
     ProgressBar,
     RandomState,
     ReconstructionGrid,
-    StopAfterStep,
     ValidationLine,
-    checkpoint_callbacks,
 )
+from vistok.training.checkpoints import Checkpoints, CheckpointWriter
+from vistok.training.metrics_file import ContinuedCSVLogger
 from vistok.training.module import TokenizerModule
+from vistok.training.optimizers import learning_rate
 from vistok.training.stages import resolve_stage
+from vistok.training.stopping import INTERRUPT, PREEMPTION_SIGNALS, StopAfterStep
 
 PRECISIONS = {
     "bf16": "bf16-mixed",
@@ -65,7 +67,20 @@ def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> d
 
     Returns:
         What `summary.json` holds.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C ended the run.
+        Preempted: if a signal of the scheduler did.
     """
+    stop = StopAfterStep()
+    # A scheduler may ask at any time, and again while the last checkpoint is being written.
+    with stop.listening(*PREEMPTION_SIGNALS):
+        return _train(config, folder, resume, stop)
+
+
+def _train(
+    config: dict[str, Any], folder: Path, resume: Path | None, stop: StopAfterStep
+) -> dict[str, Any]:
     started = time.time()
     quiet_libraries()
     if resume is None:
@@ -82,21 +97,45 @@ def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> d
         content = read_checkpoint(resume)
         first_step = int(content["global_step"])
         check_same_architecture(module, content, resume)
-        if config["trainer"]["max_steps"] <= first_step:
+        # Without a summary the run was killed after its last step, and is yet to be finished.
+        if config["trainer"]["max_steps"] <= min(first_step, finished_steps(folder)):
             raise ConfigError(
                 f"trainer.max_steps={config['trainer']['max_steps']}: {resume} is already at step "
                 f"{first_step}; pass a larger trainer.max_steps to go on"
             )
-    trainer = build_trainer(config, folder, first_step)
+        del content
+    callbacks = config["callbacks"]
+    writer = CheckpointWriter(
+        callbacks.get("keep_last", 2), callbacks.get("background_checkpoints", True)
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
+    trainer = build_trainer(config, folder, first_step, stop, checkpoints)
+    set_batches(config, data, trainer)
+    learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     write_run_files(config, folder)
     announce(config, data, module, trainer, folder, resume)
     if resume is None:
         start_weights(config, module, data, trainer)
-    fit(trainer, module, data, resume)
-    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-    if any(isinstance(c, StopAfterStep) and c.stopped for c in trainer.callbacks):  # type: ignore
-        say(f"stopped at step {trainer.global_step}; go on with: train.py resume={folder}")
-        raise KeyboardInterrupt
+    try:
+        with stop.listening(signal.SIGINT):
+            fit(trainer, module, data, resume)
+            checkpoints.save(trainer)
+            writer.join()
+    except (KeyboardInterrupt, Preempted):
+        writer.teardown()
+        raise
+    except BaseException:
+        writer.teardown()
+        # The ranks that Lightning started here would wait for this one.
+        if hasattr(trainer.strategy.launcher, "kill"):
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # pyright: ignore
+        raise
+    if stop.reason:
+        if trainer.is_global_zero:
+            say(f"stopped at step {trainer.global_step}; go on with: train.py resume={folder}")
+        if stop.reason == INTERRUPT:
+            raise KeyboardInterrupt
+        raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
     if module.val_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     summary = summarize(config, data, module, trainer, time.time() - started)
@@ -107,11 +146,12 @@ def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> d
 def fit(
     trainer: L.Trainer, module: TokenizerModule, data: VistokDataModule, resume: Path | None
 ) -> None:
-    """Train to the end, or until Ctrl-C."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    stop = next(c for c in trainer.callbacks if isinstance(c, StopAfterStep))  # type: ignore
-    with warnings.catch_warnings(), stop.listening():
+    """Train to the end, or until a signal ends the run.
+
+    Raises:
+        VistokError: if another rank ended or is silent.
+    """
+    with warnings.catch_warnings():
         # The batches come from an endless stream: the loaders' state is the DataModule's.
         warnings.filterwarnings("ignore", message=".*mid-epoch.*")
         try:
@@ -123,16 +163,35 @@ def fit(
             )
         except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
             raise KeyboardInterrupt from error
-        finally:
-            # After an exception Lightning puts back the handler that it found, which is ours.
-            if main_thread:
-                signal.signal(signal.SIGINT, handler)
+        except Exception as error:
+            if trainer.world_size > 1 and is_of_a_collective(error):
+                first = " ".join(str(error).split())[:160]
+                raise VistokError(
+                    "another rank ended, or gave no answer for trainer.timeout seconds; its own "
+                    f"error says why ({first})"
+                ) from error
+            raise
+
+
+def is_of_a_collective(error: BaseException) -> bool:
+    """Whether an exception says that ranks lost each other."""
+    words = ("gloo", "nccl", "process group", "connection closed by peer")
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
 
 
 # ---------------------------------------------------------------------- building
 
 
-def build_trainer(config: dict[str, Any], folder: Path, first_step: int) -> L.Trainer:
+def build_trainer(
+    config: dict[str, Any],
+    folder: Path,
+    first_step: int,
+    stop: StopAfterStep,
+    checkpoints: Checkpoints,
+) -> L.Trainer:
     """The Lightning Trainer of a config."""
     options = dict(config["trainer"])
     accelerator = str(options.pop("accelerator"))
@@ -143,16 +202,23 @@ def build_trainer(config: dict[str, Any], folder: Path, first_step: int) -> L.Tr
     options["precision"] = precision(options["precision"], accelerator)
     devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
     strategy: Any = options.pop("strategy")
+    timeout = timedelta(seconds=options.pop("timeout", 600))
     show_bar = options.pop("enable_progress_bar")
+    options.pop("global_batch_size", None)  # see `set_batches`
     many = nodes > 1 or devices not in (1, "1", "auto", [0])
     if devices == "auto":
         many = many or (accelerator != "cpu" and torch.cuda.device_count() > 1)
-    if strategy == "auto" and many:
+    if strategy in ("ddp", "ddp_unused") or (strategy == "auto" and many):
         # Codebook statistics are all-reduced by the quantizers; broadcasting rank 0's buffers
-        # before every forward would cost time and hide a mistake.
-        strategy = DDPStrategy(broadcast_buffers=False)
+        # before every forward would cost time and hide a mistake. Lightning takes NCCL for GPUs
+        # and gloo for CPUs.
+        strategy = DDPStrategy(
+            broadcast_buffers=False,
+            find_unused_parameters=strategy == "ddp_unused",
+            timeout=timeout,
+        )
     callbacks = config["callbacks"]
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=accelerator,
         strategy=strategy,
         **options,
@@ -162,21 +228,70 @@ def build_trainer(config: dict[str, Any], folder: Path, first_step: int) -> L.Tr
         use_distributed_sampler=False,
         default_root_dir=folder,
         logger=build_loggers(config, folder, first_step),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[checkpoints.writer],
         enable_model_summary=False,
         enable_progress_bar=False,
         callbacks=[
             RandomState(),
-            StopAfterStep(),
             CodebookWatch(callbacks["codebook_window"]),
             ReconstructionGrid(
                 folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
             ),
             ValidationLine(),
             *([ProgressBar()] if show_bar else []),
-            *checkpoint_callbacks(folder / "checkpoints", callbacks["checkpoint_every"]),
+            stop,
+            checkpoints,
         ],
     )
+    # Lightning's handlers of SIGTERM (and of SIGUSR1 under SLURM) run collectives and save inside
+    # the handler, which hangs if another collective is under way; and each batch pays a broadcast
+    # and a wait for the GPU. `StopAfterStep` does their work, scripts/slurm.sh the requeueing.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
+
+
+def set_batches(config: dict[str, Any], data: VistokDataModule, trainer: L.Trainer) -> None:
+    """Derive batch per device and accumulation from `trainer.global_batch_size`, if it is given.
+
+    Raises:
+        ConfigError: if it does not divide.
+    """
+    options = config["trainer"]
+    accumulate = options["accumulate_grad_batches"]
+    if wanted := options.get("global_batch_size"):
+        if accumulate != 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={accumulate}: follows from "
+                f"trainer.global_batch_size={wanted}; give one of the two"
+            )
+        data.batch_size, accumulate = split_batch(wanted, trainer.world_size, data.batch_size)
+        trainer.accumulate_grad_batches = accumulate
+    data.batches_per_step = accumulate
+    if isinstance(trainer.val_check_interval, int):  # ours counts steps, Lightning's batches
+        trainer.val_check_interval *= accumulate
+
+
+def split_batch(total: int, ranks: int, largest: int) -> tuple[int, int]:
+    """Batch size per device (at most `largest`) and batches per step that make `total` images.
+
+    Raises:
+        ConfigError: if it does not divide.
+    """
+    share, rest = divmod(total, ranks)
+    if rest:
+        raise ConfigError(
+            f"trainer.global_batch_size={total}: does not divide among {ranks} devices; "
+            f"{max(1, share) * ranks} or {(share + 1) * ranks} would"
+        )
+    batches = -(-share // largest)
+    if share % batches:
+        raise ConfigError(
+            f"trainer.global_batch_size={total}: {share} images per device do not divide into "
+            f"{batches} batches of at most data.batch_size={largest}; "
+            f"{ranks * batches * largest} would"
+        )
+    return share // batches, batches
 
 
 def precision(name: Any, accelerator: str) -> str:
@@ -277,10 +392,22 @@ def init_images(config: dict[str, Any], module: TokenizerModule, data: VistokDat
 def write_run_files(config: dict[str, Any], folder: Path) -> None:
     """The resolved config, the versions and the command."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    for name, text in (
+        ("config.yaml", yaml.safe_dump(config, sort_keys=False)),
+        ("versions.json", json.dumps(versions(), indent=2) + "\n"),
+    ):
+        with replacing(folder / name) as file:
+            file.write(text.encode())
     with open(folder / "command.txt", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
+
+
+def finished_steps(folder: Path) -> int:
+    """Steps of the run whose summary the folder holds; 0 if there is none."""
+    try:
+        return int(json.loads((folder / "summary.json").read_text())["steps"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def versions() -> dict[str, Any]:
@@ -320,13 +447,17 @@ def announce(
     t = module.tokenizer
     parameters = sum(p.numel() for p in t.parameters()) / 1e6
     verb = f"resuming {resume}" if resume is not None else "training"
+    batch = f"{data.batch_size} x {trainer.world_size}"
+    if trainer.accumulate_grad_batches > 1:
+        batch += f" x {trainer.accumulate_grad_batches}"
+    per_step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     say(
         f"vistok {vistok.__version__} ({Path(vistok.__file__).parent})\n"
         f"{verb}: {type(t).__name__} with {type(t.quantizer).__name__}, {parameters:.2f} M "
         f"parameters, {t.num_tokens} tokens = {t.bits_per_image:.0f} bits per image\n"
         f"data: {data.num_train} training and {data.num_val} validation images of "
         f"{t.image_size[0]}x{t.image_size[1]}\n"
-        f"trainer: {trainer.max_steps} steps of {data.batch_size * trainer.world_size} images, "
+        f"trainer: {trainer.max_steps} steps of {per_step} images ({batch}), "
         f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, {trainer.precision}\n"
         f"run folder: {folder}"
     )
@@ -363,8 +494,8 @@ def summarize(
 @rank_zero_only
 def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path) -> None:
     """Write `summary.json` and print it."""
-    path = folder / "summary.json"
-    path.write_text(json.dumps({**summary, "data": data.describe()}, indent=2) + "\n")
+    with replacing(folder / "summary.json") as file:
+        file.write((json.dumps({**summary, "data": data.describe()}, indent=2) + "\n").encode())
     table = Table(title=f"{folder}", title_justify="left")
     table.add_column("result")
     table.add_column("value", justify="right")
@@ -393,5 +524,7 @@ def quiet_libraries() -> None:
         ".*litlogger.*",
         ".*isinstance.treespec.*",
         ".*`pin_memory`.*",
+        ".*`broadcast_buffers` is deprecated.*",  # only in the newest torch
+        ".*sync_dist=True.*",  # what is logged is reduced already
     ):
         warnings.filterwarnings("ignore", message=message)

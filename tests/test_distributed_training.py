@@ -1,0 +1,278 @@
+"""Whole runs on two ranks, by Lightning's own launcher and by torchrun, against one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from helpers import ROOT, TINY, losses_of, metrics_of
+from test_pipeline import assert_same_training, state_of
+from vistok.cli import train
+from vistok.errors import ConfigError
+from vistok.training.optimizers import learning_rate
+from vistok.training.run import split_batch
+
+#: Leaves what each rank holds at the end in the working folder.
+PROBE = """
+import torch
+import torch.distributed as dist
+from vistok.training.module import TokenizerModule
+
+def on_train_end(self):
+    quantizer = self.tokenizer.quantizer
+    content = {"state": self.state_dict(), "ema": self.ema.shadow, "backend": dist.get_backend()}
+    content["usage"] = torch.cat(quantizer.usage.histograms())
+    torch.save(content, f"rank{self.global_rank}.pt")
+
+TokenizerModule.on_train_end = on_train_end
+"""
+
+
+@pytest.fixture
+def words(photos, tmp_path, monkeypatch):
+    """A VQ with an EMA codebook, dead codes that restart, and accumulation-free steps of 4."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "probe.py").write_text(PROBE)
+    return [
+        *TINY,
+        "data=folder",
+        f"data.train={photos}",
+        "data.image_size=16",
+        "data.val_fraction=0.3",
+        "data.eval_batch_size=2",
+        "quantizer.dead_code_threshold=0.3",
+        "quantizer.ema_decay=0.5",
+        "trainer.max_steps=6",
+        "trainer.val_check_interval=3",
+        "callbacks.checkpoint_every=2",
+        "callbacks.codebook_window=2",
+    ]
+
+
+TWO = ["trainer.devices=2", "data.batch_size=2"]
+
+
+def start(words, *launcher, **environment):
+    """A training process of its own."""
+    launcher = launcher or (sys.executable,)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK")}
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "train.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,  # so that a test that fails leaves nothing behind
+    )
+
+
+def ended(process, seconds=240):
+    """Exit code, output and errors; fails if the job hangs."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"the job hangs\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+def floats(run, column):
+    return {int(r["step"]): float(r[column]) for r in metrics_of(run) if r.get(column)}
+
+
+def assert_as_one_process(two, one, tmp_path):
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
+    for part in ("state", "ema"):
+        assert ranks[0][part].keys() == ranks[1][part].keys()
+        for key, value in ranks[0][part].items():
+            assert torch.equal(value, ranks[1][part][key]), f"{key} differs between the ranks"
+    assert torch.equal(ranks[0]["usage"], ranks[1]["usage"])
+    assert ranks[0]["backend"] == "gloo"
+    for column in ("loss/total", "loss/commitment", "loss/reconstruction", "lr"):
+        first, second = floats(two, column), floats(one, column)
+        assert first.keys() == second.keys() and len(first) >= 6
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+    for column in ("val/psnr", "val/ssim", "val/perplexity", "samples_seen"):
+        assert floats(two, column) == pytest.approx(floats(one, column), rel=1e-5)
+    for column in ("val/codebook_usage", "train/codebook_usage"):
+        assert floats(two, column) == floats(one, column) and floats(one, column)
+    codebook = "tokenizer.quantizer.embedding"
+    torch.testing.assert_close(
+        ranks[0]["state"][codebook], state_of(one)["state_dict"][codebook], rtol=1e-5, atol=1e-6
+    )
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (two, one))
+    for key in ("val_psnr", "val_ssim", "codebook_usage", "perplexity", "samples_seen", "steps"):
+        assert first[key] == pytest.approx(second[key], rel=1e-5), key
+
+
+def test_two_ranks_train_as_one_process(words, tmp_path):
+    process = start([*words, *TWO, "plugins=[probe]", "hydra.run.dir=two"])
+    assert train([*words, "hydra.run.dir=one"]) == 0
+    code, out, err = ended(process)
+    assert code == 0, out + err
+    assert "(2 x 2)" in out and err == "" and out.count("run folder:") == 1
+    revived = [floats(tmp_path / name, "quantizer/dead_codes_revived") for name in ("one", "two")]
+    assert sum(revived[0].values()) > 0 and revived[0] == revived[1]
+    assert_as_one_process(tmp_path / "two", tmp_path / "one", tmp_path)
+    states = state_of(tmp_path / "two")["random_state"]
+    assert len(states) == 2
+
+
+@pytest.mark.slow
+def test_torchrun_with_accumulation_trains_as_one_process(words, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launcher += ["--master_port=29513"]
+    # What a dead code restarts from is in the last of the accumulated batches.
+    words = [*words, "quantizer.dead_code_threshold=0"]
+    wide = ["trainer.global_batch_size=8", "data.batch_size=2"]
+    process = start(
+        [*words, *wide, "trainer.devices=2", "plugins=[probe]", "hydra.run.dir=two"], *launcher
+    )
+    assert train([*words, "data.batch_size=8", "hydra.run.dir=one"]) == 0
+    code, out, err = ended(process)
+    assert code == 0, out + err
+    assert "(2 x 2 x 2)" in out
+    assert_as_one_process(tmp_path / "two", tmp_path / "one", tmp_path)
+
+
+# ---------------------------------------------------------------------- endings
+
+AT_STEP_3 = """
+import os, signal, time
+from vistok.errors import VistokError
+from vistok.training.module import TokenizerModule
+
+def on_train_batch_start(self, batch, index):
+    if self.global_step == 3 and self.global_rank == {rank}:
+        {what}
+
+TokenizerModule.on_train_batch_start = on_train_batch_start
+"""
+
+
+def plan(tmp_path, rank, what):
+    (tmp_path / "accident.py").write_text(AT_STEP_3.format(rank=rank, what=what))
+    return "plugins=[accident]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "what", "words_of_error"),
+    [
+        (1, "raise VistokError('planned')", "rank 1: planned"),
+        (0, "raise VistokError('planned')", "error: planned"),
+        (1, "os.kill(os.getpid(), signal.SIGKILL)", "another rank ended"),
+        (1, "time.sleep(1000)", "another rank ended, or gave no answer"),
+    ],
+)
+def test_a_rank_that_fails_takes_the_job_down(words, tmp_path, rank, what, words_of_error):
+    started = time.monotonic()
+    job = [*words, *TWO, plan(tmp_path, rank, what), "trainer.timeout=15", "hydra.run.dir=run"]
+    code, out, err = ended(start(job), 150)
+    assert code not in (0, 75), out + err
+    assert words_of_error in err, err
+    assert time.monotonic() - started < 120
+    assert state_of(tmp_path / "run")["global_step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_preemption_of_one_rank_stops_all_and_goes_on_exactly(words, tmp_path, rank):
+    words = [*words, *TWO, "hydra.run.dir=run", "resume=auto"]
+    signal_once = "os.kill(os.getpid(), signal.SIGTERM)"
+    code, out, err = ended(start([*words, plan(tmp_path, rank, signal_once)]))
+    assert code == 75 and "preempted at step 4" in err, (code, out, err)
+    assert state_of(tmp_path / "run")["global_step"] == 4
+    code, out, err = ended(start(words))
+    assert code == 0, out + err
+    code, out, err = ended(start([w for w in words if "run.dir" not in w] + ["hydra.run.dir=w"]))
+    assert code == 0, out + err
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "w")
+    assert_same_training(tmp_path / "run", tmp_path / "w")
+
+
+# ---------------------------------------------------------------------- batches, learning rate
+
+
+@pytest.mark.parametrize(
+    ("total", "ranks", "largest", "expected"),
+    [
+        (256, 1, 32, (32, 8)),
+        (256, 8, 32, (32, 1)),
+        (2048, 64, 32, (32, 1)),
+        (48, 1, 32, (24, 2)),
+        (4, 4, 32, (1, 1)),
+        (6, 2, 2, "6"),
+        (10, 4, 32, "8 or 12"),
+        (3, 4, 32, "4 or 4"),
+        (74, 2, 32, "128 would"),
+    ],
+)
+def test_the_global_batch_is_split(total, ranks, largest, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=f"global_batch_size={total}"):
+            split_batch(total, ranks, largest)
+    else:
+        size, batches = expected
+        assert split_batch(total, ranks, largest) == expected
+        assert size * batches * ranks == total and size <= largest
+
+
+def test_accumulation_equals_the_batch_at_once(words, tmp_path):
+    more = ["quantizer.dead_code_threshold=0", "trainer.max_steps=9"]
+    assert train([*words, *more, "data.batch_size=8", "hydra.run.dir=one"]) == 0
+    split = ["trainer.global_batch_size=8", "data.batch_size=2"]
+    assert train([*words, *more, *split, "hydra.run.dir=four"]) == 0
+    for column in ("loss/total", "val/psnr", "samples_seen", "lr"):
+        first, second = floats(tmp_path / "four", column), floats(tmp_path / "one", column)
+        assert first.keys() == second.keys()
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+    assert train([*words, *more, *split, "trainer.max_steps=5", "hydra.run.dir=cut"]) == 0
+    assert train(["resume=cut", "trainer.max_steps=9"]) == 0
+    last = {step: loss for step, loss in losses_of(tmp_path / "cut").items() if step > 5}
+    assert last.keys() == {6, 7, 8, 9}
+
+
+def test_batch_errors_are_one_line(fails, words):
+    fails("train", *words, "trainer.global_batch_size=7", "data.batch_size=2", words="=7: ")
+    both = ["trainer.global_batch_size=8", "trainer.accumulate_grad_batches=2"]
+    fails("train", *words, *both, words=("accumulate_grad_batches=2", "one of the two"))
+    fails("train", *words, "optimizer.lr_rule=linaer", words="did you mean 'linear'")
+
+
+def test_the_rule_of_the_learning_rate(words, tmp_path):
+    assert learning_rate({"lr": 1e-4}, 4096) == 1e-4
+    assert learning_rate({"lr": 1e-4, "lr_rule": "absolute"}, 64) == 1e-4
+    assert learning_rate({"lr": 1e-4, "lr_rule": "linear"}, 1024) == pytest.approx(4e-4)
+    assert learning_rate({"lr": 1e-4, "lr_rule": "sqrt"}, 1024) == pytest.approx(2e-4)
+    more = ["optimizer.lr_rule=linear", "optimizer.final_lr_factor=1", "optimizer.lr=0.064"]
+    assert train([*words, *more, "trainer.max_steps=1", "hydra.run.dir=run"]) == 0
+    assert floats(tmp_path / "run", "lr") == pytest.approx({1: 0.064 * 4 / 256})
+
+
+# ---------------------------------------------------------------------- SLURM sweeps
+
+
+def test_the_submitit_launcher_is_asked_for_by_name(fails, words):
+    try:
+        import hydra_plugins.hydra_submitit_launcher  # pyright: ignore  # noqa: F401
+    except ImportError:
+        fails(
+            "train", "--multirun", *words, "hydra/launcher=submitit", words="pip install 'vistok[s"
+        )
+    else:
+        from hydra import compose, initialize_config_dir
+
+        from helpers import CONFIGS
+
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("train", ["hydra/launcher=submitit"], return_hydra_config=True)
+        launcher = config.hydra.launcher
+        assert launcher._target_.endswith("SlurmLauncher")
+        assert launcher.tasks_per_node == launcher.gpus_per_node == 8

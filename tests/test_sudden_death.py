@@ -1,0 +1,456 @@
+"""Runs that end at any moment: whole files or none, resume=auto, preemption, full disks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import ROOT, TINY, losses_of
+from test_pipeline import assert_same_training, break_runs, state_of
+from vistok.checkpoint import check_seal, read_checkpoint, read_seal
+from vistok.cli import train
+from vistok.errors import CheckpointError
+from vistok.training import checkpoints
+from vistok.training.checkpoints import CheckpointWriter, newest_whole, snapshot
+from vistok.training.metrics_file import Rows, read_rows
+
+
+@pytest.fixture
+def words(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return words_of(photos)
+
+
+def words_of(photos):
+    return [
+        *TINY,
+        "data=folder",
+        f"data.train={photos}",
+        "data.image_size=16",
+        "data.val_fraction=0.2",
+        "quantizer.dead_code_threshold=0.3",
+        "quantizer.assignment=stochastic",
+        "trainer.val_check_interval=3",
+        "callbacks.checkpoint_every=2",
+        "callbacks.codebook_window=3",
+        "trainer.max_steps=9",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """A run of 9 steps that nothing interrupts."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train([*words_of(photos), f"hydra.run.dir={run}"]) == 0
+    return run
+
+
+def content_of(step, fill=0.0):
+    weights = {"a": torch.full((50, 40), fill), "b": torch.arange(7)}
+    return {"state_dict": weights, "global_step": step, "pair": (1, [2.5, "x"])}
+
+
+def written(folder, step, name="last.ckpt", keep=3):
+    writer = CheckpointWriter(keep_last=keep)
+    writer.save_checkpoint(content_of(step), folder / "checkpoints" / name)
+    writer.join()
+    return folder / "checkpoints" / name
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 16
+    path.write_bytes(data)
+
+
+# ---------------------------------------------------------------------- seals
+
+
+def test_a_checkpoint_is_sealed_and_torch_reads_it(tmp_path):
+    import hashlib
+    import zipfile
+
+    path = written(tmp_path, 12)
+    body, _, line = path.read_bytes().rstrip(b"\n").rpartition(b"\n")
+    assert line == f"vistok sha256={hashlib.sha256(body).hexdigest()} step=0000000012".encode()
+    assert read_seal(path) == (hashlib.sha256(body).hexdigest(), 12)
+    back = torch.load(path, weights_only=True)
+    assert torch.equal(back["state_dict"]["b"], torch.arange(7)) and back["pair"] == (1, [2.5, "x"])
+    assert zipfile.ZipFile(path).testzip() is None
+
+
+def test_any_flipped_bit_is_seen(tmp_path):
+    path = written(tmp_path, 1)
+    whole = path.read_bytes()
+    for place in range(0, len(whole) - 96, len(whole) // 40):  # the seal's own bytes come last
+        flip(path, place)
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_checkpoint(path)
+        path.write_bytes(whole)
+    check_seal(path)
+    flip(path, len(whole) - 60)  # in the digest
+    with pytest.raises(CheckpointError, match="damaged"):
+        check_seal(path)
+
+
+def test_a_file_without_a_seal_is_read_for_what_it_is(tmp_path):
+    torch.save(content_of(3), tmp_path / "old.ckpt")
+    assert read_seal(tmp_path / "old.ckpt") is None
+    assert read_checkpoint(tmp_path / "old.ckpt")["global_step"] == 3
+
+
+# ---------------------------------------------------------------------- last, older, best
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for step in (2, 4, 4, 6, 8):
+        written(tmp_path, step)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step_00000004.ckpt", "step_00000006.ckpt"]
+    assert [read_checkpoint(tmp_path / "checkpoints" / n)["global_step"] for n in names] == [
+        8,
+        4,
+        6,
+    ]
+    written(tmp_path, 5)  # someone went back to step 4: 6 and 8 are given up
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step_00000004.ckpt"]
+    written(tmp_path, 7, keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_keeping_needs_no_hard_links(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError("not on this file system")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for step in (2, 4):
+        written(tmp_path, step)
+    assert read_checkpoint(tmp_path / "checkpoints" / "step_00000002.ckpt")["global_step"] == 2
+    assert newest_whole(tmp_path).name == "last.ckpt"
+
+
+def test_the_newest_whole_one_is_found(tmp_path, capsys):
+    assert newest_whole(tmp_path) is None
+    for step in (2, 4, 6):
+        written(tmp_path, step)
+    written(tmp_path, 5, "best.ckpt")
+    expected = ["last.ckpt", "best.ckpt", "step_00000004.ckpt", "step_00000002.ckpt"]
+    for number, name in enumerate(expected):
+        found = newest_whole(tmp_path)
+        assert found.name == name
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == number  # one line for each that was passed over
+        assert all(
+            f"{n}: " in line and "older" in line for n, line in zip(expected, said, strict=False)
+        )
+        if number % 2:
+            flip(found, 300)
+        else:  # cut short: the seal is gone too
+            found.write_bytes(found.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole; .*last\.ckpt"):
+        newest_whole(tmp_path)
+
+
+POINTS = ["half", "fsync", "link", "replace", "folder", "unlink"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("links", [True, False])
+def test_a_death_at_any_point_of_a_write_leaves_a_whole_one(tmp_path, point, links):
+    """The process vanishes before each call that changes the disk."""
+    for step in (2, 4):
+        written(tmp_path, step, keep=2)
+    child = os.fork()
+    if child == 0:
+
+        def die(*args, **kwargs):
+            os._exit(9)
+
+        if not links:
+            os.link = lambda *args: (_ for _ in ()).throw(OSError())
+        if point == "half":
+            checkpoints.Summed.flush = die
+            write = checkpoints.Summed.write
+            checkpoints.Summed.write = lambda s, d: write(s, d) if s.file.tell() < 4000 else die()
+        elif point == "link":
+            os.link = die
+        elif point == "folder":
+            checkpoints.sync_folder = die
+        elif point == "unlink":
+            Path.unlink = die
+        else:
+            setattr(os, point, die)
+        CheckpointWriter(keep_last=2, background=False).save_checkpoint(
+            content_of(6), tmp_path / "checkpoints" / "last.ckpt"
+        )
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 9
+    found = newest_whole(tmp_path)
+    step = read_checkpoint(found)["global_step"]
+    assert step == (6 if point == "folder" else 4)
+    written(tmp_path, 8, keep=2)  # and it goes on
+    assert read_checkpoint(newest_whole(tmp_path))["global_step"] == 8
+
+
+# ---------------------------------------------------------------------- in the background
+
+
+def test_training_does_not_wait_and_does_not_disturb(tmp_path, monkeypatch):
+    gate, started = threading.Event(), threading.Event()
+    real = checkpoints.Summed.write
+
+    def held_up(self, data):
+        started.set()
+        assert gate.wait(20)
+        return real(self, data)
+
+    monkeypatch.setattr(checkpoints.Summed, "write", held_up)
+    writer, content = CheckpointWriter(), content_of(2)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    writer.save_checkpoint(content, path)
+    assert started.wait(20) and not path.exists() and writer.stall < 5
+    content["state_dict"]["a"].add_(1)  # training goes on
+    content["global_step"] = 3
+    second = threading.Thread(target=writer.save_checkpoint, args=(content, path))
+    second.start()
+    time.sleep(0.2)
+    assert second.is_alive() and not path.exists()  # one in flight at most
+    gate.set()
+    second.join()
+    writer.join()
+    assert read_checkpoint(path)["global_step"] == 3
+    older = read_checkpoint(path.with_name("step_00000002.ckpt"))
+    assert older["global_step"] == 2 and not older["state_dict"]["a"].any()
+
+
+def test_an_error_of_the_thread_comes_up_once(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the folder's place")
+    writer = CheckpointWriter()
+    writer.save_checkpoint(content_of(1), tmp_path / "checkpoints" / "last.ckpt")
+    writer.teardown()
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: could not be written"):
+        writer.check()
+    writer.join()
+
+
+def test_a_snapshot_shares_what_the_original_shares():
+    tied = torch.ones(3)
+    copy = snapshot({"x": tied, "y": [tied, (tied[1:], 2)], "z": torch.empty(0)})
+    assert copy["x"] is copy["y"][0] and copy["x"] is not tied
+    assert torch.equal(copy["y"][1][0], tied[1:]) and copy["z"].shape == (0,)
+    tied += 1
+    assert copy["x"].tolist() == [1, 1, 1] and copy["y"][1][0].tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------------- resume=auto
+
+
+def test_auto_starts_goes_on_skips_damage_and_ends(cli, words, whole, tmp_path):
+    run = tmp_path / "run"
+    words = [*words, f"hydra.run.dir={run}", "resume=auto"]
+    code, lines, out = cli("train", *words, "trainer.max_steps=4")
+    assert code == 0 and "resuming" not in out, lines
+    (run / "summary.json").unlink()  # as if it had been killed before its end
+    code, lines, out = cli("train", *words, "trainer.max_steps=4")
+    assert code == 0 and "resuming run/checkpoints/last.ckpt" in out
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    flip(run / "checkpoints" / "last.ckpt", 5000)
+    (run / "checkpoints" / "best.ckpt.tmp").write_text("torn")
+    code, lines, out = cli("train", *words)
+    assert code == 0 and "last.ckpt: damaged" in out and "older" in out
+    assert "resuming" in out and "checkpoints/last.ckpt:" not in out.split("resuming")[1]
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert losses_of(run) == losses_of(whole)
+    assert_same_training(run, whole)
+    before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    code, lines, out = cli("train", *words)
+    assert code == 0 and "finished at step 9; nothing to do" in out
+    assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_resume_of_a_run_skips_damage(cli, words, whole, tmp_path):
+    import shutil
+
+    run = shutil.copytree(whole, tmp_path / "run")
+    flip(run / "checkpoints" / "last.ckpt", 5000)
+    code, lines, out = cli("train", f"resume={run}")
+    assert code == 0 and "last.ckpt: damaged" in out, lines
+    assert_same_training(run, whole)
+
+
+def test_auto_asks_for_a_folder(fails, words):
+    fails("train", *words, "resume=auto", words=("resume=auto", "hydra.run.dir=runs/<name>"))
+
+
+def test_processes_from_outside_must_agree_on_a_folder(fails, words, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails("train", *words, words="hydra.run.dir is not set")
+
+
+# ---------------------------------------------------------------------- preemption
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_preemption_saves_the_step_and_asks_for_a_requeue(fails, words, whole, monkeypatch, name):
+    number = getattr(signal, name)
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        break_runs(patch, 4, lambda: signal.raise_signal(number), "zero_grad")
+        words = [*words, "hydra.run.dir=run", "resume=auto"]
+        fails("train", *words, words=("preempted at step 5", "same command"))
+    assert signal.getsignal(number) is handler
+    assert state_of(Path("run"))["global_step"] == 5
+    assert train(words) == 0
+    assert losses_of(Path("run")) == losses_of(whole)
+    assert_same_training(Path("run"), whole)
+
+
+def test_the_exit_code_says_requeue(words, monkeypatch):
+    def preempt_twice():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+
+    break_runs(monkeypatch, 3, preempt_twice, "start")
+    assert train([*words, "hydra.run.dir=run"]) == 75
+    assert state_of(Path("run"))["global_step"] == 4
+
+
+def test_preemption_does_not_wait_for_a_validation(cli, words, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_runs(patch, 6, lambda: signal.raise_signal(signal.SIGTERM), "validation")
+        code, lines, _ = cli("train", *words, "hydra.run.dir=run", "data.eval_batch_size=1")
+    assert code == 75 and "stopped in a validation" in lines[0]
+    assert state_of(Path("run"))["global_step"] == 6
+    assert train(["resume=run", "data.eval_batch_size=4"]) == 0
+    assert losses_of(Path("run")) == losses_of(whole)
+    assert_same_training(Path("run"), whole)
+
+
+FAKE = {
+    "srun": '#!/bin/sh\necho "srun $*" >> calls\nexit $CODE\n',
+    "scontrol": '#!/bin/sh\necho "scontrol $*" >> calls\n[ "$1" = requeue ] || echo node1\n',
+}
+
+
+@pytest.mark.parametrize("code", [0, 75, 2])
+def test_the_slurm_script_requeues_on_75_alone(tmp_path, code):
+    for name, text in FAKE.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CODE": str(code),
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NAME": "mine",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "slurm.sh"), "experiment=vqgan_f16"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    calls = (tmp_path / "calls").read_text()
+    assert "train.py" in calls and "experiment=vqgan_f16" in calls and "resume=auto" in calls
+    assert "hydra.run.dir=runs/mine" in calls and "--kill-on-bad-exit=1" in calls
+    assert ("scontrol requeue 77" in calls) == (code == 75)
+    assert result.returncode == (0 if code == 75 else code), result.stderr
+
+
+# ---------------------------------------------------------------------- disks
+
+
+def test_a_read_only_run_folder(fails, words, tmp_path):
+    if os.geteuid():
+        (tmp_path / "locked").mkdir()
+        (tmp_path / "locked").chmod(0o555)
+        folder = tmp_path / "locked" / "run"
+    else:  # root may write anywhere but here
+        folder = Path("/proc/vistok")
+    fails("train", *words, f"hydra.run.dir={folder}", words=str(folder.parent))
+
+
+def test_a_run_folder_that_becomes_read_only_loses_nothing(fails, words, whole, monkeypatch):
+    real = checkpoints.Summed.__init__
+
+    def refuse(self, file):
+        real(self, file)
+        if Path("run/checkpoints/last.ckpt").exists():
+            raise OSError(30, "Read-only file system")
+
+    words = [*words, "hydra.run.dir=run", "resume=auto", "trainer.val_check_interval=100"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Summed, "__init__", refuse)
+        fails("train", *words, words=("last.ckpt", "Read-only", "previous checkpoint is whole"))
+    assert state_of(Path("run"))["global_step"] == 2
+    assert train(words) == 0
+    assert losses_of(Path("run")) == losses_of(whole)
+
+
+# ---------------------------------------------------------------------- metrics.csv
+
+
+def test_metrics_survive_a_kill_at_any_byte(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = Rows(path, 0)
+    for step in range(1, 6):
+        rows.log_metrics({"loss": torch.tensor(step / 3)}, step)
+        if step == 3:
+            rows.log_metrics({"psnr": 20.0}, step)
+        rows.save()
+    whole = path.read_bytes()
+    reference = [(r["step"], r["loss"], r["psnr"]) for r in read_rows(path, None)]
+    assert len(reference) == 6
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        kept = [(r["step"], r["loss"], r["psnr"]) for r in read_rows(path, None)]
+        assert kept == reference[: len(kept)]
+    path.write_bytes(whole)
+    again = Rows(path, 3)
+    again.log_metrics({"psnr": 20.0}, 3)  # the validation after the checkpoint comes again
+    for step in (4, 5):
+        again.log_metrics({"loss": torch.tensor(step / 3)}, step)
+    again.save()
+    assert path.read_bytes() == whole
+
+
+# ---------------------------------------------------------------------- thirty kills
+
+
+@pytest.mark.slow
+def test_thirty_kills_change_nothing(photos, tmp_path):
+    """SIGKILL at random moments, many of them in checkpoint writes, which are slowed down."""
+    words = [
+        *words_of(photos),
+        "trainer.max_steps=400",
+        "trainer.val_check_interval=50",
+        "callbacks.checkpoint_every=5",
+        "callbacks.codebook_window=20",
+        "callbacks.num_pictures=0",
+        "resume=auto",
+    ]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path), "30", *words],
+        capture_output=True, text=True, timeout=880,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = (tmp_path / "log.txt").read_text()[-3000:]
+    assert result.returncode == 0, result.stdout + result.stderr + log
+    report = json.loads(result.stdout.splitlines()[-1])
+    print(report)
+    assert report["kills"] == 30 and report["in_a_write"] >= 5 and report["steps_lost"] > 0
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert_same_training(killed, whole)
+    assert losses_of(killed) == losses_of(whole)
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (killed, whole))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert not list((killed / "checkpoints").glob("*.tmp"))
