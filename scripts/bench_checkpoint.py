@@ -1,0 +1,87 @@
+"""How long a save holds training up: in the background, and written at once.
+
+    uv run scripts/bench_checkpoint.py [folder=FOLDER] [megabytes=400] [saves=5] [out=FILE.json]
+
+The state is that of a model with Adam moments and averaged weights. Between saves the process
+computes as training does, and the time of those steps is measured too, with and without a write
+under way: what happens in the background takes its share of the processor.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
+
+import torch
+
+from vistok.training.checkpoints import CheckpointWriter
+
+
+def state_of(megabytes: int) -> dict:
+    """A checkpoint's content: weights, two moments and an average, in tensors of 4 MB."""
+    tensors = [torch.randn(1 << 20) for _ in range(max(4, megabytes // 4))]
+    quarter = len(tensors) // 4
+    parts = [tensors[i * quarter : (i + 1) * quarter] for i in range(4)]
+    names = ("state_dict", "exp_avg", "exp_avg_sq", "ema")
+    return {
+        **{name: dict(enumerate(part)) for name, part in zip(names, parts, strict=True)},
+        "global_step": 0,
+    }
+
+
+def step(x: torch.Tensor) -> float:
+    """Seconds of something like a training step."""
+    started = time.perf_counter()
+    for _ in range(4):
+        x @ x
+    return time.perf_counter() - started
+
+
+def measure(content: dict, folder: Path, background: bool, saves: int) -> dict[str, float]:
+    """Medians over the saves."""
+    writer = CheckpointWriter(keep_last=2, background=background)
+    x = torch.randn(512, 512)
+    quiet = statistics.median(step(x) for _ in range(20))
+    stalls, steps, writes = [], [], []
+    for number in range(saves):
+        content["global_step"] = number
+        started = time.perf_counter()
+        writer.save_checkpoint(content, folder / "checkpoints" / "last.ckpt")
+        stalls.append(writer.stall)
+        while writer.busy:
+            steps.append(step(x))
+        writer.join()
+        writes.append(time.perf_counter() - started)
+    return {
+        "stall_s": statistics.median(stalls),
+        "largest_stall_s": max(stalls),
+        "write_s": statistics.median(writes),
+        "step_ms": 1e3 * quiet,
+        "step_ms_during_a_write": 1e3 * statistics.median(steps or [quiet]),
+    }
+
+
+def main(words: list[str]) -> None:
+    """Print a table and write JSON."""
+    options = dict(word.partition("=")[::2] for word in words)
+    saves, megabytes = int(options.get("saves", 5)), int(options.get("megabytes", 400))
+    content = state_of(megabytes)
+    results: dict = {"megabytes": megabytes, "saves": saves, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory(dir=options.get("folder")) as folder:
+        for name, background in (("at_once", False), ("background", True)):
+            results[name] = measure(content, Path(folder), background, saves)
+    results["stall_ratio"] = results["at_once"]["stall_s"] / results["background"]["stall_s"]
+    for name in ("at_once", "background"):
+        numbers = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
+        print(f"{name:<11} {numbers}")
+    print(f"a save in the background stalls training {results['stall_ratio']:.1f} times less")
+    if out := options.get("out"):
+        Path(out).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
