@@ -338,4 +338,4 @@ def test_it_learns_and_more_tokens_help():
         (tok.detokenize(ids, k, steps=1) - images / 255).square().mean().item() for k in (1, 4)
     ]
     mean = (x.mean(dim=0) - x).square().mean().item() / 4
-    assert errors[1] < 0.9 * errors[0] and errors[1] < 0.5 * mean, (errors, mean)
+    assert errors[1] < 0.85 * errors[0] and errors[1] < 0.85 * mean, (errors, mean)
