@@ -84,7 +84,8 @@ def test_evaluator_in_a_trainers_autocast_measures_in_float32():
     for enabled in (False, True):
         evaluator = Evaluator(tiny_tokenizer())
         reconstructions = torch.full_like(originals, 100)
-        evaluator.tokenizer.decode = lambda q: reconstructions.float() / 127.5 - 1  # noqa: B023
+        pixels = reconstructions.float() / 127.5 - 1
+        evaluator.tokenizer.decode = lambda *args, pixels=pixels: pixels
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             evaluator.update(originals)
         results.append(evaluator.compute()["ssim"])
