@@ -40,6 +40,7 @@ def words_of(photos):
         "trainer.val_check_interval=3",
         "callbacks.checkpoint_every=2",
         "callbacks.codebook_window=3",
+        "optimizer.total_samples=100",  # one schedule, however many steps a run is asked for
         "trainer.max_steps=9",
     ]
 
@@ -431,7 +432,7 @@ def test_thirty_kills_change_nothing(photos, tmp_path):
     """SIGKILL at random moments, many of them in checkpoint writes, which are slowed down."""
     words = [
         *words_of(photos),
-        "trainer.max_steps=400",
+        "trainer.max_steps=300",
         "trainer.val_check_interval=50",
         "callbacks.checkpoint_every=5",
         "callbacks.codebook_window=20",
@@ -447,7 +448,8 @@ def test_thirty_kills_change_nothing(photos, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr + log
     report = json.loads(result.stdout.splitlines()[-1])
     print(report)
-    assert report["kills"] == 30 and report["in_a_write"] >= 5 and report["steps_lost"] > 0
+    assert report["kills"] == 30 and report["steps_lost"] > 0
+    assert report["in_a_write"] >= 5 and report["while_starting"] >= 1
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert_same_training(killed, whole)
     assert losses_of(killed) == losses_of(whole)
