@@ -1,4 +1,4 @@
-"""Write a folder of images as shards: `python scripts/make_shards.py /photos out=/sets/photos`."""
+"""Write images as shards: `python scripts/make_shards.py /photos out=/sets/photos`."""
 
 import sys
 from pathlib import Path

@@ -85,7 +85,7 @@ ALLOWED = {
     "torchmetrics": ("metrics/",),
     "wandb": ("training/",),
     "timm": ("training/",),
-    "rich": ("console.py", "training/", "evaluation/", "data/make_shards.py"),
+    "rich": ("console.py", "training/", "evaluation/", "data/"),
     "PIL": ("data/", "evaluation/"),
 }
 

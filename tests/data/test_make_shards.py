@@ -134,8 +134,8 @@ def test_it_does_not_mix_with_other_shards(photos, shards, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{photos}"], "out= is not set; for example out=/sets/photos"),
-        (["out={out}"], "name one folder of images; found none"),
-        (["{photos}", "b", "out={out}"], "name one folder of images; found"),
+        (["out={out}"], "name one source of images; found none"),
+        (["{photos}", "b", "out={out}"], "name one source of images; found"),
         (
             ["{photos}", "out={out}", "shardsize=1"],
             "unknown option shardsize= (did you mean 'shard_size'?)",

@@ -202,7 +202,7 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path):
         ("{folder}/val.tar", r"data.train: no such shard .*val.tar$"),
         ("{folder}/val-*.tar", "matches no file"),
         ("{folder}", "is a folder; name its shards"),
-        ("https://host/x.tar", "only local shards"),
+        ("pipe:cat x.tar", "commands are not run"),
         ("{folder}/train-{{000000..000003.tar", "the braces do not match"),
         ([], "is an empty list"),
     ],

@@ -1,4 +1,4 @@
-"""The command line: train, eval, export, make-shards. Light until there is something to compute."""
+"""The command line: train, eval, export, and shards. Light until there is something to compute."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": evaluate,
         "export": export,
         "make-shards": make_shards,
+        "check-shards": check_shards,
+        "bench-data": bench_data,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
         from vistok.help import overview
@@ -52,10 +54,24 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 
 def make_shards(argv: Sequence[str] | None = None) -> int:
-    """Write WebDataset shards from a folder of images; returns the exit code."""
+    """Write WebDataset shards from images of any source; returns the exit code."""
     from vistok.data.make_shards import main as run
 
     return run(list(sys.argv[1:] if argv is None else argv)) or 0
+
+
+def check_shards(argv: Sequence[str] | None = None) -> int:
+    """Check shards against their manifest and indexes; returns the exit code."""
+    from vistok.data.check_shards import main as run
+
+    return run(list(sys.argv[1:] if argv is None else argv))
+
+
+def bench_data(argv: Sequence[str] | None = None) -> int:
+    """Measure the data stream; returns the exit code."""
+    from vistok.data.bench import main as run
+
+    return run(list(sys.argv[1:] if argv is None else argv))
 
 
 # ---------------------------------------------------------------------- the commands

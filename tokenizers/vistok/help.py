@@ -15,10 +15,12 @@ def overview() -> None:
   vistok train [key=value ...]               train a tokenizer, or resume=runs/<run>
   vistok eval run=runs/<run>                 metrics, metrics.json, pictures
   vistok export run=runs/<run> out=FOLDER    codebooks and weights for other programs
-  vistok make-shards IMAGES out=FOLDER       a folder of images to WebDataset shards
+  vistok make-shards IMAGES out=FOLDER       images of any source to WebDataset shards
+  vistok check-shards FOLDER                 are they whole, and as their manifest says?
+  vistok bench-data [SHARDS]                 images per second of the data stream
 
-Each takes --help. In a checkout the same are: uv run train.py, eval.py, scripts/export.py and
-scripts/make_shards.py."""
+Each takes --help. In a checkout the same are: uv run train.py, eval.py, and scripts/export.py,
+make_shards.py, check_shards.py and bench_data.py."""
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -18,6 +19,17 @@ IMAGE_EXTENSIONS = frozenset(
     | {"ppm", "pgm", "pnm", "jp2", "avif"}
 )
 
+_MAGIC = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"\0\0\0\x0cjP  ": "jp2",
+    b"P5": "pgm",
+    b"P6": "ppm",
+}
 _JPEG_COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # What brings an array with EXIF orientation k upright.
@@ -33,10 +45,22 @@ _UPRIGHT = {
 
 
 class DecodeError(ValueError):
-    """This one image cannot be used; the message is the reason, in a few words."""
+    """This one image cannot be used.
+
+    Args:
+        message: the reason, in a few words.
+        cause: the kind of reason, by which such images are counted.
+    """
+
+    def __init__(self, message: str, cause: str = "damaged"):
+        super().__init__(message)
+        self.cause = cause
 
 
-def decode(data: bytes, channels: int = 3) -> np.ndarray:
+Reduction = Callable[[int, int], int]  # upright height and width to 1, 2, 4 or 8
+
+
+def decode(data: bytes, channels: int = 3, reduction: Reduction | None = None) -> np.ndarray:
     """Decode an image file.
 
     Palettes, CMYK, grey, alpha and 16-bit images are converted; EXIF orientation is honoured.
@@ -46,14 +70,18 @@ def decode(data: bytes, channels: int = 3) -> np.ndarray:
     Args:
         data: the file's bytes.
         channels: 1 (luma), 3 (RGB) or 4 (RGB and alpha).
+        reduction: says how many times smaller a JPEG may be decoded: from fewer of its
+            frequencies, which costs less. Other formats are decoded as they are.
 
     Returns:
-        `(H, W, channels)` uint8, contiguous and writable.
+        `(H, W, channels)` uint8, contiguous and writable; H and W are divided by the reduction
+        and rounded up.
 
     Raises:
         DecodeError: if the bytes are no image, are cut short or damaged.
     """
-    array, orientation = _decode_jpeg(data, channels) or _decode_pillow(data, channels)
+    decoded = _decode_jpeg(data, channels, reduction)
+    array, orientation = decoded or _decode_pillow(data, channels)
     if orientation in _UPRIGHT:
         array = _UPRIGHT[orientation](array)
     return np.ascontiguousarray(array)
@@ -64,28 +92,41 @@ def image_extension(data: bytes, name: str) -> str:
 
     Files are often misnamed, and readers of shards choose their decoder by the extension.
     """
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[4:12] == b"ftypavif":
+        return "avif"
+    for magic, extension in _MAGIC.items():
+        if data.startswith(magic):
+            return extension
     return name.rpartition(".")[2].lower()
 
 
-def _decode_jpeg(data: bytes, channels: int) -> tuple[np.ndarray, int] | None:
+def _decode_jpeg(
+    data: bytes, channels: int, reduction: Reduction | None
+) -> tuple[np.ndarray, int] | None:
     """Decode with simplejpeg (twice Pillow's speed); None for what it cannot or should not do."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        too_large = int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or sys.maxsize)
+        height, width = int(height), int(width)
+        too_large = height * width > (Image.MAX_IMAGE_PIXELS or sys.maxsize)
         if too_large or colours not in ("YCbCr", "RGB", "Gray"):
             return None
-        array = simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLOURS[channels])
+        orientation = _orientation(data)
+        least = (0, 0)
+        if reduction is not None:
+            upright = (width, height) if orientation >= 5 else (height, width)
+            factor = reduction(*upright)
+            # The decoder takes the smallest of its scales that reaches this: exactly 1/factor.
+            least = (0, 0) if factor == 1 else (-(-height // factor), -(-width // factor))
+        array = simplejpeg.decode_jpeg(
+            data, colorspace=_JPEG_COLOURS[channels], min_height=least[0], min_width=least[1]
+        )
     except ValueError:
         return None  # damaged, or only unusual: Pillow tells the two apart
-    return array.reshape(*array.shape[:2], channels), _orientation(data)
+    return array.reshape(*array.shape[:2], channels), orientation
 
 
 def _orientation(jpeg: bytes) -> int:
@@ -105,7 +146,10 @@ def _decode_pillow(data: bytes, channels: int) -> tuple[np.ndarray, int]:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             converted = _convert(image, channels)
     except Exception as error:  # Pillow's plugins raise almost everything on damaged input
-        raise DecodeError(_reason(error)) from None
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image, or of an unknown format"
+            raise DecodeError(reason, "not an image") from None
+        raise DecodeError(" ".join(str(error).split()) or type(error).__name__) from None
     array = np.array(converted)
     return array.reshape(*array.shape[:2], channels), orientation
 
@@ -123,9 +167,3 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         opaque = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque).convert("RGB")
     return image.convert(_PILLOW_MODES[channels])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or of an unknown format"
-    return " ".join(str(error).split()) or type(error).__name__

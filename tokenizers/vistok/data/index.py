@@ -12,9 +12,10 @@ import logging
 import re
 import tarfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from vistok.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the index files; another number is indexed anew
+FORMAT = 2  # of the index files; another number is indexed anew
 # As WebDataset has it: the key ends at the first dot of the file name, and keeps the folder.
 _MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$")
 _MAGIC = {
@@ -34,6 +35,18 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK": "zip",
 }
+
+
+class Row(NamedTuple):
+    """One sample of a tar: key, place of the image's bytes, label, pixels, and other members."""
+
+    key: bytes
+    offset: int
+    size: int
+    label: int = -1
+    height: int = 0
+    width: int = 0
+    others: Mapping[str, tuple[int, int]] = {}  # extension to offset and size
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,9 @@ class ShardIndex:
         labels: `(n,)` int64, the number in the sample's `.cls` member; -1 without one.
         heights: `(n,)` int32, of the upright image in pixels; 0 if never looked at.
         widths: `(n,)` int32, as heights.
+        others: `(e,)` str, the extensions of further members (captions, embeddings), sorted.
+        other_offsets: `(e, n)` int64, where their bytes begin; -1 where a sample has none.
+        other_sizes: `(e, n)` int64, how many they are.
         tar_bytes: size of the tar that this describes.
         plan: what the writer made the shard from, for restarts; empty for foreign tars.
     """
@@ -57,8 +73,33 @@ class ShardIndex:
     labels: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
+    others: np.ndarray
+    other_offsets: np.ndarray
+    other_sizes: np.ndarray
     tar_bytes: int
     plan: str = ""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], tar_bytes: int, plan: str = "") -> ShardIndex:
+        """Index of at least one row."""
+        others = sorted({extension for row in rows for extension in row.others})
+        places = np.array(
+            [[row.others.get(extension, (-1, 0)) for row in rows] for extension in others],
+            dtype=np.int64,
+        ).reshape(len(others), len(rows), 2)
+        return cls(
+            keys=np.array([row.key for row in rows]),
+            offsets=np.array([row.offset for row in rows], dtype=np.int64),
+            sizes=np.array([row.size for row in rows], dtype=np.int64),
+            labels=np.array([row.label for row in rows], dtype=np.int64),
+            heights=np.array([row.height for row in rows], dtype=np.int32),
+            widths=np.array([row.width for row in rows], dtype=np.int32),
+            others=np.array(others, dtype=str),
+            other_offsets=np.ascontiguousarray(places[:, :, 0]),
+            other_sizes=np.ascontiguousarray(places[:, :, 1]),
+            tar_bytes=tar_bytes,
+            plan=plan,
+        )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -127,11 +168,9 @@ def scan(tar: Path) -> ShardIndex:
     Raises:
         DataError: if it is no tar, cut short, damaged, or holds no images.
     """
-    rows: list[tuple[bytes, int, int]] = []
-    labels: dict[int, int] = {}
+    rows: list[Row] = []
     seen: set[str] = set()
-    last = None  # key of the sample being read; its members are adjacent
-    has_image, pending = False, None
+    sample: Row | None = None  # being read; its members are adjacent
     with open(tar, "rb") as file:
         length = file.seek(0, 2)
         file.seek(0)
@@ -144,20 +183,19 @@ def scan(tar: Path) -> ShardIndex:
                 match = _MEMBER.match(member.name)
                 if not member.isreg() or not match:
                     continue
-                key, extension = match[1], match[2].lower()
-                if key != last:
-                    last, has_image, pending = key, False, None
+                key, extension = match[1].encode(), match[2].lower()
+                if sample is None or key != sample.key:
+                    rows += [sample] if sample and sample.offset >= 0 else []
+                    sample = Row(key, -1, 0, others={})
                 seen.add(extension)
-                if extension in IMAGE_EXTENSIONS and not has_image:
-                    has_image = True
-                    rows.append((key.encode(), member.offset_data, member.size))
-                    if pending is not None:
-                        labels[len(rows) - 1] = pending
+                place = member.offset_data, member.size
+                if extension in IMAGE_EXTENSIONS and sample.offset < 0:
+                    sample = sample._replace(offset=place[0], size=place[1])
                 elif extension == "cls" and member.size <= 20:
-                    label = _label(file, member)
-                    if has_image:
-                        labels[len(rows) - 1] = label
-                    pending = label
+                    sample = sample._replace(label=_label(file, member))
+                else:
+                    sample = sample._replace(others={extension: place, **sample.others})
+            rows += [sample] if sample and sample.offset >= 0 else []
             end = archive.offset
             file.seek(end)
             tail = file.read(tarfile.BLOCKSIZE)
@@ -173,16 +211,7 @@ def scan(tar: Path) -> ShardIndex:
     if not rows:
         found = ", ".join(f".{e}" for e in sorted(seen)[:5]) or "nothing"
         raise DataError(f"{tar} holds no images: found {found}; wanted .jpg, .png, .webp, ...")
-    count = len(rows)
-    return ShardIndex(
-        keys=np.array([row[0] for row in rows]),
-        offsets=np.array([row[1] for row in rows], dtype=np.int64),
-        sizes=np.array([row[2] for row in rows], dtype=np.int64),
-        labels=np.array([labels.get(i, -1) for i in range(count)], dtype=np.int64),
-        heights=np.zeros(count, dtype=np.int32),
-        widths=np.zeros(count, dtype=np.int32),
-        tar_bytes=length,
-    )
+    return ShardIndex.of(rows, length)
 
 
 def _label(file, member: tarfile.TarInfo) -> int:

@@ -1,4 +1,4 @@
-"""A folder of images to checked WebDataset shards: `vistok make-shards`.
+"""Images from anywhere to checked WebDataset shards: `vistok make-shards`.
 
 Which image goes into which shard is settled before anything is written, so shards are made in
 parallel, and a run that was killed is continued by the same command: shards that are whole and
@@ -11,41 +11,54 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from vistok.data.decode import DecodeError, decode, image_extension
 from vistok.data.index import ShardIndex, sidecar
-from vistok.data.shards import ShardFile, ShardInfo, tar_bytes, write_manifest
-from vistok.data.sources import FolderSource, hold_out
+from vistok.data.inputs import SPOOL, Columns, Tables, end_with_parent, open_input
+from vistok.data.shards import ShardFile, ShardInfo, member_bytes, tar_bytes, write_manifest
+from vistok.data.sources import Source, hold_out
 from vistok.errors import ConfigError, DataError, VistokError, nearest
 
 HELP = """\
-Write a folder of images as checked WebDataset shards.
+Write images as checked WebDataset shards.
 
-  {program} FOLDER out=FOLDER [option=value ...]
+  {program} SOURCE out=FOLDER [option=value ...]
+
+SOURCE is one of
+  a folder           its images and those in subfolders, which become the class labels
+  a list             a text file with a path in each line, and a label after a tab or space
+  Parquet            a file or a folder of them, with the images' bytes in a column
+  Hugging Face       a folder written by Dataset.save_to_disk
+  shards             'sets/old-{{000000..000007}}.tar', or a folder of tars
 
   out=FOLDER         where the shards go; made if missing
   shard_size=300MB   largest shard (KB, MB, GB or bytes)
-  shuffle=true       mix all images; false keeps the order of their names
+  shuffle=true       mix all images; false keeps the order they have
   seed=0             of the shuffle
   val_fraction=0     share of the images that goes to val-*.tar instead of train-*.tar
+  members=           further members to take along, such as txt,npy: files beside each image, or
+                     members of shards (empty: none of a folder or list, all of shards)
+  image=, label=, caption=   columns of a table; empty to find them by their usual names
   workers=           processes; empty for one per core
   debug=false        show the traceback of an error
 
 Every image is decoded once; those that do not decode are reported and left out. The bytes are
-written as they are. Subfolders become class labels. A run that was interrupted is continued by
-the same command.
+written as they are. A run that was interrupted is continued by the same command.
 
 Examples:
   {program} /photos out=/sets/photos
-  {program} /photos out=/sets/photos shard_size=1GB val_fraction=0.01
+  {program} /photos out=/sets/photos shard_size=1GB val_fraction=0.01 members=txt
+  {program} /downloads/imagenet-parquet out=/sets/in1k image=image label=label
 """
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
 _UNITS["gib"] = 2**30
@@ -61,6 +74,8 @@ class Options:
     shuffle: bool = True
     seed: int = 0
     val_fraction: float = 0.0
+    members: tuple[str, ...] | None = None
+    columns: Columns = field(default_factory=Columns)
     workers: int = 1
 
 
@@ -69,11 +84,8 @@ class Job:
     """One shard to be: its path, its images, and a digest of all that decides its bytes."""
 
     tar: Path
-    images: list[tuple[str, str, int | None]]  # key, path within the folder, label
-
-    def plan(self) -> str:
-        """Digest of the images."""
-        return hashlib.sha256(json.dumps(self.images).encode()).hexdigest()
+    images: list[tuple[str, int]]  # key, number in the source
+    plan: str
 
 
 @dataclass(frozen=True)
@@ -81,47 +93,92 @@ class Made:
     """What became of a job: None for the shard if no image in it decodes."""
 
     shard: ShardInfo | None
-    bad: list[tuple[str, str]]  # path within the folder, reason
+    bad: list[tuple[str, str]]  # name in the source, reason
 
 
 def make_shards(options: Options) -> dict[str, list[Made]]:
     """Write the shards and the manifest; returns what was made, per split.
 
     Raises:
-        DataError: if there are no images, none decodes, or `out` holds something else.
+        DataError: if there are no images, none decodes, `out` holds something else, or another
+            process is writing there.
         ConfigError: if an option cannot be.
     """
-    source = FolderSource(options.source, "folder")
-    jobs = _plan(source, options)
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    _check_out(out, jobs)
-    with ProcessPoolExecutor(max(1, min(options.workers, len(jobs)))) as pool:
-        from rich.progress import track
+    source = open_input(options.source, options.columns, options.members)
+    with _alone_in(out):
+        if isinstance(source, Tables):
+            source = source.unpack(out, options.workers)
+        members = tuple(source.others) if options.members is None else options.members
+        jobs = _plan(source, members, options)
+        _check_out(out, jobs)
+        workers = max(1, min(options.workers, len(jobs)))
+        with ProcessPoolExecutor(
+            workers, initializer=_start_worker, initargs=(source, members)
+        ) as pool:
+            from rich.progress import track
 
-        results = pool.map(partial(_make, root=source.root), jobs)
-        made = list(track(results, "Writing shards", total=len(jobs), transient=True))
-    splits: dict[str, list[Made]] = {}
-    for job, result in zip(jobs, made, strict=True):
-        splits.setdefault(job.tar.name.partition("-")[0], []).append(result)
-    if not any(result.shard for result in made):
-        name, reason = made[0].bad[0]
-        raise DataError(
-            f"{options.source}: none of the {len(source)} images decodes; {name}: {reason}"
+            results = pool.map(_make, jobs)
+            made = list(track(results, "Writing shards", total=len(jobs), transient=True))
+        splits: dict[str, list[Made]] = {}
+        for job, result in zip(jobs, made, strict=True):
+            splits.setdefault(job.tar.name.partition("-")[0], []).append(result)
+        if not any(result.shard for result in made):
+            name, reason = made[0].bad[0]
+            raise DataError(
+                f"{options.source}: none of the {len(source)} images decodes; {name}: {reason}"
+            )
+        write_manifest(
+            out,
+            {name: [r.shard for r in results if r.shard] for name, results in splits.items()},
+            classes=source.classes,
+            arguments={
+                key: getattr(options, key)
+                for key in ("shard_size", "shuffle", "seed", "val_fraction")
+            },
+            left_out=sorted(name for result in made for name, _ in result.bad),
         )
-    write_manifest(
-        out,
-        {name: [r.shard for r in results if r.shard] for name, results in splits.items()},
-        classes=source.classes,
-        arguments={
-            key: getattr(options, key) for key in ("shard_size", "shuffle", "seed", "val_fraction")
-        },
-        left_out=sorted(name for result in made for name, _ in result.bad),
-    )
     return splits
 
 
-def _plan(source: FolderSource, options: Options) -> list[Job]:
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Make `out`, and keep other runs of this command from it.
+
+    The lock is the system's, so it ends with its holder however that ends. Workers inherit it: a
+    run that continues after a kill waits the moment until those left over are gone too.
+    """
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / ".lock"
+    patience = time.monotonic() + 5
+    while True:
+        file = open(lock, "w")  # noqa: SIM115 (closed below)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break  # else its last holder has just removed it
+        except OSError:
+            if time.monotonic() > patience:
+                raise DataError(f"out={out}: another make-shards is writing there") from None
+            time.sleep(0.05)
+        file.close()
+    try:
+        for stale in [*out.glob(".*.tmp"), *(out / SPOOL).glob(".*.tmp")]:
+            stale.unlink(missing_ok=True)  # of a run that was killed
+        yield
+    except VistokError:
+        shutil.rmtree(out / SPOOL, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(out / SPOOL, ignore_errors=True)
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+def _plan(source: Source, members: Sequence[str], options: Options) -> list[Job]:
     """Deal all images out to shards."""
     numbers = np.arange(len(source))
     if options.shuffle:
@@ -132,63 +189,97 @@ def _plan(source: FolderSource, options: Options) -> list[Job]:
     if options.val_fraction:
         held_out = hold_out(source, options.val_fraction, "val_fraction")
     jobs: list[Job] = []
-    for split, members in (("train", ~held_out), ("val", held_out)):
-        shard, filled = 0, 0
-        for position, number in enumerate(numbers[members[numbers]].tolist()):
-            label = source.label(number)
-            grown = 512 + -(-int(source.sizes[number]) // 512) * 512 + (label is not None) * 1024
+    for split, chosen in (("train", ~held_out), ("val", held_out)):
+        images: list[list[tuple[str, int]]] = []
+        filled = 0
+        for position, number in enumerate(numbers[chosen[numbers]].tolist()):
+            grown = member_bytes(int(source.sizes[number]))
+            grown += 0 if source.label(number) is None else member_bytes(1)
+            sizes = (source.other_size(number, extension) for extension in members)
+            grown += sum(member_bytes(size) for size in sizes if size is not None)
             if position == 0 or tar_bytes(filled + grown) > options.shard_size:
-                jobs.append(Job(Path(options.out) / f"{split}-{shard:06d}.tar", []))
-                shard, filled = shard + 1, 0
+                images.append([])
+                filled = 0
             filled += grown
-            name = os.fsdecode(bytes(source.keys[number]))
-            jobs[-1].images.append((f"{position:09d}", name, label))
+            images[-1].append((f"{position:09d}", number))
+        for shard, dealt in enumerate(images):
+            tar = Path(options.out) / f"{split}-{shard:06d}.tar"
+            jobs.append(Job(tar, dealt, _digest(source, members, dealt)))
     return jobs
+
+
+def _digest(source: Source, members: Sequence[str], images: list[tuple[str, int]]) -> str:
+    """Of all that decides the bytes of a shard, as far as it can be known without reading them."""
+    what = [
+        (key, os.fsdecode(bytes(source.keys[i])), int(source.sizes[i]), source.label(i))
+        for key, i in images
+    ]
+    return hashlib.sha256(json.dumps([what, list(members)]).encode()).hexdigest()
 
 
 def _check_out(out: Path, jobs: Sequence[Job]) -> None:
     """Refuse to mix with, or write over, what is not this command's own."""
-    plans = {job.tar: job for job in jobs}
+    plans = {job.tar: job.plan for job in jobs}
     for tar in sorted(out.glob("*.tar")):
         index = ShardIndex.load(sidecar(tar))
-        if tar not in plans or index is None or index.plan != plans[tar].plan():
+        if tar not in plans or index is None or index.plan != plans[tar]:
             raise DataError(
                 f"out={out} already holds {tar.name}, made from other images or with other"
                 " options; choose an empty folder or delete the old shards"
             )
 
 
-def _make(job: Job, root: Path) -> Made:
+_source: Source  # of this worker, and the members it takes along
+_members: tuple[str, ...]
+
+
+def _start_worker(source: Source, members: tuple[str, ...]) -> None:
+    """Take the source once, not with every job."""
+    global _source, _members
+    _source, _members = source, members
+    end_with_parent()
+
+
+def _make(job: Job) -> Made:
     """Write one shard, unless it is there already."""
-    for stale in job.tar.parent.glob(f".{job.tar.name}.*.tmp"):
-        stale.unlink(missing_ok=True)  # of a run that was killed
     index = ShardIndex.load(sidecar(job.tar))
-    if index and job.tar.exists() and job.tar.stat().st_size == index.tar_bytes:
+    if (
+        index
+        and index.plan == job.plan
+        and job.tar.exists()
+        and job.tar.stat().st_size == index.tar_bytes
+    ):
         there = set(index.keys.tolist())
         bad = [
-            (name, "left out by an earlier run")
-            for key, name, _ in job.images
+            (_name(number), "left out by an earlier run")
+            for key, number in job.images
             if key.encode() not in there
         ]
-        return Made(ShardInfo.of(job.tar, len(index)), bad)
+        return Made(ShardInfo.of(job.tar), bad)
     bad = []
     try:
-        with ShardFile(job.tar, job.plan()) as shard:
-            for key, name, label in job.images:
+        with ShardFile(job.tar, job.plan) as shard:
+            for key, number in job.images:
                 try:
-                    data = (root / name).read_bytes()
+                    name, data, label = _source.read(number)
                     height, width = decode(data).shape[:2]
+                    others = {e: o for e in _members if (o := _source.read_other(number, e))}
                 except DecodeError as error:
-                    bad.append((name, str(error)))
+                    bad.append((_name(number), str(error)))
                 except OSError as error:
-                    bad.append((name, error.strerror or str(error)))
+                    bad.append((_name(number), error.strerror or str(error)))
                 else:
-                    shard.add(key, data, image_extension(data, name), label, (height, width))
+                    extension = image_extension(data, name)
+                    shard.add(key, data, extension, label, (height, width), others)
     except DataError:
         if len(bad) < len(job.images):
             raise
         return Made(None, bad)
-    return Made(ShardInfo.of(job.tar, len(shard)), bad)
+    return Made(ShardInfo.of(job.tar), bad)
+
+
+def _name(number: int) -> str:
+    return os.fsdecode(bytes(_source.keys[number]))
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -197,12 +288,13 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: naming the argument that is wrong.
     """
-    known = ("out", "shard_size", "shuffle", "seed", "val_fraction", "workers", "debug")
+    known = ("out", "shard_size", "shuffle", "seed", "val_fraction", "members")
+    known += ("image", "label", "caption", "workers", "debug")
     values: dict[str, str] = {}
     sources = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if not equals:
+        if not equals or "/" in name:
             sources.append(argument)
         elif name not in known:
             raise ConfigError(f"unknown option {name}={nearest(name, known)}; see --help")
@@ -210,7 +302,7 @@ def parse(arguments: Sequence[str]) -> Options:
             values[name] = value
     if len(sources) != 1:
         found = f"found {' '.join(sources)}" if sources else "found none"
-        raise ConfigError(f"name one folder of images; {found}; see --help")
+        raise ConfigError(f"name one source of images; {found}; see --help")
     if not values.get("out"):
         raise ConfigError("out= is not set; for example out=/sets/photos")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -221,6 +313,8 @@ def parse(arguments: Sequence[str]) -> Options:
         shuffle=_flag("shuffle", values.get("shuffle", "true")),
         seed=_whole("seed", values.get("seed", "0"), 0),
         val_fraction=_fraction(values.get("val_fraction", "0")),
+        members=_names(values.get("members", "")),
+        columns=Columns(*(values.get(name) or None for name in ("image", "label", "caption"))),
         workers=_whole("workers", values.get("workers") or str(cores or 1), 1),
     )
 
@@ -230,6 +324,11 @@ def _bytes(text: str) -> int:
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(f"shard_size={text} is no size; write for example 300MB or 1GB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    names = [name.strip(" .").lower() for name in text.split(",")]
+    return tuple(dict.fromkeys(filter(None, names))) or None
 
 
 def _flag(name: str, text: str) -> bool:

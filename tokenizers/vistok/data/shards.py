@@ -17,34 +17,67 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vistok.data.decode import IMAGE_EXTENSIONS
 from vistok.data.files import replacing
-from vistok.data.index import ShardIndex, sidecar
+from vistok.data.index import Row, ShardIndex, sidecar
 from vistok.errors import DataError
 
 _KEY = re.compile(r"[A-Za-z0-9_/-]{1,90}")
+_OTHER = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # extensions of further members
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says of one shard."""
+    """What the manifest says of one shard.
+
+    Attributes:
+        name: of the file.
+        samples: how many are in it.
+        bytes: size of the tar.
+        sha256: of the tar.
+        index_sha256: of the index, which has the keys and the sizes of all images.
+        keys: the first and the last one.
+        sides: pixels of the shortest and the longest side of any image; zeros if not known.
+        members: extensions of what the samples have beside image and label.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
     index_sha256: str
+    keys: list[str]
+    sides: list[int]
+    members: list[str]
 
     @classmethod
-    def of(cls, tar: Path, samples: int) -> ShardInfo:
+    def of(cls, tar: Path) -> ShardInfo:
         """Read it off the files."""
-        return cls(tar.name, samples, tar.stat().st_size, _sha256(tar), _sha256(sidecar(tar)))
+        index = ShardIndex.load(sidecar(tar))
+        if index is None:
+            raise DataError(f"{sidecar(tar)}: no index beside the shard")
+        sides = (index.heights, index.widths)
+        return cls(
+            tar.name,
+            len(index),
+            tar.stat().st_size,
+            sha256(tar),
+            sha256(sidecar(tar)),
+            [index.keys[i].decode() for i in (0, -1)],
+            [int(min(map(min, sides))), int(max(map(max, sides)))],
+            index.others.tolist(),
+        )
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Digest of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def member_bytes(content: int) -> int:
+    """What a member of `content` bytes adds to a tar: its header, and itself in whole blocks."""
+    return tarfile.BLOCKSIZE * (1 + -(-content // tarfile.BLOCKSIZE))
 
 
 def tar_bytes(content: int) -> int:
@@ -63,7 +96,7 @@ class ShardFile:
     def __init__(self, path: Path, plan: str = ""):
         self.path, self.plan = path, plan
         self.bytes = 0
-        self._rows: list[tuple[bytes, int, int, int, int, int]] = []
+        self._rows: list[Row] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardFile:
@@ -78,8 +111,9 @@ class ShardFile:
         extension: str,
         label: int | None = None,
         size: tuple[int, int] = (0, 0),
+        others: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Append one sample: `<key>.<extension>` and, with a label, `<key>.cls`.
+        """Append one sample: `<key>.<extension>`, with a label `<key>.cls`, and the others.
 
         Args:
             key: ASCII letters, digits, `_`, `-` and `/`; no dot, for the key ends at the first.
@@ -87,19 +121,32 @@ class ShardFile:
             extension: of the image, without the dot.
             label: class number.
             size: (height, width) of the image, if known.
+            others: further members by their extension, such as `txt` (a caption) and `npy`.
 
         Raises:
-            DataError: for a key that other readers would misread.
+            DataError: for a key or an extension that other readers would misread.
         """
         if not _KEY.fullmatch(key) or key.startswith("/"):
             raise DataError(
                 f"{key!r} cannot be the key of a sample: up to 90 of A-Z a-z 0-9 _ - / only"
             )
+        for other in others or ():
+            if not _OTHER.fullmatch(other) or other in IMAGE_EXTENSIONS or other == "cls":
+                raise DataError(
+                    f"{other!r} cannot be the extension of a further member: a-z 0-9 _ - and dots"
+                    " only, such as txt or clip.npy, and no image's"
+                )
+            if len(key) + 1 + len(other) > 100:
+                raise DataError(f"{key}.{other}: a name in a tar has at most 100 bytes")
         offset = self._member(f"{key}.{extension.lower()}", image)
         if label is not None:
             self._member(f"{key}.cls", str(label).encode())
         number = -1 if label is None else label
-        self._rows.append((key.encode(), offset, len(image), number, *size))
+        places = {
+            extension: (self._member(f"{key}.{extension}", data), len(data))
+            for extension, data in sorted((others or {}).items())
+        }
+        self._rows.append(Row(key.encode(), offset, len(image), number, *size, places))
 
     def _member(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode 0644, no names
@@ -126,17 +173,7 @@ class ShardFile:
         if not self._rows:
             raise DataError(f"{self.path} would hold no samples")
         self._tar.close()
-        keys, offsets, sizes, labels, heights, widths = zip(*self._rows, strict=True)
-        index = ShardIndex(
-            keys=np.array(keys),
-            offsets=np.array(offsets, dtype=np.int64),
-            sizes=np.array(sizes, dtype=np.int64),
-            labels=np.array(labels, dtype=np.int64),
-            heights=np.array(heights, dtype=np.int32),
-            widths=np.array(widths, dtype=np.int32),
-            tar_bytes=self._file.tell(),
-            plan=self.plan,
-        )
+        index = ShardIndex.of(self._rows, self._file.tell(), self.plan)
         self.path.unlink(missing_ok=True)
         index.save(sidecar(self.path))
 
@@ -171,15 +208,18 @@ class ShardWriter:
         label: int | None = None,
         key: str | None = None,
         size: tuple[int, int] = (0, 0),
+        others: Mapping[str, bytes] | None = None,
     ) -> None:
         """Append one sample; see `ShardFile.add`. Without a key it is the running number."""
-        grown = len(image) + 4 * tarfile.BLOCKSIZE  # its header and padding, and a `.cls`
+        grown = member_bytes(len(image)) + member_bytes(1)  # the last for a `.cls`
+        grown += sum(member_bytes(len(data)) for data in (others or {}).values())
         if self._open is not None and tar_bytes(self._open.bytes + grown) > self.max_bytes:
             self.roll()
         if self._open is None:
             name = f"{self.prefix}-{len(self.shards):06d}.tar"
             self._open = ShardFile(self.folder / name).__enter__()
-        self._open.add(key or f"{self.num_samples:09d}", image, extension, label, size)
+        name = key or f"{self.num_samples:09d}"
+        self._open.add(name, image, extension, label, size, others)
         self.num_samples += 1
 
     def roll(self) -> None:
@@ -187,7 +227,7 @@ class ShardWriter:
         if self._open is not None:
             shard, self._open = self._open, None
             shard.__exit__(None, None, None)
-            self.shards.append(ShardInfo.of(shard.path, len(shard)))
+            self.shards.append(ShardInfo.of(shard.path))
 
     def __enter__(self) -> ShardWriter:
         return self

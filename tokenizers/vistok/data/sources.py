@@ -10,7 +10,7 @@ import glob
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,8 @@ from typing import Protocol
 import numpy as np
 
 from vistok.data.decode import IMAGE_EXTENSIONS
-from vistok.data.index import index_of
+from vistok.data.index import ShardIndex, index_of
+from vistok.data.remote import RemoteShard, ShardCache
 from vistok.errors import ConfigError, DataError
 
 _MAX_OPEN = 64  # shards kept open by one process
@@ -31,15 +32,19 @@ class Source(Protocol):
         name: what the user called it, for messages.
         keys: `(N,)` bytes, the samples' names.
         sizes: `(N,)` int64, bytes of each image file.
+        shapes: `(N, 2)` int32, height and width of each; zeros where they are not known.
         shard_sizes: `(S,)` int64, samples per shard, in order; their sum is N.
+        others: extensions of further members, where they are known beforehand.
         classes: names of the labels, where they are known.
     """
 
     name: str
     keys: np.ndarray
     sizes: np.ndarray
+    shapes: np.ndarray
     shard_sizes: np.ndarray
     classes: list[str]
+    others: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -52,6 +57,22 @@ class Source(Protocol):
         """
         ...
 
+    def label(self, index: int) -> int | None:
+        """Number of the sample's class, if it has one."""
+        ...
+
+    def read_other(self, index: int, extension: str) -> bytes | None:
+        """Return a further member of a sample (a caption, an embedding); None if it has none.
+
+        Raises:
+            OSError, DataError: as `read`.
+        """
+        ...
+
+    def other_size(self, index: int, extension: str) -> int | None:
+        """Bytes that `read_other` would return, without reading them."""
+        ...
+
     def locate(self, index: int) -> str:
         """Say in which file a sample is, for messages."""
         ...
@@ -61,22 +82,32 @@ class ShardSource:
     """Samples of tars, read through their indexes.
 
     Args:
-        paths: the tars, in order.
+        paths: the tars, in order, here or elsewhere.
         key: the configuration key they came from, for messages.
+        others: extensions of further members that will be read; None for all there are. The
+            places of those not named are not kept in memory.
+
+    Attributes:
+        others: the extensions of all further members that there are, named or not.
 
     Raises:
         DataError: if a shard is missing, no tar, cut short, or holds no images.
     """
 
-    def __init__(self, paths: Sequence[Path], key: str = "data.train"):
-        missing = [path for path in paths if not path.exists()]
+    def __init__(
+        self,
+        paths: Sequence[Path | RemoteShard],
+        key: str = "data.train",
+        others: Sequence[str] | None = (),
+    ):
+        missing = [path for path in paths if isinstance(path, Path) and not path.exists()]
         if missing:
             raise DataError(
                 f"{key}: no such shard {missing[0]}"
                 + (f" ({len(missing)} of {len(paths)} are missing)" if len(paths) > 1 else "")
             )
         with ThreadPoolExecutor(8) as pool:
-            indexes = list(pool.map(index_of, paths))
+            indexes = list(pool.map(_index, paths))
         self.name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} ... {paths[-1].name}"
         self.paths = list(paths)
         self.classes: list[str] = []
@@ -85,6 +116,16 @@ class ShardSource:
         self.shard_sizes = np.array([len(index) for index in indexes], dtype=np.int64)
         self._offsets = np.concatenate([index.offsets for index in indexes])
         self._labels = np.concatenate([index.labels for index in indexes])
+        self.shapes = np.concatenate([np.stack((i.heights, i.widths), 1) for i in indexes])
+        self.others: Sequence[str] = sorted(
+            {str(name) for index in indexes for name in index.others}
+        )
+        self._others = {
+            extension: tuple(np.concatenate(part) for part in zip(*places, strict=True))
+            for extension in self.others
+            if others is None or extension in others
+            if (places := [_places(index, extension) for index in indexes])
+        }
         self._ends = np.cumsum(self.shard_sizes)
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -93,16 +134,40 @@ class ShardSource:
 
     def read(self, index: int) -> tuple[str, bytes, int | None]:
         """Return key, image bytes and label of a sample; see `Source.read`."""
+        data = self._bytes(index, int(self._offsets[index]), int(self.sizes[index]))
+        return self.keys[index].decode(), data, self.label(index)
+
+    def label(self, index: int) -> int | None:
+        """Number of the sample's class, if it has one."""
+        label = int(self._labels[index])
+        return None if label < 0 else label
+
+    def read_other(self, index: int, extension: str) -> bytes | None:
+        """Return a further member of a sample; see `Source.read_other`."""
+        size = self.other_size(index, extension)
+        if size is None:
+            return None
+        return self._bytes(index, int(self._others[extension][0][index]), size)
+
+    def other_size(self, index: int, extension: str) -> int | None:
+        """Bytes of a further member; None if the sample has none."""
+        if extension not in self._others or self._others[extension][0][index] < 0:
+            return None
+        return int(self._others[extension][1][index])
+
+    def _bytes(self, index: int, offset: int, size: int) -> bytes:
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        size = int(self.sizes[index])
         try:
-            data = os.pread(self._file(shard), size, int(self._offsets[index]))
+            data = os.pread(self._file(shard), size, offset)
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.paths[shard]} was there when this began and is gone; put it back and resume"
+            ) from None
         except OSError as error:
             raise DataError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
         if len(data) < size:
             raise DataError(f"{self.paths[shard]} became shorter while it was being read")
-        label = int(self._labels[index])
-        return self.keys[index].decode(), data, None if label < 0 else label
+        return data
 
     def locate(self, index: int) -> str:
         """Say in which tar a sample is."""
@@ -113,7 +178,9 @@ class ShardSource:
         if shard not in self._files:
             while len(self._files) >= _MAX_OPEN:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            path = self.paths[shard]
+            opened = os.open(path, os.O_RDONLY) if isinstance(path, Path) else path.open()
+            self._files[shard] = opened
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -130,7 +197,84 @@ class ShardSource:
         return {**self.__dict__, "_files": OrderedDict()}  # descriptors end with their process
 
 
-class FolderSource:
+def _index(path: Path | RemoteShard) -> ShardIndex:
+    return index_of(path) if isinstance(path, Path) else path.index()
+
+
+def _places(index: ShardIndex, extension: str) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and sizes of one kind of further members; offsets are -1 where there are none."""
+    found = np.flatnonzero(index.others == extension)
+    if not len(found):
+        return np.full(len(index), -1, dtype=np.int64), np.zeros(len(index), dtype=np.int64)
+    return index.other_offsets[found[0]], index.other_sizes[found[0]]
+
+
+class FileSource:
+    """Image files, and beside each any further files of its name (`a.jpg`, `a.txt`, `a.npy`).
+
+    Args:
+        name: what the user called them.
+        root: folder that the names start from.
+        names: paths of the files, within `root` or absolute; they are the keys.
+        sizes: bytes of each.
+        labels: class number of each, -1 for none.
+        classes: names of the labels.
+    """
+
+    others: Sequence[str] = ()  # not looked for; a file has what it has
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        labels: Sequence[int],
+        classes: list[str],
+    ):
+        self.name, self.root, self.classes = name, root, classes
+        self.keys = np.array([os.fsencode(name) for name in names])
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.shard_sizes = np.array([len(names)], dtype=np.int64)
+        self.shapes = np.zeros((len(names), 2), dtype=np.int32)
+        self._labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, index: int) -> tuple[str, bytes, int | None]:
+        """Return key, image bytes and label of a sample; see `Source.read`."""
+        path = self._path(index)
+        return os.fsdecode(self.keys[index]), path.read_bytes(), self.label(index)
+
+    def label(self, index: int) -> int | None:
+        """Number of the sample's class, if it has one."""
+        label = int(self._labels[index])
+        return None if label < 0 else label
+
+    def read_other(self, index: int, extension: str) -> bytes | None:
+        """Return the bytes of a file beside the image; see `Source.read_other`."""
+        try:
+            return self._path(index).with_suffix(f".{extension}").read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def other_size(self, index: int, extension: str) -> int | None:
+        """Bytes of a file beside the image; None if there is none."""
+        try:
+            return self._path(index).with_suffix(f".{extension}").stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.keys[index])
+
+    def locate(self, index: int) -> str:
+        """Say in which folder a sample is."""
+        return self.name
+
+
+class FolderSource(FileSource):
     """Image files anywhere under a folder, in the order of their names.
 
     The key is the path within the folder. If every image lies in a subfolder, the first level of
@@ -148,44 +292,80 @@ class FolderSource:
     def __init__(
         self, folder: str | Path, key: str = "data.train", classes: list[str] | None = None
     ):
-        self.root = Path(folder).expanduser()
-        self.name = str(folder)
-        if not self.root.is_dir():
-            found = "is a file, not a folder" if self.root.exists() else "no such folder"
-            hint = "; for shards use data=shards" if self.root.suffix == ".tar" else ""
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            found = "is a file, not a folder" if root.exists() else "no such folder"
+            hint = "; for shards use data=shards" if root.suffix == ".tar" else ""
             raise DataError(f"{key}={folder}: {found}{hint}")
-        found = sorted(_images_under(self.root))
+        found = sorted(_images_under(root))
         if not found:
             raise DataError(
                 f"{key}={folder}: no images in this folder; wanted files that end in .jpg, .png,"
                 " .webp, ..., in it or its subfolders"
             )
-        self.keys = np.array([os.fsencode(name) for name, _ in found])
-        self.sizes = np.array([size for _, size in found], dtype=np.int64)
-        self.shard_sizes = np.array([len(found)], dtype=np.int64)
-        tops = [name.split("/", 1)[0] if "/" in name else None for name, _ in found]
-        self.classes = classes or []
+        names, sizes = zip(*found, strict=True)
+        tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
         if classes is None and None not in tops:
-            self.classes = sorted({top for top in tops if top is not None})
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self._labels = np.array([numbers.get(top or "", -1) for top in tops], dtype=np.int64)
+            classes = sorted({top for top in tops if top is not None})
+        numbers = {name: number for number, name in enumerate(classes or [])}
+        labels = [numbers.get(top or "", -1) for top in tops]
+        super().__init__(str(folder), root, names, sizes, labels, classes or [])
+
+
+class MixedSource:
+    """Several sources as one; keys begin with the name of theirs.
+
+    Args:
+        sources: by name, in order. Labels stay what they are in each.
+    """
+
+    def __init__(self, sources: Mapping[str, Source]):
+        self.sources = dict(sources)
+        self.name = " + ".join(sources)
+        self.classes: list[str] = []
+        parts = list(sources.values())
+        self.keys = np.concatenate(
+            [np.char.add(f"{name}/".encode(), part.keys) for name, part in sources.items()]
+        )
+        self.sizes = np.concatenate([part.sizes for part in parts])
+        self.shapes = np.concatenate([part.shapes for part in parts])
+        self.shard_sizes = np.concatenate([part.shard_sizes for part in parts])
+        self.others: Sequence[str] = sorted({other for part in parts for other in part.others})
+        self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def _at(self, index: int) -> tuple[str, Source, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        name, source = list(self.sources.items())[number]
+        return name, source, index - int(self._ends[number]) + len(source)
+
     def read(self, index: int) -> tuple[str, bytes, int | None]:
         """Return key, image bytes and label of a sample; see `Source.read`."""
-        name = os.fsdecode(self.keys[index])
-        return name, (self.root / name).read_bytes(), self.label(index)
+        name, source, inside = self._at(index)
+        key, data, label = source.read(inside)
+        return f"{name}/{key}", data, label
 
     def label(self, index: int) -> int | None:
-        """Number of the sample's class."""
-        label = int(self._labels[index])
-        return None if label < 0 else label
+        """Number of the sample's class in its own source, if it has one."""
+        _, source, inside = self._at(index)
+        return source.label(inside)
+
+    def read_other(self, index: int, extension: str) -> bytes | None:
+        """Return a further member of a sample; see `Source.read_other`."""
+        _, source, inside = self._at(index)
+        return source.read_other(inside, extension)
+
+    def other_size(self, index: int, extension: str) -> int | None:
+        """Bytes of a further member; None if the sample has none."""
+        _, source, inside = self._at(index)
+        return source.other_size(inside, extension)
 
     def locate(self, index: int) -> str:
-        """Say in which folder a sample is."""
-        return self.name
+        """Say in which file of its source a sample is."""
+        _, source, inside = self._at(index)
+        return source.locate(inside)
 
 
 def _images_under(root: Path) -> list[tuple[str, int]]:
@@ -207,38 +387,44 @@ def _images_under(root: Path) -> list[tuple[str, int]]:
     return found
 
 
-def expand_shards(pattern: str | Sequence[str], key: str = "data.train") -> list[Path]:
-    """Turn what a user writes for shards into paths: braces, globs, and lists of these.
+def expand_shards(
+    pattern: str | Sequence[str], key: str = "data.train", cache: ShardCache | None = None
+) -> list[Path | RemoteShard]:
+    """Turn what a user writes for shards into places: braces, globs, addresses, lists of these.
 
     Args:
-        pattern: such as `train-{000000..000127}.tar` or `sets/*.tar`.
+        pattern: such as `train-{000000..000127}.tar`, `sets/*.tar` or `https://host/x.tar`.
         key: the configuration key, for messages.
+        cache: where remote shards are kept; None for one with the default settings.
 
     Raises:
         ConfigError: if the braces make no sense.
-        DataError: if a pattern matches nothing, or is remote or a folder.
+        DataError: if a pattern matches nothing, or is a folder, or no address that can be read.
     """
     from webdataset.shardlists import expand_urls
 
-    paths: list[Path] = []
+    places: list[Path | RemoteShard] = []
     for text in [pattern] if isinstance(pattern, str) else pattern:
         try:
             expanded = expand_urls(os.path.expanduser(str(text)))
         except ValueError as error:
             raise ConfigError(f"{key}={text}: the braces do not match ({error})") from None
         for name in expanded:
-            if "://" in name or name.startswith("pipe:"):
-                raise DataError(f"{key}={name}: only local shards can be read; copy it here first")
+            if name.startswith("pipe:"):
+                raise DataError(f"{key}={name}: commands are not run; give the address itself")
+            if "://" in name:
+                places.append(RemoteShard(name, cache or ShardCache()))
+                continue
             matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
             if not matches:
                 raise DataError(f"{key}={name}: matches no file")
-            paths += [Path(match) for match in matches]
-    if not paths:
+            places += [Path(match) for match in matches]
+    if not places:
         raise ConfigError(f"{key} is an empty list; name at least one shard")
-    for path in paths:
-        if path.is_dir():
+    for path in places:
+        if isinstance(path, Path) and path.is_dir():
             raise DataError(f"{key}={path} is a folder; name its shards, such as {path}/*.tar")
-    return paths
+    return places
 
 
 def hold_out(source: Source, fraction: float, key: str = "data.val_fraction") -> np.ndarray:
