@@ -7,7 +7,7 @@ from PIL import Image
 
 from vistok.data.decode import DecodeError
 from vistok.data.order import sample_rng
-from vistok.data.transforms import CROPS, Transform
+from vistok.data.transforms import CROPS, Transform, _random_box
 from vistok.errors import ConfigError
 
 SHAPES = [(40, 56), (57, 40), (33, 33), (16, 90), (131, 97), (300, 200), (20, 21)]
@@ -69,6 +69,53 @@ def test_adm_random_scales_between_one_and_five_quarters():
         slopes.append((found[30] - found[10]) / 20)
     sides = 60 * 4 / np.array(slopes)
     assert 39 < sides.min() < 42 and 48 < sides.max() < 51.5
+
+
+def boxes(height, width, size=(32, 32), scale=(0.08, 1.0), count=400):
+    """Where random_resized cuts, read off an image of coordinates that is not resized after."""
+    return [_random_box((height, width), size, rng(i), scale) for i in range(count)]
+
+
+def test_random_resized_has_torchvisions_distribution():
+    """Area uniform in the scale, log of the shape uniform in 3/4 to 4/3, places uniform."""
+    found = np.array(boxes(4000, 4000, scale=(0.08, 0.5)), dtype=float)
+    top, left, height, width = found.T
+    area, shape = height * width / 4000**2, np.log(width / height) / np.log(4 / 3)
+    for values, low, high in [
+        (area, 0.08, 0.5),
+        (shape, -1, 1),
+        (top / (4000 - height), 0, 1),
+        (left / (4000 - width), 0, 1),
+    ]:
+        assert low - 1e-3 <= values.min() and values.max() <= high + 1e-3
+        steps = np.sort((values - low) / (high - low)) - (np.arange(400) + 0.5) / 400
+        assert np.abs(steps).max() < 1.63 / 20  # Kolmogorov and Smirnov, 1 %
+
+
+def test_random_resized_is_a_resized_window():
+    image = picture(8, 90, 120)
+    for number in range(20):
+        top, left, height, width = boxes(90, 120, count=number + 1)[-1]
+        window = Image.fromarray(image[top : top + height, left : left + width])
+        expected = np.asarray(window.resize((32, 32), Image.Resampling.BICUBIC))
+        close(Transform((32, 32), "random_resized")(image, rng(number)), expected)
+
+
+def test_random_resized_falls_back_to_the_middle():
+    for height, width in [(10, 1000), (1000, 10)]:
+        for box in boxes(height, width, scale=(0.9, 1.0), count=20):
+            long, short = (width, height) if width > height else (height, width)
+            place, length = (box[1], box[3]) if width > height else (box[0], box[2])
+            assert (place, length) == ((long - 13) // 2, 13) and short in box[2:]
+
+
+def test_random_resized_takes_the_same_part_at_any_scale():
+    far = 0
+    for number in range(300):
+        large = np.array(_random_box((803, 1207), (32, 32), rng(number), (0.08, 1.0)))
+        small = np.array(_random_box((402, 604), (32, 32), rng(number), (0.08, 1.0)))
+        far += np.abs(large / 2 - small).max() > 2
+    assert far <= 6  # where a window only just fits at one of the scales, another draw is taken
 
 
 @pytest.mark.parametrize("crop", sorted(set(CROPS) - {"none"}))

@@ -370,14 +370,18 @@ def test_no_files_stay_open(shards):
 # ---------------------------------------------------------------------- configuration
 
 
-@pytest.mark.parametrize("name", ["sample", "folder", "shards"])
+@pytest.mark.parametrize("name", ["sample", "folder", "shards", "mixture"])
 def test_configs_write_out_every_argument(name):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert config.pop("_target_") == "vistok.data.datamodule.VistokDataModule"
     assert list(config) == list(inspect.signature(VistokDataModule).parameters)
     assert config["kind"] == name and config["seed"] == "${seed}"
     values = {**config, "seed": 0}
-    if name != "sample":
+    if name == "mixture":
+        with pytest.raises(ConfigError, match=r"data.sources is not set; for example"):
+            VistokDataModule(**values)
+        values["sources"] = {"a": {"train": "/somewhere"}}
+    elif name != "sample":
         with pytest.raises(ConfigError, match=r"data.train is not set; for example data.train="):
             VistokDataModule(**values)
         values["train"] = "/somewhere"
@@ -403,6 +407,27 @@ def test_configs_write_out_every_argument(name):
         ({"seed": -1}, "data.seed=-1"),
         ({"seed": 2**64}, "data.seed="),
         ({"val_crop": "center"}, "data.val_crop='center' is no crop policy"),
+        ({"fields": "caption"}, "write a list"),
+        ({"fields": ["image"]}, "holds 'image', which every batch has"),
+        ({"fields": ["a.b"]}, "holds 'a.b'; names are of"),
+        ({"max_skipped_share": 2}, "data.max_skipped_share=2 must be"),
+        ({"crop_scale": [0, 1]}, "data.crop_scale="),
+        ({"crop_scale": 0.5}, "data.crop_scale=0.5"),
+        ({"cache_gb": 0}, "data.cache_gb=0 must be a number above 0"),
+        ({"retries": -1}, "data.retries=-1"),
+        ({"timeout": "long"}, "data.timeout='long'"),
+        ({"buckets": [[8]]}, "data.buckets="),
+        ({"buckets": [[8, 8]], "resample": True}, "data.buckets goes with neither"),
+        (
+            {"kind": "mixture", "train": "/x", "sources": {"a": {"train": "/x"}}},
+            "takes data.sources",
+        ),
+        ({"kind": "mixture", "sources": {"a": {}}}, "data.sources.a has no train"),
+        ({"kind": "mixture", "sources": {"a": {"train": "x", "wait": 2}}}, "unknown key wait"),
+        (
+            {"kind": "mixture", "sources": {"a": {"train": "x", "weight": 0}}},
+            "data.sources.a.weight=0",
+        ),
     ],
 )
 def test_values_that_cannot_be(options, message):

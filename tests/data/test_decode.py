@@ -8,6 +8,8 @@ from data_helpers import encode, picture
 from PIL import Image, ImageOps
 
 from vistok.data.decode import DecodeError, decode, image_extension
+from vistok.data.order import sample_rng
+from vistok.data.transforms import MARGIN, Transform
 
 RGB = picture(1)
 GREY = picture(2, channels=1)[:, :, 0]
@@ -90,3 +92,68 @@ def test_extension_follows_the_bytes():
     assert image_extension(encode(RGB), "a.jpg") == "png"
     assert image_extension(encode(RGB, "WEBP"), "a.jpg") == "webp"
     assert image_extension(encode(RGB, "BMP"), "a.BMP") == "bmp"
+
+
+# ---------------------------------------------------------------------- scaled decode
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_scaled_decode_is_a_smaller_picture(factor, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(3, 331, 250), "JPEG", quality=95, exif=exif)
+    asked = []
+    found = decode(data, 3, lambda h, w: asked.append((h, w)) or factor)
+    whole = decode(data)
+    assert asked == [whole.shape[:2]]  # upright
+    assert found.shape[:2] == tuple(-(-side // factor) for side in whole.shape[:2])
+    smaller = Image.fromarray(whole).resize(found.shape[1::-1], Image.Resampling.BOX)
+    assert psnr(found, np.asarray(smaller)) > (60 if factor == 1 else 28)
+
+
+def test_other_formats_are_decoded_whole():
+    assert decode(encode(RGB), 3, lambda h, w: 8).shape == RGB.shape
+    cmyk = encode(Image.fromarray(RGB).convert("CMYK"), "JPEG")
+    assert decode(cmyk, 3, lambda h, w: 8).shape == RGB.shape
+
+
+@pytest.mark.parametrize("crop", ["resize_random", "tv_center", "adm_random", "random_resized"])
+def test_what_a_crop_gives_hardly_depends_on_the_scaled_decode(crop):
+    worst, reduced = 100.0, 0
+    for number in range(12):
+        height, width = [(700, 900), (400, 333), (1100, 640)][number % 3]
+        smooth = Image.fromarray(picture(number, height // 4, width // 4))
+        image = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC))
+        data = encode(image, "JPEG", quality=92)
+        transform = Transform((96, 96), crop, scale=(0.5, 1))
+        factor = transform.reduction(lambda number=number: sample_rng(0, 0, number))
+        small = decode(data, 3, factor)
+        reduced += small.shape[0] < height
+        found = transform(small, sample_rng(0, 0, number))
+        expected = transform(decode(data), sample_rng(0, 0, number))
+        if crop == "tv_center":  # the others' random windows may be a pixel off
+            worst = min(worst, psnr(found, expected))
+        else:
+            worst = min(worst, max(psnr(np.roll(found, (y, x), (0, 1))[2:-2, 2:-2], expected[2:-2, 2:-2])
+                        for y in (-1, 0, 1) for x in (-1, 0, 1)))  # fmt: skip
+    assert worst > 30 and reduced >= 10
+
+
+def test_reduction_leaves_the_margin():
+    for number in range(300):
+        rng = np.random.default_rng(number)
+        height, width = rng.integers(20, 4000, 2).tolist()
+        for crop, grown in [("resize_random", 1), ("adm_random", 1.25), ("tv_center", 1)]:
+            factor = Transform((64, 48), crop).reduction(lambda: sample_rng(0, 0, 0))(height, width)
+            fits = min(height / 64, width / 48) / (MARGIN * grown)
+            assert factor in (1, 2, 4, 8) and (factor == 1 or factor <= fits)
+            assert factor == 8 or fits < 2 * factor
+        for crop in ("random", "none"):
+            assert (
+                Transform((64, 48), crop).reduction(lambda: sample_rng(0, 0, 0))(height, width) == 1
+            )

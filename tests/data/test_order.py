@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from vistok.data.dataset import EvalSampler, StreamSampler
-from vistok.data.order import SampleOrder, sample_rng
+from vistok.data.order import (
+    MixtureOrder,
+    RenumberedOrder,
+    ResampledOrder,
+    SampleOrder,
+    sample_rng,
+)
 
 SIZES = [7, 1, 12, 0, 5]
 N = sum(SIZES)
@@ -101,3 +107,75 @@ def test_validation_comes_once_in_equally_many_batches(world, ranks, count):
     numbers = [number for step in steps for part in step for _, number in part if number >= 0]
     assert numbers == list(range(count))
     assert all(len({len(part) for part in step}) == 1 for step in zip(*batches, strict=True))
+
+
+# ---------------------------------------------------------------------- mixtures and resampling
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_a_mixture_interleaves_the_streams_of_its_parts(unit):
+    sizes, weights = ([5, 6], [7], [20, 3]), (5, 1, 2.5)
+    parts = [SampleOrder(s, 3, 4, stream) for stream, s in enumerate(sizes)]
+    starts = np.cumsum([0, 11, 7])
+    mixture = MixtureOrder(parts, weights, unit)
+    assert mixture.num_samples == 41
+    reached = [0, 0, 0]  # by brute force: how far each part has come
+    for p in range(25_000 * unit):
+        epoch, index = mixture(p)
+        owner = int(np.searchsorted(starts, index, side="right")) - 1
+        expected = parts[owner](reached[owner])
+        assert (epoch, index - starts[owner]) == expected
+        reached[owner] += 1
+        if p % unit == unit - 1:
+            target = np.array(weights) / sum(weights) * (p + 1)
+            assert np.abs(np.array(reached) - target).max() <= 2 * unit
+    for p in np.random.default_rng(0).integers(0, 10**12, 50).tolist():
+        assert MixtureOrder(parts, weights, unit)(p) == mixture(p)  # at once, however far
+
+
+def test_equal_parts_of_a_mixture_are_shuffled_apart():
+    parts = [SampleOrder([50], 0, None, stream) for stream in range(2)]
+    assert [parts[0](p) for p in range(50)] != [parts[1](p) for p in range(50)]
+
+
+def test_weights_too_small_for_a_block_are_refused():
+    parts = [SampleOrder([5], 0, None, stream) for stream in range(2)]
+    with pytest.raises(ValueError, match="below 1/20000"):
+        MixtureOrder(parts, [1, 1e-6])
+    assert MixtureOrder(parts, [1, 3]).shares.tolist() == [2500, 7500]
+
+
+def test_renumbered():
+    order = SampleOrder([4], 0, None)
+    renamed = RenumberedOrder(order, np.array([10, 20, 30, 40]))
+    assert [renamed(p) for p in range(8)] == [(e, 10 * (i + 1)) for e, i in map(order, range(8))]
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 1000])
+def test_resampling_draws_all_alike_with_replacement(window):
+    counts = np.zeros(N)
+    draws = 40_000
+    order = ResampledOrder(SIZES, 7, window)
+    line = [order(p) for p in range(draws)]
+    for _, index in line:
+        counts[index] += 1
+    # Draws of a block share shards, so the spread is larger than that of independent ones.
+    block = order.window
+    assert np.abs(counts / draws - 1 / N).max() < 6 * np.sqrt(block / draws / N)
+    assert len({number for number, _ in line}) == draws  # no crop comes twice
+    first = [index for _, index in line[:N]]
+    assert window == 1 or len(set(first)) < N
+    fresh = ResampledOrder(SIZES, 7, window)
+    for p in np.random.default_rng(0).integers(0, draws, 200).tolist():
+        assert fresh(p) == line[p]
+
+
+def test_resampling_in_windows_reads_few_shards():
+    order = ResampledOrder([10] * 50, seed=0, window=20)
+    for begin in range(0, 400, 20):
+        assert len({order(p)[1] // 10 for p in range(begin, begin + 20)}) <= 2
+
+
+def test_a_third_is_missing_as_theory_has_it():
+    order = ResampledOrder([5000], seed=1, window=None)
+    assert abs(len({order(p)[1] for p in range(5000)}) / 5000 - (1 - np.exp(-1))) < 0.03

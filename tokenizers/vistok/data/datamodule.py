@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,12 +16,18 @@ import torch
 from torch import Tensor
 
 from vistok import distributed
+from vistok.data.checks import above_zero, at_least, mixture_sources, share_pair
+from vistok.data.checks import image_size as size_of
 from vistok.data.dataset import Batch, EvalSampler, ImageDataset, ImageLoader, StreamSampler
-from vistok.data.order import SampleOrder
+from vistok.data.fields import Field, candidates, check_names
+from vistok.data.files import cache_dir as own_cache
+from vistok.data.order import MixtureOrder, Order, RenumberedOrder, ResampledOrder, SampleOrder
 from vistok.data.photographs import sample_shards
+from vistok.data.remote import ShardCache
 from vistok.data.skipped import SkippedImages
 from vistok.data.sources import (
     FolderSource,
+    MixedSource,
     ShardSource,
     Source,
     expand_shards,
@@ -28,23 +37,25 @@ from vistok.data.sources import (
 from vistok.data.transforms import Transform
 from vistok.errors import ConfigError, DataError, nearest
 
-KINDS = ("sample", "folder", "shards")
+KINDS = ("sample", "folder", "shards", "mixture")
 
 
 class VistokDataModule(L.LightningDataModule):
-    """Images for training and validation, from one of three kinds of source.
+    """Images for training and validation, from one kind of source or several mixed.
 
     A batch is a dict: `image` (B, C, H, W) uint8, `key` list of str, `label` (B,) int64 with -1
     for none, `index` (B,) int64, `valid` (B,) bool, False for padding, and `skipped`, a list of
-    (key, reason). Training batches are always full; in validation every image comes exactly once.
+    (key, reason, cause), and each of `fields`. Training batches are always full; in validation
+    every image comes exactly once.
 
     The position in the data is `samples_seen`. The training loop moves it by `advance()` after
     each step, so it counts what was consumed, not what was fetched ahead; it is in the state dict.
 
     Args:
-        kind: `sample` (the photographs inside two packages), `folder` (of images) or `shards`.
-        train: folder, or shards: a path with braces or wildcards, or a list of these. Not
-            for `sample`.
+        kind: `sample` (the photographs inside two packages), `folder` (of images), `shards` or
+            `mixture` (of folders and shards).
+        train: folder, or shards: a path or address with braces or wildcards, or a list of these.
+            Not for `sample` and `mixture`.
         val: as train; None holds out `val_fraction` of train by a hash of the keys.
         val_fraction: in (0, 1).
         image_size: pixels of a square, or [height, width].
@@ -59,6 +70,20 @@ class VistokDataModule(L.LightningDataModule):
         val_crop: crop policy of validation.
         augment: names of `vistok.data.transforms.AUGMENTS`, for training.
         split_shards: let more workers than there are shards share them.
+        sources: of a mixture: name to `train` (a folder or shards) and `weight`, its share of
+            the samples in proportion to the others'.
+        resample: draw with replacement, instead of each sample once per epoch.
+        fields: names of what is read beside image and label, see `vistok.data.fields`.
+        max_skipped_share: stop when more of the images than this cannot be used.
+        scaled_decode: decode large JPEGs of training at 1/2, 1/4 or 1/8 of their size, where
+            they are made smaller still by the crop.
+        crop_scale: least and largest share of the area that `random_resized` takes.
+        buckets: sizes [height, width] for training images of different shapes; each image goes
+            to the one whose shape is nearest to its own, each batch is of one.
+        cache_dir: where remote shards are kept; None for a folder in vistok's cache.
+        cache_gb: when more lies there, what was used longest ago is removed.
+        retries: further tries to fetch a remote shard.
+        timeout: seconds without a byte, after which a try has failed.
 
     Raises:
         ConfigError: for a value that cannot be.
@@ -81,6 +106,17 @@ class VistokDataModule(L.LightningDataModule):
         val_crop: str = "adm_center",
         augment: Sequence[str] = (),
         split_shards: bool = False,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+        resample: bool = False,
+        fields: Sequence[str] = (),
+        max_skipped_share: float = 0.01,
+        scaled_decode: bool = True,
+        crop_scale: Sequence[float] = (0.08, 1.0),
+        buckets: Sequence[Sequence[int]] | None = None,
+        cache_dir: str | None = None,
+        cache_gb: float = 100.0,
+        retries: int = 5,
+        timeout: float = 30.0,
     ):
         super().__init__()
         if kind not in KINDS:
@@ -92,7 +128,10 @@ class VistokDataModule(L.LightningDataModule):
                 "data=sample has pictures of its own; for data.train and data.val use data=folder"
                 " or data=shards"
             )
-        if kind != "sample" and not train:
+        self.sources = mixture_sources(sources) if kind == "mixture" else {}
+        if kind == "mixture" and train:
+            raise ConfigError("data=mixture takes data.sources; data.train is for one source")
+        if kind in ("folder", "shards") and not train:
             example = "/photos" if kind == "folder" else "'/sets/train-{000000..000127}.tar'"
             raise ConfigError(f"data.train is not set; for example data.train={example}")
         if kind == "folder" and not (isinstance(train, str) and isinstance(val, str | None)):
@@ -102,29 +141,46 @@ class VistokDataModule(L.LightningDataModule):
                 f"data.channels={channels!r}; 1 (grey), 3 (RGB) and 4 (with alpha) can be"
             )
         self.kind, self.train, self.val, self.val_fraction = kind, train, val, val_fraction
-        self.image_size = _size(image_size)
+        self.image_size = size_of(image_size)
         self.channels = channels
-        self.batch_size = _at_least(1, "batch_size", batch_size)
-        self.eval_batch_size = _at_least(
+        self.batch_size = at_least(1, "batch_size", batch_size)
+        self.eval_batch_size = at_least(
             1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
         )
         self.num_workers = num_workers
         if num_workers is not None:
-            _at_least(0, "num_workers", num_workers)
+            at_least(0, "num_workers", num_workers)
         self.shuffle_buffer = shuffle_buffer
         if shuffle_buffer is not None:
-            _at_least(1, "shuffle_buffer", shuffle_buffer)
-        self.seed = _at_least(0, "seed", seed)
+            at_least(1, "shuffle_buffer", shuffle_buffer)
+        self.seed = at_least(0, "seed", seed)
         if seed >= 2**64:
             raise ConfigError(f"data.seed={seed} must be below 2^64")
         self.split_shards = split_shards
-        self._train_transform = Transform(self.image_size, train_crop, augment)
+        self.resample, self.scaled_decode = resample, scaled_decode
+        self.fields = check_names(fields)
+        scale = share_pair("crop_scale", crop_scale)
+        self._train_transform, *self._bucket_transforms = [
+            Transform(size, train_crop, augment, scale=scale)
+            for size in (self.image_size, *(size_of(side, "buckets") for side in buckets or ()))
+        ]
+        if buckets and (resample or kind == "mixture"):
+            raise ConfigError("data.buckets goes with neither data.resample nor data=mixture")
         self._val_transform = Transform(self.image_size, val_crop, key="data.val_crop")
+        self._cache = ShardCache(
+            Path(cache_dir).expanduser() if cache_dir else own_cache() / "shards",
+            int(above_zero("cache_gb", cache_gb) * 1e9),
+            at_least(0, "retries", retries),
+            above_zero("timeout", timeout),
+        )
+        if not 0 <= max_skipped_share <= 1:
+            raise ConfigError(f"data.max_skipped_share={max_skipped_share!r} must be from 0 to 1")
         self.samples_seen = 0
         self.batches_per_step = 1  # of each rank; the trainer sets it
-        self.skipped = SkippedImages()
+        self.skipped = SkippedImages(max_skipped_share)
         self._skipped_val: set[str] = set()
         self._resumed: dict[str, Any] | None = None
+        self._train_loader: weakref.ref[ImageLoader] | None = None
 
     # ------------------------------------------------------------------ sources and sets
 
@@ -143,9 +199,10 @@ class VistokDataModule(L.LightningDataModule):
             DataError: if shards, folders or images are missing or broken.
             ConfigError: if there are more workers than shards.
         """
-        _ = self.val_set
+        self.skipped.total = self.num_val
         if stage in (None, "fit"):
-            _ = self.train_set
+            self.skipped.total += self.num_train
+            _ = self.order
             self._check_workers()
             if self._resumed is not None:
                 self._check_resumed(self._resumed)
@@ -154,12 +211,26 @@ class VistokDataModule(L.LightningDataModule):
         key, place = f"data.{name}", getattr(self, name)
         if self.kind == "sample":
             paths = sample_shards(max(self.image_size))[name == "val"]
-            return ShardSource(paths, key)
-        if self.kind == "folder":
-            # Labels must mean the same in both sets.
-            classes = self._train_source.classes if name == "val" and _exists(self.train) else None
+            return ShardSource(paths, key, self._members)
+        if self.kind == "mixture" and name == "train":
+            parts = {
+                part: self._open(spec["train"], f"data.sources.{part}.train")
+                for part, spec in self.sources.items()
+            }
+            return MixedSource(parts)
+        # Labels must mean the same in both sets.
+        same = name == "val" and self.kind == "folder" and _exists(self.train)
+        return self._open(place, key, self._train_source.classes if same else None)
+
+    def _open(self, place: Any, key: str, classes: list[str] | None = None) -> Source:
+        if self.kind == "folder" or (self.kind == "mixture" and _exists(place)):
             return FolderSource(place, key, classes)
-        return ShardSource(expand_shards(place, key), key)
+        return ShardSource(expand_shards(place, key, self._cache), key, self._members)
+
+    @property
+    def _members(self) -> list[str]:
+        """Extensions of the members that the fields may be."""
+        return [extension for name in self.fields for extension in candidates(name)]
 
     @cached_property
     def _train_source(self) -> Source:
@@ -170,15 +241,39 @@ class VistokDataModule(L.LightningDataModule):
         """Which samples of the training source are for validation; None if that has its own."""
         if self.kind == "sample" or self.val:
             return None
-        return hold_out(self._train_source, self.val_fraction)
+        source = self._train_source
+        parts = source.sources.values() if isinstance(source, MixedSource) else [source]
+        return np.concatenate([hold_out(part, self.val_fraction) for part in parts])
 
     @cached_property
     def train_set(self) -> ImageDataset:
         """The training images."""
         members = None if self._held_out is None else np.flatnonzero(~self._held_out)
-        return ImageDataset(
-            self._train_source, members, self._train_transform, self.channels, self.seed, True
+        shapes = (
+            self._train_source.shapes if members is None else self._train_source.shapes[members]
         )
+        return ImageDataset(
+            self._train_source,
+            members,
+            self._train_transform,
+            self.channels,
+            self.seed,
+            substitute=True,
+            scaled=self.scaled_decode,
+            fields=[Field(name, self._train_source) for name in self.fields],
+            buckets=self._buckets_of(shapes) if self._bucket_transforms else None,
+        )
+
+    def _buckets_of(self, shapes: np.ndarray) -> tuple[Sequence[Transform], np.ndarray]:
+        """The buckets' transforms, and which one each image of `shapes` (N, 2) belongs to."""
+        if not shapes.all():
+            raise DataError(
+                f"data.buckets: the sizes of the images in {self._train_source.name} are not known;"
+                " write them as shards with vistok make-shards"
+            )
+        sizes = np.array([transform.size for transform in self._bucket_transforms])
+        ratios, wanted = np.log(shapes[:, 0] / shapes[:, 1]), np.log(sizes[:, 0] / sizes[:, 1])
+        return self._bucket_transforms, np.abs(ratios[:, None] - wanted).argmin(1)
 
     @cached_property
     def val_set(self) -> ImageDataset:
@@ -187,14 +282,56 @@ class VistokDataModule(L.LightningDataModule):
             source, members = self._source("val"), None
         else:
             source, members = self._train_source, np.flatnonzero(self._held_out)
+        fields = [Field(name, source) for name in self.fields]
         return ImageDataset(
-            source, members, self._val_transform, self.channels, self.seed, substitute=False
+            source,
+            members,
+            self._val_transform,
+            self.channels,
+            self.seed,
+            substitute=False,
+            fields=fields,
         )
 
-    @cached_property
-    def order(self) -> SampleOrder:
+    @property
+    def order(self) -> Order:
         """Where in the endless training stream each sample stands."""
-        return SampleOrder(self.train_set.shard_sizes, self.seed, self.shuffle_buffer)
+        if self.buckets_used:
+            # A run of positions is a global batch, whose size is known once all ranks are there.
+            return self._bucket_order(self.batch_size * distributed.world_size())
+        return self._order
+
+    @property
+    def buckets_used(self) -> bool:
+        """Whether batches are of different sizes."""
+        return bool(self._bucket_transforms)
+
+    @cached_property
+    def _order(self) -> Order:
+        kind = ResampledOrder if self.resample else SampleOrder
+        sizes, source = self.train_set.shard_sizes, self._train_source
+        if not isinstance(source, MixedSource):
+            return kind(sizes, self.seed, self.shuffle_buffer)
+        ends = np.cumsum([len(part.shard_sizes) for part in source.sources.values()])
+        orders = [
+            kind(part, self.seed, self.shuffle_buffer, stream)
+            for stream, part in enumerate(np.split(sizes, ends[:-1]))
+        ]
+        try:
+            return MixtureOrder(orders, [spec["weight"] for spec in self.sources.values()])
+        except ValueError as error:
+            raise ConfigError(f"data.sources: {error}") from None
+
+    def _bucket_order(self, run: int) -> Order:
+        which = self.train_set.buckets[1]  # pyright: ignore[reportOptionalSubscript]
+        shards = np.repeat(np.arange(len(self.train_set.shard_sizes)), self.train_set.shard_sizes)
+        members = [np.flatnonzero(which == number) for number in np.unique(which)]
+        orders = [
+            SampleOrder(np.bincount(shards[part]), self.seed, self.shuffle_buffer, stream)
+            for stream, part in enumerate(members)
+        ]
+        weights = [max(len(part), len(which) / MixtureOrder.block) for part in members]
+        return RenumberedOrder(MixtureOrder(orders, weights, run), np.concatenate(members))
 
     @property
     def num_train(self) -> int:
@@ -213,7 +350,15 @@ class VistokDataModule(L.LightningDataModule):
         sampler = StreamSampler(
             self.order, self.batch_size, lambda: self.samples_seen, self.batches_per_step
         )
-        return ImageLoader(self.train_set, sampler, self._workers(), self.record)
+        loader = ImageLoader(self.train_set, sampler, self._workers(), self.record)
+        self._train_loader = weakref.ref(loader)  # its processes end with its user
+        return loader
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long training has waited for batches of its present loader."""
+        loader = self._train_loader and self._train_loader()
+        return 0.0 if loader is None else loader.wait_seconds
 
     def val_dataloader(self) -> ImageLoader:
         """Every validation image once over all ranks, in a fixed order."""
@@ -224,8 +369,13 @@ class VistokDataModule(L.LightningDataModule):
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        shards = 8 if self.kind == "folder" or self.split_shards else self._num_shards
+        shards = 8 if self._has_files or self.split_shards else self._num_shards
         return min(_cores(), 8, shards)
+
+    @property
+    def _has_files(self) -> bool:
+        """Whether images are read from single files, for which shards say nothing."""
+        return self.kind == "folder" or any(_exists(s["train"]) for s in self.sources.values())
 
     @property
     def _num_shards(self) -> int:
@@ -233,7 +383,7 @@ class VistokDataModule(L.LightningDataModule):
 
     def _check_workers(self) -> None:
         wanted, shards = self.num_workers or 0, self._num_shards
-        if self.kind != "folder" and wanted > shards and not self.split_shards:
+        if not self._has_files and wanted > shards and not self.split_shards:
             raise ConfigError(
                 f"data.num_workers={wanted} is more than the {shards} training shards; set"
                 f" data.num_workers={shards}, or data.split_shards=true to let workers share shards"
@@ -264,6 +414,18 @@ class VistokDataModule(L.LightningDataModule):
             "seed": self.seed,
             "window": self.order.window,
             "fingerprint": self.fingerprint,
+            **self._mixing(),
+        }
+
+    def _mixing(self) -> dict[str, Any]:
+        """What else decides the order, by the configuration's names."""
+        weights = {name: float(spec["weight"]) for name, spec in self.sources.items()}
+        run = self.batch_size * distributed.world_size() if self.buckets_used else None
+        return {
+            "resample": self.resample,
+            "weights of the sources": weights,
+            "buckets": [list(transform.size) for transform in self._bucket_transforms],
+            "global batch with buckets": run,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,7 +450,10 @@ class VistokDataModule(L.LightningDataModule):
         for key, now, then in (
             ("seed", self.seed, state["seed"]),
             ("shuffle_buffer", self.order.window, state["window"]),
+            *((key, now, state.get(key, now)) for key, now in self._mixing().items()),
         ):
+            if now != then and " " in key:
+                raise ConfigError(f"data: the {key} are {now}; the run to resume has {then}")
             if now != then:
                 raise ConfigError(
                     f"data.{key}={now}, but the run to resume was shuffled with {then}; set"
@@ -299,15 +464,16 @@ class VistokDataModule(L.LightningDataModule):
 
     def record(self, batch: Batch) -> None:
         """Keep account of a batch's skipped images; the loaders call it for every batch."""
-        self.skipped.record(batch["skipped"])
+        self.skipped.record(batch["skipped"], int(batch["valid"].sum()))
 
     def _record_val(self, batch: Batch) -> None:
         self.record(batch)
-        self._skipped_val.update(key for key, _ in batch["skipped"])
+        self._skipped_val.update(skip.key for skip in batch["skipped"])
         if len(self._skipped_val) == self.num_val and batch["skipped"]:
-            key, reason = batch["skipped"][-1]
+            last = batch["skipped"][-1]
             raise DataError(
-                f"{self.val_set.source.name}: no validation image can be used; {key}: {reason}"
+                f"{self.val_set.source.name}: no validation image can be used; {last.key}:"
+                f" {last.reason}"
             )
 
     def skipped_report(self) -> str:
@@ -321,7 +487,10 @@ class VistokDataModule(L.LightningDataModule):
 
         For data-dependent initialisation: the same on every rank, and the position stays.
         """
-        batch = self.train_set.__getitems__([self.order(p) for p in range(num_samples)])
+        dataset = copy.copy(self.train_set)
+        dataset.buckets = None  # all at `image_size`
+        order = self.order
+        batch = dataset.__getitems__([order(p) for p in range(num_samples)])
         self.record(batch)
         return batch["image"]
 
@@ -369,18 +538,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _at_least(least: int, name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"data.{name}={value!r} must be a whole number of at least {least}")
-    return value
-
-
-def _size(value: Any) -> tuple[int, int]:
-    sides = [value, value] if isinstance(value, int) else list(value or [])
-    if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
-        raise ConfigError(
-            f"data.image_size={value!r} must be a positive number of pixels, or [height, width]"
-        )
-    return sides[0], sides[1]

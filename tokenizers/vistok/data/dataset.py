@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vistok import distributed
 from vistok.data.decode import DecodeError, decode
-from vistok.data.order import SampleOrder, sample_rng
+from vistok.data.fields import Field
+from vistok.data.order import Order, sample_rng
+from vistok.data.skipped import Skip
 from vistok.data.sources import Source
 from vistok.data.transforms import Transform
 from vistok.errors import DataError, VistokError
@@ -20,6 +25,15 @@ Batch = dict[str, Any]
 Request = tuple[int, int]  # epoch and number of a member; number -1 asks for padding
 
 MAX_SUBSTITUTES = 100  # bad images in a row before we say that the set is broken
+
+
+class Row(NamedTuple):
+    """What a batch says of one sample beside its pixels."""
+
+    key: str
+    label: int
+    index: int
+    fields: list[Any]
 
 
 class StreamError(DataError):
@@ -44,6 +58,10 @@ class ImageDataset(Dataset):
         seed: of the crops and augmentations.
         substitute: an image that does not decode is replaced by the next good one (training,
             where shapes must hold) or left out (validation).
+        scaled: decode large JPEGs at a fraction of their size, where the transform allows it.
+        fields: what is read beside image and label; a sample without one is no good either.
+        buckets: sizes other than the transform's, and `(N,)` which of them each member has; a
+            batch is of one of them.
     """
 
     def __init__(
@@ -54,9 +72,13 @@ class ImageDataset(Dataset):
         channels: int,
         seed: int,
         substitute: bool,
+        scaled: bool = False,
+        fields: Sequence[Field] = (),
+        buckets: tuple[Sequence[Transform], np.ndarray] | None = None,
     ):
         self.source, self.members, self.transform = source, members, transform
         self.channels, self.seed, self.substitute = channels, seed, substitute
+        self.scaled, self.fields, self.buckets = scaled, fields, buckets
 
     def __len__(self) -> int:
         return len(self.source) if self.members is None else len(self.members)
@@ -78,7 +100,8 @@ class ImageDataset(Dataset):
         Returns:
             `image` (B, C, H, W) uint8, `key` list of str, `label` (B,) int64 with -1 for none,
             `index` (B,) int64 into the source, `valid` (B,) bool, False for padding (black), and
-            `skipped`, a list of (key, reason) of the images met that do not decode.
+            `skipped`, a list of `Skip` (key, reason, cause) of the images met that cannot be used;
+            and each field by its name, list of str or tensor (B, ...).
 
         Raises:
             StreamError: if there are only bad images for long, or a shard cannot be read.
@@ -89,50 +112,95 @@ class ImageDataset(Dataset):
             raise StreamError(str(error)) from None
 
     def _load(self, requests: Sequence[Request]) -> Batch:
-        skipped: list[tuple[str, str]] = []
-        rows = []
+        skipped: list[Skip] = []
+        transform = self._transform_of(requests)
+        images = _empty((len(requests), self.channels, *transform.size))
+        rows: list[Row | None] = []
         for epoch, number in requests:
-            row = None if number < 0 else self._sample(epoch, number, skipped)
-            if row is not None or number < 0:
-                rows.append(row)
+            row = None
+            if number >= 0:
+                target = images[len(rows)]
+                row = self._sample(epoch, number, transform, target, skipped)
+                if row is None:
+                    continue
+            rows.append(row)
         rows = rows or [None]  # a batch is never empty: ranks must step together
-        shape = (self.channels, *self.transform.size)
-        images = torch.zeros((len(rows), *shape), dtype=torch.uint8)
-        for target, row in zip(images, rows, strict=True):
-            if row is not None:
-                target.copy_(torch.from_numpy(row[0]).permute(2, 0, 1))
+        images = images[: len(rows)]
+        valid = torch.tensor([row is not None for row in rows])
+        images[~valid] = 0
+        fields = {
+            field.name: field.collate([None if row is None else row.fields[i] for row in rows])
+            for i, field in enumerate(self.fields)
+        }
         return {
             "image": images,
-            "key": ["" if row is None else row[1] for row in rows],
-            "label": torch.tensor([-1 if row is None else row[2] for row in rows]),
-            "index": torch.tensor([-1 if row is None else row[3] for row in rows]),
-            "valid": torch.tensor([row is not None for row in rows]),
+            "key": ["" if row is None else row.key for row in rows],
+            "label": torch.tensor([-1 if row is None else row.label for row in rows]),
+            "index": torch.tensor([-1 if row is None else row.index for row in rows]),
+            "valid": valid,
             "skipped": skipped,
+            **fields,
         }
 
+    def _transform_of(self, requests: Sequence[Request]) -> Transform:
+        if self.buckets is None:
+            return self.transform
+        transforms, which = self.buckets
+        return transforms[which[requests[0][1]]]
+
     def _sample(
-        self, epoch: int, number: int, skipped: list[tuple[str, str]]
-    ) -> tuple[np.ndarray, str, int, int] | None:
-        """Image, key, label and index of a member, or of the next good one."""
-        tries = min(MAX_SUBSTITUTES, len(self)) if self.substitute else 1
-        for step in range(tries):
-            member = (number + step) % len(self)
+        self,
+        epoch: int,
+        number: int,
+        transform: Transform,
+        target: torch.Tensor,
+        skipped: list[Skip],
+    ) -> Row | None:
+        """A member, or the next good one; its pixels go to `target` (C, H, W) at once."""
+        tried = 0
+        for member in self._candidates(number):
+            tried += 1
             index = member if self.members is None else int(self.members[member])
             key = self.source.keys[index].decode(errors="replace")
             try:
                 key, data, label = self.source.read(index)
-                image = decode(data, self.channels)
-                image = self.transform(image, sample_rng(self.seed, epoch, index))
-            except (DecodeError, OSError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                skipped.append((key, f"{self.source.locate(index)}: {reason}"))
+                fields = [field.read(self.source, index) for field in self.fields]
+                seeded = partial(sample_rng, self.seed, epoch, index)
+                smaller = transform.reduction(seeded) if self.scaled else None
+                image = transform(decode(data, self.channels, smaller), seeded())
+            except DecodeError as error:
+                skipped.append(Skip(key, f"{self.source.locate(index)}: {error}", error.cause))
+            except OSError as error:
+                reason = f"{self.source.locate(index)}: {error.strerror}"
+                skipped.append(Skip(key, reason, "unreadable"))
             else:
-                return image, key, -1 if label is None else label, index
+                np.copyto(target.numpy(), image.transpose(2, 0, 1))  # twice as fast as torch's
+                return Row(key, -1 if label is None else label, index, fields)
         if not self.substitute:
             return None
-        key, reason = skipped[-1]
-        what = "no image" if tries == len(self) else f"none of {tries} images in a row"
-        raise DataError(f"{self.source.name}: {what} can be used; {key}: {reason}")
+        what = "no image" if tried < MAX_SUBSTITUTES else f"none of {tried} images in a row"
+        last = skipped[-1]
+        raise DataError(f"{self.source.name}: {what} can be used; {last.key}: {last.reason}")
+
+    def _candidates(self, number: int) -> Iterator[int]:
+        """A member and those that may take its place: the next ones (of its size), in a circle."""
+        yield number
+        if not self.substitute:
+            return
+        alike = np.arange(len(self))
+        if self.buckets is not None:
+            alike = np.flatnonzero(self.buckets[1] == self.buckets[1][number])
+        place = int(np.searchsorted(alike, number))
+        for step in range(1, min(MAX_SUBSTITUTES, len(alike))):
+            yield int(alike[(place + step) % len(alike)])
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes to be filled; in a worker, where the main process sees them without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)  # pyright: ignore
 
 
 class StreamSampler:
@@ -151,7 +219,7 @@ class StreamSampler:
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: Order,
         batch_size: int,
         position: Callable[[], int],
         batches_per_step: int = 1,
@@ -213,6 +281,9 @@ class ImageLoader(DataLoader):
         sampler: of batches.
         num_workers: processes.
         on_batch: called with each batch before it is handed out.
+
+    Attributes:
+        wait_seconds: how long the main process waited for batches, over all iterations.
     """
 
     def __init__(
@@ -233,18 +304,24 @@ class ImageLoader(DataLoader):
             generator=torch.Generator(),
         )
         self.on_batch = on_batch
+        self.wait_seconds = 0.0
 
     def __iter__(self) -> Any:
-        iterator = super().__iter__()
+        batches: Any = super().__iter__()
         try:
-            for batch in iterator:
+            while True:
+                begun = time.perf_counter()
+                batch = next(batches, None)
+                self.wait_seconds += time.perf_counter() - begun
+                if batch is None:
+                    return
                 self.on_batch(batch)
                 yield batch
         except Exception:
             # The traceback would keep the iterator until some collection of cycles, which stops
             # its workers only by killing them, and that raises an error wherever we are then.
             if self.num_workers:
-                iterator._shutdown_workers()  # type: ignore[attr-defined]
+                batches._shutdown_workers()
                 self._iterator = None
             raise
 

@@ -3,21 +3,92 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from vistok.errors import DataError
 
 log = logging.getLogger(__name__)
 
+# Before so many images were met, and so many of them bad, a share says little.
+JUDGED_AFTER, JUDGED_FROM = 1000, 10
+
+
+class Skip(NamedTuple):
+    """One image that cannot be used."""
+
+    key: str
+    reason: str
+    cause: str  # the kind of reason
+
 
 class SkippedImages(dict[str, str]):
-    """Key to reason, each key once, however often it was met."""
+    """Key to reason, each key once, however often it was met.
 
-    def record(self, skipped: Iterable[tuple[str, str]]) -> None:
-        """Add a batch's (key, reason) pairs; logs the first few and then ever fewer."""
-        for key, reason in skipped:
-            if key not in self:
-                self[key] = reason
-                if len(self) <= 5 or str(len(self)).strip("0") == "1":  # 1 to 5, 10, 100, ...
-                    log.warning("skipped image %s (%s); %d so far", key, reason, len(self))
+    Args:
+        max_share: of the images met that may be skipped; 1 for any.
+
+    Attributes:
+        causes: how many keys there are of each cause.
+        met: images asked for so far, those skipped among them.
+        total: images that there are, so that later epochs do not dilute the share; None if
+            that is not known.
+        file: where each new key is written as one line (key, cause, reason; by tabs); None for
+            nowhere.
+    """
+
+    def __init__(self, max_share: float = 1.0):
+        super().__init__()
+        self.max_share, self.met = max_share, 0
+        self.total: int | None = None
+        self.causes: Counter[str] = Counter()
+        self.file: Path | None = None
+
+    def record(self, skipped: Iterable[Skip], met: int = 0) -> None:
+        """Add those of a batch; logs the first few and then ever fewer.
+
+        Args:
+            skipped: of the batch.
+            met: images that the batch has, without those skipped.
+
+        Raises:
+            DataError: if the share of bad images is above the one allowed.
+        """
+        new = [skip for skip in {s.key: s for s in skipped}.values() if skip.key not in self]
+        self.met += met + len(new)
+        for skip in new:
+            self[skip.key] = skip.reason
+            self.causes[skip.cause] += 1
+            if len(self) <= 5 or str(len(self)).strip("0") == "1":  # 1 to 5, 10, 100, ...
+                log.warning("skipped image %s (%s); %d so far", skip.key, skip.reason, len(self))
+        if new and self.file is not None:
+            self._write(new)
+        different = min(self.met, self.total or self.met)
+        if (
+            self.met >= JUDGED_AFTER
+            and len(self) >= JUDGED_FROM
+            and len(self) > self.max_share * different
+        ):
+            key, reason = list(self.items())[-1]
+            raise DataError(
+                f"{len(self)} of {different} images cannot be used, a larger share than"
+                f" data.max_skipped_share={self.max_share:g} ({self._counts()}; the last is {key}:"
+                f" {reason})"
+            )
+
+    def _write(self, new: Iterable[Skip]) -> None:
+        lines = ("\t".join((s.key, s.cause, " ".join(s.reason.split()))) + "\n" for s in new)
+        try:
+            with open(self.file or "", "a", encoding="utf-8", errors="replace") as file:
+                file.writelines(lines)
+        except OSError as error:  # an account that cannot be kept costs no run
+            log.warning("cannot write %s: %s", self.file, error.strerror)
+            self.file = None
+
+    def _counts(self) -> str:
+        return ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
 
     def report(self) -> str:
         """One line; empty if there are none."""
@@ -26,4 +97,4 @@ class SkippedImages(dict[str, str]):
         listed = [f"{key} ({reason})" for key, reason in list(self.items())[:3]]
         more = f" and {len(self) - 3} more" if len(self) > 3 else ""
         noun = "image" if len(self) == 1 else "images"
-        return f"skipped {len(self)} {noun}: {', '.join(listed)}{more}"
+        return f"skipped {len(self)} {noun}: {self._counts()}; {', '.join(listed)}{more}"

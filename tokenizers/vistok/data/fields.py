@@ -1,0 +1,137 @@
+"""What a sample has beside its image and label: captions and precomputed embeddings.
+
+A field is chosen by name (`data.fields=[caption,clip]`). `caption` is the sample's member `.txt`,
+`embedding` its `.npy` or `.safetensors`, and any other name X is `.X.npy`, `.X.safetensors` or
+`.X.txt`. Arrays are read without unpickling anything.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok.data.decode import DecodeError
+from vistok.data.sources import Source
+from vistok.errors import ConfigError, DataError
+
+RESERVED = ("image", "key", "label", "index", "valid", "skipped")  # keys of every batch
+_LOOKED_AT = 100  # samples in which a field is looked for, to learn what it is
+
+
+def candidates(name: str) -> tuple[str, ...]:
+    """Extensions of the members that a field may be, in the order in which they are tried."""
+    if name == "caption":
+        return ("txt", "caption.txt", "caption")
+    if name == "embedding":
+        return ("npy", "safetensors", "embedding.npy", "embedding.safetensors")
+    return (f"{name}.npy", f"{name}.safetensors", f"{name}.txt")
+
+
+class Field:
+    """One field of a source: text, or arrays of one shape and type.
+
+    Args:
+        name: as chosen; the batch's key.
+        source: looked at to learn which member the field is, and the shape of its arrays.
+
+    Raises:
+        DataError: if no sample has it, or the first array cannot be read.
+    """
+
+    def __init__(self, name: str, source: Source):
+        self.name = name
+        for index in range(min(len(source), _LOOKED_AT)):
+            for extension in candidates(name):
+                data = source.read_other(index, extension)
+                if data is not None:
+                    self.extension = extension
+                    is_text = not extension.endswith(("npy", "safetensors"))
+                    self.like = None if is_text else self._first(data, source, index)
+                    return
+        there = ", ".join(f".{extension}" for extension in source.others)
+        raise DataError(
+            f"data.fields={name}: {source.name} has no member"
+            f" {' or '.join(f'.{e}' for e in candidates(name))}"
+            + (f"; there are {there}" if there else "")
+        )
+
+    def _first(self, data: bytes, source: Source, index: int) -> Tensor:
+        try:
+            return torch.zeros_like(_array(data, self.extension))
+        except ValueError as error:
+            key = source.keys[index].decode(errors="replace")
+            raise DataError(f"{source.name}: {key}.{self.extension}: {error}") from None
+
+    def read(self, source: Source, index: int) -> Any:
+        """The field of one sample: str, or a tensor.
+
+        Raises:
+            DecodeError: if the sample lacks it, or it is of another shape or type.
+        """
+        data = source.read_other(index, self.extension)
+        if data is None:
+            raise DecodeError(f"has no member .{self.extension}", f"no {self.name}")
+        try:
+            if self.like is None:
+                return data.decode()
+            value = _array(data, self.extension)
+        except UnicodeDecodeError:
+            raise DecodeError(f".{self.extension} is no UTF-8", f"damaged {self.name}") from None
+        except ValueError as error:
+            raise DecodeError(f".{self.extension} {error}", f"damaged {self.name}") from None
+        if value.shape != self.like.shape or value.dtype != self.like.dtype:
+            raise DecodeError(
+                f".{self.extension} is {_text(value)}, not {_text(self.like)}", f"other {self.name}"
+            )
+        return value
+
+    def collate(self, values: Sequence[Any]) -> Any:
+        """A batch's worth, None for padding: list of str, or one tensor `(B, ...)`."""
+        if self.like is None:
+            return ["" if value is None else value for value in values]
+        return torch.stack([self.like if value is None else value for value in values])
+
+
+def check_names(names: Any) -> tuple[str, ...]:
+    """Return the chosen fields.
+
+    Raises:
+        ConfigError: if they are no list of names, or one is a batch's own.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ConfigError(f"data.fields={names!r}: write a list, such as data.fields=[caption]")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
+            raise ConfigError(f"data.fields holds {name!r}; names are of a-z, 0-9 and _")
+        if name in RESERVED:
+            raise ConfigError(f"data.fields holds {name!r}, which every batch has by itself")
+    return tuple(names)
+
+
+def _array(data: bytes, extension: str) -> Tensor:
+    """Read an array from bytes; a ValueError says in a few words why that fails."""
+    if extension.endswith("npy"):
+        try:
+            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+        except (ValueError, TypeError, EOFError, OSError):
+            raise ValueError("is no array of numbers that can be read") from None
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = list(load(data).values())
+    except SafetensorError:
+        raise ValueError("is no safetensors file that can be read") from None
+    if len(tensors) != 1:
+        raise ValueError(f"holds {len(tensors)} tensors; one is wanted")
+    return tensors[0]
+
+
+def _text(array: Tensor) -> str:
+    return f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
