@@ -98,7 +98,7 @@ def test_extension_follows_the_bytes():
 
 
 def psnr(a, b):
-    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+    return 10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-9))
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
@@ -126,7 +126,7 @@ def test_other_formats_are_decoded_whole():
 def test_what_a_crop_gives_hardly_depends_on_the_scaled_decode(crop):
     worst, reduced = 100.0, 0
     for number in range(12):
-        height, width = [(700, 900), (400, 333), (1100, 640)][number % 3]
+        height, width = [(700, 900), (500, 433), (1100, 640)][number % 3]
         smooth = Image.fromarray(picture(number, height // 4, width // 4))
         image = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC))
         data = encode(image, "JPEG", quality=92)

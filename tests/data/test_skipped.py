@@ -14,8 +14,8 @@ def bad(number, cause="damaged"):
 
 def test_each_key_once_by_cause_and_in_the_file(tmp_path):
     account = SkippedImages()
-    account.file = tmp_path / "skipped.tsv"
     account.record([bad(1), bad(2), bad(1)], 8)
+    account.file = tmp_path / "skipped.tsv"  # those met before are written too
     account.record([bad(2), bad(3, "not an image")], 8)
     assert dict(account.causes) == {"damaged": 2, "not an image": 1}
     assert account.file.read_text().splitlines() == [

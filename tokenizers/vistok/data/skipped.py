@@ -35,8 +35,8 @@ class SkippedImages(dict[str, str]):
         met: images asked for so far, those skipped among them.
         total: images that there are, so that later epochs do not dilute the share; None if
             that is not known.
-        file: where each new key is written as one line (key, cause, reason; by tabs); None for
-            nowhere.
+        file: where each key is written as one line (key, cause, reason; by tabs), also those met
+            before it was set; None for nowhere.
     """
 
     def __init__(self, max_share: float = 1.0):
@@ -45,6 +45,7 @@ class SkippedImages(dict[str, str]):
         self.total: int | None = None
         self.causes: Counter[str] = Counter()
         self.file: Path | None = None
+        self._unwritten: list[Skip] = []
 
     def record(self, skipped: Iterable[Skip], met: int = 0) -> None:
         """Add those of a batch; logs the first few and then ever fewer.
@@ -63,8 +64,9 @@ class SkippedImages(dict[str, str]):
             self.causes[skip.cause] += 1
             if len(self) <= 5 or str(len(self)).strip("0") == "1":  # 1 to 5, 10, 100, ...
                 log.warning("skipped image %s (%s); %d so far", skip.key, skip.reason, len(self))
-        if new and self.file is not None:
-            self._write(new)
+        self._unwritten += new
+        if self._unwritten and self.file is not None:
+            self._write()
         different = min(self.met, self.total or self.met)
         if (
             self.met >= JUDGED_AFTER
@@ -78,14 +80,18 @@ class SkippedImages(dict[str, str]):
                 f" {reason})"
             )
 
-    def _write(self, new: Iterable[Skip]) -> None:
-        lines = ("\t".join((s.key, s.cause, " ".join(s.reason.split()))) + "\n" for s in new)
+    def _write(self) -> None:
+        lines = [
+            "\t".join((skip.key, skip.cause, " ".join(skip.reason.split()))) + "\n"
+            for skip in self._unwritten
+        ]
         try:
             with open(self.file or "", "a", encoding="utf-8", errors="replace") as file:
                 file.writelines(lines)
         except OSError as error:  # an account that cannot be kept costs no run
             log.warning("cannot write %s: %s", self.file, error.strerror)
             self.file = None
+        self._unwritten = []
 
     def _counts(self) -> str:
         return ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())

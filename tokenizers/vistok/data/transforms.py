@@ -145,9 +145,9 @@ def hflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirrored left to right, half of the time."""
     if rng.random() >= 0.5:
         return image
-    # As whole pixels: numpy would copy a mirrored picture byte by byte, at a tenth of the speed.
-    pixels = np.ascontiguousarray(image).view(f"V{image.shape[2]}")
-    return pixels[:, ::-1].copy().view(np.uint8)
+    # By torch, which mirrors whole pixels; numpy does it byte by byte, at a tenth of the speed.
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    return pixels.flip(3)[0].permute(1, 2, 0).numpy()
 
 
 def vflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -113,6 +113,38 @@ class CodebookWatch(L.Callback):
             usage.counts.copy_(window["counts"] * (trainer.global_rank == 0))
 
 
+class DataWatch(L.Callback):
+    """Logs `data/wait_share`, the share of training time that was spent waiting for data.
+
+    Args:
+        file: for the images that cannot be used; a line each (key, cause, reason; by tabs).
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Start the clock."""
+        module.data.skipped.file = self.file
+        module.data.skipped.record([])  # those met before
+        self._restart(module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        """Log the share since the last time, whenever metrics are logged."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            seconds = max(time.perf_counter() - self.begun, 1e-9)
+            module.log("data/wait_share", (module.data.wait_seconds - self.waited) / seconds)
+            self._restart(module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Leave validation out."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._restart(module)
+
+    def _restart(self, module: Any) -> None:
+        self.begun, self.waited = time.perf_counter(), module.data.wait_seconds
+
+
 class RandomState(L.Callback):
     """Saves the random state of every rank and restores it right before the next training step.
 

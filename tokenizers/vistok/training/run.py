@@ -35,6 +35,7 @@ from vistok.errors import ConfigError, Preempted, VistokError, nearest
 from vistok.evaluation.baseline import kmeans_baseline
 from vistok.training.callbacks import (
     CodebookWatch,
+    DataWatch,
     ProgressBar,
     RandomState,
     ReconstructionGrid,
@@ -234,6 +235,7 @@ def build_trainer(
         callbacks=[
             RandomState(),
             CodebookWatch(callbacks["codebook_window"]),
+            DataWatch(folder / "skipped.tsv"),
             ReconstructionGrid(
                 folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
             ),
