@@ -17,6 +17,7 @@ from vistok.quantizers.scalar import (
     check_probability,
     check_slot,
     pack_digits,
+    place_values,
     straight_through,
     unpack_digits,
 )
@@ -110,24 +111,46 @@ class FSQ(Quantizer):
         self.quantization_dropout = quantization_dropout
         self.corruption_probability = corruption_probability
         self.corruption_rate = tuple(corruption_rate)
+        # Constants of the channels, `(c,)` each: small, but used many times a step.
         self.levels: Tensor
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.reach: Tensor  # h of the class docstring
+        self.offset: Tensor  # o; the symmetric grid has none
+        self.shift: Tensor
+        self.middle: Tensor  # the digit of the value 0, and the bins between the values 0 and 1
+        self.place: Tensor
+        count = torch.tensor(levels)
+        symmetric = grid == "symmetric"
+        self.register_buffer("levels", count, persistent=False)
+        reach = (count - 1) / 2 if symmetric else (count - 1) * (1 + 1e-3) / 2
+        offset = torch.zeros(len(levels)) if symmetric else (count % 2 == 0) * 0.5
+        self.register_buffer("reach", reach, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+        self.register_buffer("shift", torch.atanh(offset / reach), persistent=False)
+        middle = (count - 1) / 2 if symmetric else (count // 2).float()
+        self.register_buffer("middle", middle, persistent=False)
+        self.register_buffer("place", place_values(count).float(), persistent=False)
+        # Above 1000 levels the slack of 0.1 % in the reach leads one digit too far.
+        self._overshoots = max(levels) > 500
 
     def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
-        soft = self._bound(codes)
-        digits = self._digits(soft)
-        quantized = straight_through(soft / self._half(), self._values(digits))
+        squashed = self._squash(codes)
+        bins = self._bins(squashed.detach())
+        # The gradient is that of the bounded value (h tanh - o) / middle, whose o has none.
+        quantized = straight_through(squashed * (self.reach / self.middle), bins / self.middle)
+        if self.noise_dropout or self.quantization_dropout or self.corruption_probability:
+            quantized = self._perturb(quantized, squashed * self.reach - self.offset)
         # |tanh| > 0.995 leaves less than a hundredth of the gradient.
-        reach, offset = self._reach()
-        saturated = ((soft + offset).abs() > 0.995 * reach).float().flatten(-2).mean(-1)
+        saturated = squashed.detach().abs() > 0.995
+        if mask is None:
+            share = saturated.sum() / max(saturated.numel(), 1)
+        else:
+            share = token_mean(saturated.float().mean((-2, -1)), mask)
         return QuantizerOutput(
-            self._perturb(quantized, soft).flatten(-2),
-            pack_digits(digits, self.levels),
-            metrics={"saturation": token_mean(saturated, mask)},
+            quantized.flatten(-2), self._pack(bins), metrics={"saturation": share}
         )
 
     def _search(self, codes: Tensor) -> Tensor:
-        return pack_digits(self._digits(self._bound(codes)), self.levels)
+        return self._pack(self._bins(self._squash(codes)))
 
     def _lookup(self, indices: Tensor) -> Tensor:
         return self._values(unpack_digits(indices, self.levels)).flatten(-2)
@@ -142,55 +165,50 @@ class FSQ(Quantizer):
 
         Code vectors are not latents: `encode` of one would put it through the tanh again.
         """
-        digits = quantized.unflatten(-1, (self.num_indices, -1)) * self._half() + self._half()
+        digits = quantized.unflatten(-1, (self.num_indices, -1)) * self.middle + self.middle
         return pack_digits(digits.round(), self.levels)
 
     def latents_of(self, indices: Tensor) -> Tensor:
         """Latents `(B, N, d)` before the tanh, in the middle of the bins of `indices`."""
-        reach, offset = self._reach()
         values = self._values(unpack_digits(indices, self.levels))
-        position = ((values * self._half() + offset) / reach).clamp(-0.9995, 0.9995)
-        return ((torch.atanh(position) - torch.atanh(offset / reach)) / self.slope).flatten(-2)
+        position = ((values * self.middle + self.offset) / self.reach).clamp(-0.9995, 0.9995)
+        return ((torch.atanh(position) - self.shift) / self.slope).flatten(-2)
 
-    def _bound(self, codes: Tensor) -> Tensor:
-        """Latents `(B, N, Q c)` as bounded values `(B, N, Q, c)` in units of bins, about 0."""
-        reach, offset = self._reach()
+    def _squash(self, codes: Tensor) -> Tensor:
+        """Latents `(B, N, Q c)` through the tanh, `(B, N, Q, c)`."""
         z = codes.unflatten(-1, (self.num_indices, -1))
-        return torch.tanh(self.slope * z + torch.atanh(offset / reach)) * reach - offset
+        return torch.tanh(z + self.shift if self.grid == "standard" else self.slope * z)
 
-    def _reach(self) -> tuple[Tensor, Tensor]:
-        """The h and o of the class docstring; the symmetric grid has no slack and no offset."""
+    def _bins(self, squashed: Tensor) -> Tensor:
+        """The digits less `middle`, as floats: -middle to L - 1 - middle."""
+        soft = torch.addcmul(-self.offset, squashed, self.reach)
         if self.grid == "symmetric":
-            return self._half(), torch.zeros_like(self._half())
-        return (self.levels - 1) * (1 + 1e-3) / 2, (self.levels % 2 == 0) * 0.5
+            return torch.floor(soft + (self.middle + 0.5)) - self.middle
+        bins = torch.round(soft)
+        if self._overshoots:
+            bins = torch.minimum(torch.maximum(bins, -self.middle), self.levels - 1 - self.middle)
+        return bins
 
-    def _half(self) -> Tensor:
-        """The digit of the value 0, which is the number of bins between the values 0 and 1."""
-        return (self.levels - 1) / 2 if self.grid == "symmetric" else self.levels // 2
-
-    def _digits(self, soft: Tensor) -> Tensor:
-        if self.grid == "symmetric":
-            digits = torch.floor(soft + self._half() + 0.5)
-        else:
-            digits = torch.round(soft) + self._half()
-        # Above 1000 levels the slack of 0.1 % in the reach would lead one digit too far.
-        return torch.minimum(digits.clamp(min=0), self.levels - 1).long()
+    def _pack(self, bins: Tensor) -> Tensor:
+        """Indices of `_bins`; exact, for floats hold integers (and halves) far above 2^18."""
+        first = (self.middle * self.place).sum()
+        return ((bins * self.place).sum(-1) + first).long()
 
     def _values(self, digits: Tensor) -> Tensor:
-        return (digits - self._half()) / self._half()
+        return (digits - self.middle) / self.middle
 
     def _perturb(self, quantized: Tensor, soft: Tensor) -> Tensor:
         """Noise, dropout and corruption; all `(B, N, Q, c)`."""
         batch, tokens, slots, _ = soft.shape
         device = soft.device
         if self.noise_dropout:
-            least, most = -self._half(), self.levels - 1 - self._half()
+            least, most = -self.middle, self.levels - 1 - self.middle
             noisy = torch.clamp(soft + torch.rand_like(soft) - 0.5, least, most)
-            noisy = straight_through(soft / self._half(), noisy / self._half())
+            noisy = straight_through(soft / self.middle, noisy / self.middle)
             quantized = torch.where(torch.rand_like(soft) < self.noise_dropout, noisy, quantized)
         if self.quantization_dropout:
             skip = torch.rand(batch, 1, 1, 1, device=device) < self.quantization_dropout
-            quantized = torch.where(skip, soft / self._half(), quantized)
+            quantized = torch.where(skip, soft / self.middle, quantized)
         if self.corruption_probability:
             least, most = self.corruption_rate
             chosen = torch.rand(batch, 1, device=device) < self.corruption_probability

@@ -27,15 +27,16 @@ def pack_digits(digits: Tensor, radices: Tensor) -> Tensor:
     Returns:
         `(...)` int64.
     """
-    return (digits.long() * _place_values(radices)).sum(-1)
+    return (digits.long() * place_values(radices)).sum(-1)
 
 
 def unpack_digits(indices: Tensor, radices: Tensor) -> Tensor:
     """Inverse of `pack_digits`: `(...)` int64 to `(..., d)` int64."""
-    return indices[..., None] // _place_values(radices) % radices
+    return indices[..., None] // place_values(radices) % radices
 
 
-def _place_values(radices: Tensor) -> Tensor:
+def place_values(radices: Tensor) -> Tensor:
+    """What a digit of each place counts, `(d,)` int64."""
     # 1, r0, r0*r1, ...: the last radix never multiplies, so a product of 2^63 still fits.
     return torch.cat([torch.ones_like(radices[:1]), radices[:-1]]).cumprod(0)
 
