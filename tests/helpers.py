@@ -63,6 +63,7 @@ TINY = [
     "init_images=8",
     "optimizer.lr=1e-3",
     "optimizer.warmup_samples=0",
+    "optimizer.total_samples=null",
     "optimizer.final_lr_factor=0.1",
     "baseline.patch_size=null",
 ]
