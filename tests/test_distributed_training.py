@@ -98,7 +98,7 @@ def assert_as_one_process(two, one, tmp_path):
         assert first.keys() == second.keys() and len(first) >= 6
         assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
     for column in ("val/psnr", "val/ssim", "val/perplexity", "samples_seen"):
-        assert floats(two, column) == pytest.approx(floats(one, column), rel=1e-5)
+        assert floats(two, column) == pytest.approx(floats(one, column), rel=1e-4)
     for column in ("val/codebook_usage", "train/codebook_usage"):
         assert floats(two, column) == floats(one, column) and floats(one, column)
     codebook = "tokenizer.quantizer.embedding"
@@ -124,6 +124,7 @@ def test_two_ranks_train_as_one_process(words, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_torchrun_with_accumulation_trains_as_one_process(words, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launcher += ["--master_port=29513"]
@@ -161,6 +162,7 @@ def plan(tmp_path, rank, what):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("rank", "what", "words_of_error"),
     [
@@ -180,6 +182,7 @@ def test_a_rank_that_fails_takes_the_job_down(words, tmp_path, rank, what, words
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.parametrize("rank", [0, 1])
 def test_preemption_of_one_rank_stops_all_and_goes_on_exactly(words, tmp_path, rank):
     words = [*words, *TWO, "hydra.run.dir=run", "resume=auto"]
