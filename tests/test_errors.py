@@ -125,10 +125,10 @@ def test_a_bad_image_is_skipped_and_reported(cli, words, tmp_path):
     words = [*words, f"data.train={folder}", f"data.val={folder}", f"hydra.run.dir={run}"]
     code, _, out = cli("train", *words, "trainer.max_steps=6")
     assert code == 0
-    assert "skipped 1 image: 007x.png" in out
+    assert "skipped 1 image: 1 not an image; 007x.png" in out
     assert json.loads((run / "summary.json").read_text())["skipped_images"] == 1
     code, _, out = cli("evaluate", f"run={run}")
-    assert code == 0 and "skipped 1 image: 007x.png" in out
+    assert code == 0 and "skipped 1 image: 1 not an image; 007x.png" in out
     results = json.loads((run / "eval" / "metrics.json").read_text())
     assert results["skipped_images"] == 1 and results["images"] == 22
 
