@@ -358,7 +358,7 @@ def table(cases: dict[str, dict]) -> str:
                 if kind == "train" and name.startswith("matmul"):
                     cells += ["", "", ""]
                 else:
-                    cells += [f"{time:.0f}", f"{cpu:.0f}", f"{cpu / own:.2f}" if own else ""]
+                    cells += [f"{time:.3g}", f"{cpu:.3g}", f"{cpu / own:.2f}" if own else ""]
                 if kind == "train":
                     cells.append(f"{row['memory_mb']:.0f}")
             lines.append(f"| {' | '.join(cells)} |")

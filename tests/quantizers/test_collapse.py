@@ -52,7 +52,7 @@ def test_restart_recovers(codebook, metric):
 
 def window(*histograms):
     usage = CodeUsage([len(histogram) for histogram in histograms])
-    usage.counts.copy_(torch.cat([torch.as_tensor(histogram) for histogram in histograms]))
+    usage.restore(torch.cat([torch.as_tensor(histogram) for histogram in histograms]))
     return usage
 
 

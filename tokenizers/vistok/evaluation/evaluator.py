@@ -83,7 +83,7 @@ class Evaluator:
         for metric in self.metrics:
             results.update(metric.compute())
         usage = {name: value.item() for name, value in self.usage.compute().items()}
-        tokens = sum(int(h.sum()) for h in self.usage.histograms()) / len(self.usage.offsets[1:])
+        tokens = sum(int(h.sum()) for h in self.usage.histograms()) / len(self.usage.codebook_sizes)
         budget = self.num_tokens or self.tokenizer.num_tokens
         bits = budget * self.tokenizer.quantizer.bits_per_token
         return {

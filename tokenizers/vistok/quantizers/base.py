@@ -254,7 +254,7 @@ class Quantizer(nn.Module, ABC):
         codes = self.project_in(latents.float())
         # Under torch.compile the check would break the graph, so the eager path alone has it.
         # A sum is NaN or infinite if any of its terms is (or if it overflows, an error as well).
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(codes.detach().sum())):
+        if not torch.compiler.is_compiling() and not math.isfinite(codes.detach().sum().item()):
             raise ConfigError(
                 f"{type(self).__name__}: the latents contain NaN or inf; lower the learning rate, "
                 "clip gradients or use precision bf16 or 32"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.errors import ConfigError
@@ -17,11 +18,12 @@ from vistok.quantizers.scalar import (
     check_probability,
     check_slot,
     pack_digits,
-    place_values,
     straight_through,
     unpack_digits,
 )
 from vistok.types import QuantizerOutput
+
+_TILE = 64
 
 
 class FSQ(Quantizer):
@@ -117,40 +119,51 @@ class FSQ(Quantizer):
         self.offset: Tensor  # o; the symmetric grid has none
         self.shift: Tensor
         self.middle: Tensor  # the digit of the value 0, and the bins between the values 0 and 1
-        self.place: Tensor
+        self.tiles: Tensor  # (5, _TILE, c): shift, -offset, reach, middle, reach / middle
         count = torch.tensor(levels)
         symmetric = grid == "symmetric"
         self.register_buffer("levels", count, persistent=False)
         reach = (count - 1) / 2 if symmetric else (count - 1) * (1 + 1e-3) / 2
         offset = torch.zeros(len(levels)) if symmetric else (count % 2 == 0) * 0.5
+        shift = torch.atanh(offset / reach)
+        middle = (count - 1) / 2 if symmetric else (count // 2).float()
         self.register_buffer("reach", reach, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
-        self.register_buffer("shift", torch.atanh(offset / reach), persistent=False)
-        middle = (count - 1) / 2 if symmetric else (count // 2).float()
+        self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("middle", middle, persistent=False)
-        self.register_buffer("place", place_values(count).float(), persistent=False)
+        constants = torch.stack([shift, -offset, reach, middle, reach / middle])
+        self.register_buffer("tiles", constants[:, None].repeat(1, _TILE, 1), persistent=False)
+        self._levels = [int(level) for level in levels]
+        self._first, place = 0.0, 1  # the index whose bins are all 0
+        for level in self._levels:
+            self._first += ((level - 1) / 2 if symmetric else level // 2) * place
+            place *= level
         # Above 1000 levels the slack of 0.1 % in the reach leads one digit too far.
         self._overshoots = max(levels) > 500
 
     def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
-        squashed = self._squash(codes)
-        bins = self._bins(squashed.detach())
+        z, (shift, start, reach, middle, gain) = self._tiled(codes)
+        squashed = self._squash(z, shift)
+        bins = self._bins(squashed.detach(), start, reach, middle)
         # The gradient is that of the bounded value (h tanh - o) / middle, whose o has none.
-        quantized = straight_through(squashed * (self.reach / self.middle), bins / self.middle)
+        quantized = straight_through(squashed * gain, bins / middle)
+        by_slot = (*codes.shape[:2], self.num_indices, len(self._levels))
         if self.noise_dropout or self.quantization_dropout or self.corruption_probability:
-            quantized = self._perturb(quantized, squashed * self.reach - self.offset)
+            soft = squashed * reach + start
+            quantized = self._perturb(quantized.view(by_slot), soft.view(by_slot))
         # |tanh| > 0.995 leaves less than a hundredth of the gradient.
-        saturated = squashed.detach().abs() > 0.995
+        saturated = F.hardshrink(squashed.detach(), 0.995)
         if mask is None:
-            share = saturated.sum() / max(saturated.numel(), 1)
+            share = torch.count_nonzero(saturated) / max(saturated.numel(), 1)
         else:
-            share = token_mean(saturated.float().mean((-2, -1)), mask)
-        return QuantizerOutput(
-            quantized.flatten(-2), self._pack(bins), metrics={"saturation": share}
-        )
+            share = token_mean((saturated != 0).view_as(codes).float().mean(-1), mask)
+        indices = self._pack(bins.view(by_slot))
+        return QuantizerOutput(quantized.view_as(codes), indices, metrics={"saturation": share})
 
     def _search(self, codes: Tensor) -> Tensor:
-        return self._pack(self._bins(self._squash(codes)))
+        z, (shift, start, reach, middle, _) = self._tiled(codes)
+        bins = self._bins(self._squash(z, shift), start, reach, middle)
+        return self._pack(bins.view(*codes.shape[:2], self.num_indices, len(self._levels)))
 
     def _lookup(self, indices: Tensor) -> Tensor:
         return self._values(unpack_digits(indices, self.levels)).flatten(-2)
@@ -174,25 +187,35 @@ class FSQ(Quantizer):
         position = ((values * self.middle + self.offset) / self.reach).clamp(-0.9995, 0.9995)
         return ((torch.atanh(position) - self.shift) / self.slope).flatten(-2)
 
-    def _squash(self, codes: Tensor) -> Tensor:
-        """Latents `(B, N, Q c)` through the tanh, `(B, N, Q, c)`."""
-        z = codes.unflatten(-1, (self.num_indices, -1))
-        return torch.tanh(z + self.shift if self.grid == "standard" else self.slope * z)
+    def _tiled(self, codes: Tensor) -> tuple[Tensor, Iterable[Tensor]]:
+        """Codes as `(rows, tile, c)`, and the constants of `tiles` as `(tile, c)`.
 
-    def _bins(self, squashed: Tensor) -> Tensor:
+        A handful of channels is too short a row to compute with: beside constants that are
+        repeated for 64 tokens the same arithmetic takes half the time on a CPU.
+        """
+        rows = codes.numel() // len(self.levels)
+        tile = 1 if torch.compiler.is_compiling() else math.gcd(rows, _TILE)
+        return codes.reshape(rows // tile, tile, len(self.levels)), self.tiles[:, :tile].unbind(0)
+
+    def _squash(self, z: Tensor, shift: Tensor) -> Tensor:
+        return torch.tanh(z + shift if self.grid == "standard" else self.slope * z)
+
+    def _bins(self, squashed: Tensor, start: Tensor, reach: Tensor, middle: Tensor) -> Tensor:
         """The digits less `middle`, as floats: -middle to L - 1 - middle."""
-        soft = torch.addcmul(-self.offset, squashed, self.reach)
+        soft = torch.addcmul(start, squashed, reach)
         if self.grid == "symmetric":
-            return torch.floor(soft + (self.middle + 0.5)) - self.middle
-        bins = torch.round(soft)
+            return torch.floor(soft + (middle + 0.5)) - middle
+        bins = soft.round_()
         if self._overshoots:
-            bins = torch.minimum(torch.maximum(bins, -self.middle), self.levels - 1 - self.middle)
+            bins = torch.minimum(torch.maximum(bins, -middle), self.levels - 1 - middle)
         return bins
 
     def _pack(self, bins: Tensor) -> Tensor:
         """Indices of `_bins`; exact, for floats hold integers (and halves) far above 2^18."""
-        first = (self.middle * self.place).sum()
-        return ((bins * self.place).sum(-1) + first).long()
+        *others, packed = bins.unbind(-1)
+        for level, digits in zip(self._levels[-2::-1], reversed(others), strict=True):
+            packed = torch.add(digits, packed, alpha=level)
+        return (packed + self._first).long()
 
     def _values(self, digits: Tensor) -> Tensor:
         return (digits - self.middle) / self.middle

@@ -24,15 +24,15 @@ class CodeUsage(nn.Module):
     def __init__(self, codebook_sizes: Iterable[int]) -> None:
         super().__init__()
         self.codebook_sizes = tuple(codebook_sizes)
-        offsets = [0]
-        for size in self.codebook_sizes:
-            offsets.append(offsets[-1] + size)
-        self.offsets = tuple(offsets)
-        self.counts = torch.zeros(offsets[-1], dtype=torch.long)
+        # A bin for absent tokens in front of each slot's codes, so that counting is one call.
+        self._bins = [size + 1 for size in self.codebook_sizes]
+        self._first = torch.tensor([sum(self._bins[:slot]) + 1 for slot in range(len(self._bins))])
+        self._one = torch.ones((), dtype=torch.long)
+        self._tally = torch.zeros(sum(self._bins), dtype=torch.long)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeUsage:
         super()._apply(fn, recurse)
-        self.counts = fn(self.counts)
+        self._first, self._one, self._tally = fn(self._first), fn(self._one), fn(self._tally)
         return self
 
     @torch.no_grad()
@@ -42,23 +42,28 @@ class CodeUsage(nn.Module):
         An index of -1 is absent (dropped layers and scales) and is not counted.
         """
         flat = indices.reshape(-1, len(self.codebook_sizes))
-        present = flat >= 0 if mask is None else (flat >= 0) & mask.reshape(-1, 1)
-        for slot in range(len(self.codebook_sizes)):
-            ids = flat[:, slot].clamp(min=0) + self.offsets[slot]
-            self.counts.index_add_(0, ids, present[:, slot].long())
+        bins = (flat if mask is None else flat.where(mask.reshape(-1, 1), -1)) + self._first
+        self._tally.index_add_(0, bins.flatten(), self._one.expand(bins.numel()))
 
     def reset(self) -> None:
         """Start a new window."""
-        self.counts.zero_()
+        self._tally.zero_()
+
+    @property
+    def counts(self) -> Tensor:
+        """Counts of all slots, one after the other, `(sum of K_q,)` int64, of this rank."""
+        return torch.cat([slot[1:] for slot in self._tally.split(self._bins)])
+
+    def restore(self, counts: Tensor) -> None:
+        """Go on from the `counts` of a window."""
+        slots = self._tally.split(self._bins)
+        for slot, saved in zip(slots, counts.split(self.codebook_sizes), strict=True):
+            slot[1:] = saved
 
     @torch.no_grad()
     def histograms(self) -> list[Tensor]:
         """Counts of each slot, `(K_q,)` int64, summed over ranks."""
-        counts = all_reduce_sum(self.counts.clone())
-        return [
-            counts[start:stop]
-            for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True)
-        ]
+        return list(all_reduce_sum(self.counts).split(self.codebook_sizes))
 
     def compute(self) -> dict[str, Tensor]:
         """Usage statistics of the window, averaged over the index slots.

@@ -110,7 +110,7 @@ class CodebookWatch(L.Callback):
         window, usage = checkpoint.get("codebook_window"), module.tokenizer.quantizer.usage
         if window and window["counts"].shape == usage.counts.shape:
             self.last = dict(window["last"])
-            usage.counts.copy_(window["counts"] * (trainer.global_rank == 0))
+            usage.restore(window["counts"] * (trainer.global_rank == 0))
 
 
 class DataWatch(L.Callback):
