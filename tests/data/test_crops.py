@@ -7,7 +7,7 @@ from PIL import Image
 
 from vistok.data.decode import DecodeError
 from vistok.data.order import sample_rng
-from vistok.data.transforms import CROPS, Transform, _random_box
+from vistok.data.transforms import CROPS, Transform, _random_box, copy_planes
 from vistok.errors import ConfigError
 
 SHAPES = [(40, 56), (57, 40), (33, 33), (16, 90), (131, 97), (300, 200), (20, 21)]
@@ -149,6 +149,19 @@ def test_flips_and_turns():
             seen.append(next(i for i, v in enumerate(variants) if np.array_equal(v, found)))
         share = np.bincount(seen, minlength=len(variants)) / 200
         assert np.abs(share - 1 / len(variants)).max() < 0.15
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("width", [24, 30])
+def test_pictures_of_any_layout_are_copied_into_planes(channels, width):
+    packed = picture(7, 20, 50, channels)
+    planes = np.ascontiguousarray(packed.transpose(2, 0, 1)).transpose(1, 2, 0)
+    for image in (packed, planes):
+        window = image[3:17, 5 : 5 + width]
+        for view in (window, window[:, ::-1], window[::-1], window[::-1, ::-1]):
+            target = np.zeros((channels, 14, width), np.uint8)
+            copy_planes(view, target)
+            assert target.tolist() == view.transpose(2, 0, 1).tolist()
 
 
 def test_color_is_one_monotone_curve_over_permuted_channels_and_never_clips():

@@ -156,7 +156,7 @@ def _decode_on(
             data = images[number % len(images)]
             seeded = partial(sample_rng, 0, 0, number)
             smaller = transform.reduction(seeded) if dataset.scaled else None
-            transform(decode(data, dataset.channels, smaller), seeded())
+            transform.apply(decode(data, dataset.channels, smaller), seeded())
             number, done = number + 1, done + 1
         rate = done / (time.perf_counter() - begun)
     results.put(rate)

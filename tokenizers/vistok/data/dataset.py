@@ -18,7 +18,7 @@ from vistok.data.fields import Field
 from vistok.data.order import Order, sample_rng
 from vistok.data.skipped import Skip
 from vistok.data.sources import Source
-from vistok.data.transforms import Transform
+from vistok.data.transforms import Transform, copy_planes
 from vistok.errors import DataError, VistokError
 
 Batch = dict[str, Any]
@@ -127,7 +127,8 @@ class ImageDataset(Dataset):
         rows = rows or [None]  # a batch is never empty: ranks must step together
         images = images[: len(rows)]
         valid = torch.tensor([row is not None for row in rows])
-        images[~valid] = 0
+        if not valid.all():
+            images[~valid] = 0
         fields = {
             field.name: field.collate([None if row is None else row.fields[i] for row in rows])
             for i, field in enumerate(self.fields)
@@ -167,14 +168,14 @@ class ImageDataset(Dataset):
                 fields = [field.read(self.source, index) for field in self.fields]
                 seeded = partial(sample_rng, self.seed, epoch, index)
                 smaller = transform.reduction(seeded) if self.scaled else None
-                image = transform(decode(data, self.channels, smaller), seeded())
+                image = transform.apply(decode(data, self.channels, smaller), seeded())
             except DecodeError as error:
                 skipped.append(Skip(key, f"{self.source.locate(index)}: {error}", error.cause))
             except OSError as error:
                 reason = f"{self.source.locate(index)}: {error.strerror}"
                 skipped.append(Skip(key, reason, "unreadable"))
             else:
-                np.copyto(target.numpy(), image.transpose(2, 0, 1))  # twice as fast as torch's
+                copy_planes(image, target.numpy())
                 return Row(key, -1 if label is None else label, index, fields)
         if not self.substitute:
             return None
@@ -269,8 +270,15 @@ class EvalSampler:
             ]
 
 
-def _same(batch: Any) -> Any:
-    return batch
+def _as_sent(batch: Batch) -> Batch:
+    """Small tensors as arrays: pickled at once, where torch would open shared memory for each."""
+    small = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.nbytes < 2**16}
+    return batch | {name: value.numpy() for name, value in small.items()}
+
+
+def _as_received(batch: Batch) -> Batch:
+    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+    return batch | {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
 class ImageLoader(DataLoader):
@@ -297,7 +305,7 @@ class ImageLoader(DataLoader):
             dataset,
             batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
             num_workers=num_workers,
-            collate_fn=_same,
+            collate_fn=_as_sent,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
             # Each iteration draws a seed; from here, lest it move the run's own generator.
@@ -315,6 +323,7 @@ class ImageLoader(DataLoader):
                 self.wait_seconds += time.perf_counter() - begun
                 if batch is None:
                     return
+                batch = _as_received(batch)
                 self.on_batch(batch)
                 yield batch
         except Exception:

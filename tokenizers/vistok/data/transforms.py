@@ -143,11 +143,7 @@ def _text(shape: Sequence[int]) -> str:
 
 def hflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirrored left to right, half of the time."""
-    if rng.random() >= 0.5:
-        return image
-    # By torch, which mirrors whole pixels; numpy does it byte by byte, at a tenth of the speed.
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-    return pixels.flip(3)[0].permute(1, 2, 0).numpy()
+    return image[:, ::-1] if rng.random() < 0.5 else image
 
 
 def vflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -174,6 +170,20 @@ def color(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     offset = np.clip(offset, -gain * low, 255 - gain * high)
     table = np.clip(np.rint(np.arange(256) * gain + offset), 0, 255).astype(np.uint8)
     return np.concatenate([table[picture], image[:, :, colours:]], axis=2)
+
+
+def copy_planes(image: np.ndarray, target: np.ndarray) -> None:
+    """Copy an image `(H, W, C)` uint8 of whatever layout into planes `(C, H, W)`.
+
+    Resized pictures come plane by plane. Mirrored ones would be copied byte by byte; taken eight
+    at a time, in the other byte order, it costs a fifth of that.
+    """
+    planes = image.transpose(2, 0, 1)
+    if planes.strides[2] == -1 and planes.shape[2] % 8 == 0 and target.flags.c_contiguous:
+        eights = planes[..., ::-1].view(">u8")[..., ::-1]
+        np.copyto(target.view("<u8"), eights)
+    else:
+        np.copyto(target, planes)
 
 
 CROPS: dict[str, Callable[..., np.ndarray]] = {
@@ -232,16 +242,20 @@ class Transform:
         self.scale = scale
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Crop and augment `(H, W, C)` uint8.
+        """Crop and augment `(H, W, C)` uint8; the result is contiguous.
 
         Raises:
             DecodeError: if the policy cannot take an image of this size.
         """
+        return np.ascontiguousarray(self.apply(image, rng))
+
+    def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """As `__call__`, but a view of whatever layout: for `copy_planes`."""
         more = (self.scale,) if self.crop == "random_resized" else ()
         image = CROPS[self.crop](image, self.size, rng, *more)
         for name in self.augment:
             image = AUGMENTS[name](image, rng)
-        return np.ascontiguousarray(image)
+        return image
 
     def reduction(self, rng: Callable[[], np.random.Generator]) -> Reduction:
         """How many times smaller an image may be decoded for a result that hardly differs.
