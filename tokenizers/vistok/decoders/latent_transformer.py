@@ -41,6 +41,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
+        attention: "dense" or "flex" where tokens are masked; see `Transformer`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
+        attention: str = "dense",
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, patch_size)
@@ -66,7 +68,11 @@ class LatentTransformerDecoder(Decoder):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, depth, num_heads, activation_checkpointing=activation_checkpointing
+            width,
+            depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            attention=attention,
         )
         self.norm_out = nn.LayerNorm(width)
         self.head = nn.Linear(width, patch_size * patch_size * channels)
