@@ -63,12 +63,13 @@ class FlexibleTokenizer(Tokenizer):
         """
         if not self.training or self.length.per == "sample" or torch.compiler.is_compiling():
             return super().forward(images)
-        latents = self.encode(images)
+        signal = self.to_signal(images)
+        latents = self.encode(signal)
         output = self.quantizer(latents)
         batch, length, _ = latents.shape
         kept = self.length(batch, length)  # on the host: a shape depends on it
         cut = output.quantized[:, : int(kept[0])] if batch else output.quantized
-        prediction, target = self.decoder(cut, images)
+        prediction, target = self.decoder(cut, signal)
         mask = prefix_mask(kept, length).to(latents.device)
         return TokenizerOutput(prediction, target, output, mask)
 

@@ -57,11 +57,12 @@ class Tokenizer(nn.Module):
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Training forward of images `(B, C, H, W)` in [-1, 1]."""
-        latents = self.encode(images)
+        signal = self.to_signal(images)
+        latents = self.encode(signal)
         # Dropped after quantizing, as in the published methods: the quantizer sees all tokens.
         quantizer_output = self.quantizer(latents)
         mask = self.sample_mask(latents)
-        prediction, target = self.decoder(quantizer_output.quantized, images, mask)
+        prediction, target = self.decoder(quantizer_output.quantized, signal, mask)
         return TokenizerOutput(prediction, target, quantizer_output, mask)
 
     def sample_mask(self, latents: Tensor) -> Tensor | None:
@@ -98,21 +99,34 @@ class Tokenizer(nn.Module):
         """
         was_training = self.training
         self.eval()
-        self.encoder.initialize(images)
-        latents = torch.cat([self.encode(chunk).float() for chunk in images.split(32)])
+        signal = torch.cat([self.to_signal(chunk) for chunk in images.split(32)])
+        self.encoder.initialize(signal)
+        latents = torch.cat([self.encode(chunk).float() for chunk in signal.split(32)])
         self.quantizer.initialize_from(latents.flatten(0, 1))
         quantized = torch.cat([self.quantizer(chunk).quantized for chunk in latents.split(32)])
-        self.decoder.initialize(quantized, images)
+        self.decoder.initialize(quantized, signal)
         self.train(was_training)
 
     # ------------------------------------------------------------------ parts
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to latents `(B, N, D)`."""
-        return self.encoder(images)
+    def to_signal(self, images: Tensor) -> Tensor:
+        """What is tokenized, of images `(B, C, H, W)` in [-1, 1]: the images themselves.
+
+        A tokenizer of an autoencoder's latents maps them there, and back in `to_images`. Its
+        encoder and decoder know nothing of it.
+        """
+        return images
+
+    def to_images(self, signal: Tensor) -> Tensor:
+        """Inverse of `to_signal`."""
+        return signal
+
+    def encode(self, signal: Tensor) -> Tensor:
+        """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`."""
+        return self.encoder(signal)
 
     def decode(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Quantized latents `(B, N, D)` to images `(B, C, H, W)`, unclamped.
+        """Quantized latents `(B, N, D)` to what `to_images` takes, `(B, C, H, W)`, unclamped.
 
         Args:
             quantized: vectors of the tokens.
@@ -140,7 +154,8 @@ class Tokenizer(nn.Module):
         Returns:
             `(B, N, Q)` int64 ids, or `(B, num_tokens, Q)`; Q is kept when it is 1.
         """
-        ids = self.quantizer.encode(self.encode(self.to_model_range(images)))
+        signal = self.to_signal(self.to_model_range(images))
+        ids = self.quantizer.encode(self.encode(signal))
         return self._budget(ids, num_tokens)[0]
 
     @torch.no_grad()
@@ -161,7 +176,8 @@ class Tokenizer(nn.Module):
         self._check_shape(ids)
         ids, mask = self._budget(ids.to(self.device), num_tokens)
         self._check_range(ids)
-        return to_unit_range(self.decode(self.quantizer.decode(ids), mask, **sampling))
+        signal = self.decode(self.quantizer.decode(ids), mask, **sampling)
+        return to_unit_range(self.to_images(signal))
 
     def tokenize_to_target(
         self,
