@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -55,15 +55,24 @@ class Tokenizer(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        """Training forward of images `(B, C, H, W)` in [-1, 1]."""
+    def forward(self, images: Tensor, **conditions: Tensor) -> TokenizerOutput:
+        """Training forward.
+
+        Args:
+            images: `(B, C, H, W)` in [-1, 1].
+            conditions: what the decoder is given besides tokens; see `conditions_of`.
+        """
         signal = self.to_signal(images)
         latents = self.encode(signal)
         # Dropped after quantizing, as in the published methods: the quantizer sees all tokens.
         quantizer_output = self.quantizer(latents)
         mask = self.sample_mask(latents)
-        prediction, target = self.decoder(quantizer_output.quantized, signal, mask)
+        prediction, target = self.decoder(quantizer_output.quantized, signal, mask, **conditions)
         return TokenizerOutput(prediction, target, quantizer_output, mask)
+
+    def conditions_of(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the decoder is given besides tokens (a text, if it reads one), out of a batch."""
+        return {name: batch[name] for name in self.decoder.conditions if name in batch}
 
     def sample_mask(self, latents: Tensor) -> Tensor | None:
         """Which tokens `(B, N)` the decoder gets in this step; None for all of them."""
@@ -133,9 +142,10 @@ class Tokenizer(nn.Module):
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
             sampling: as in `detokenize`.
         """
+        taken = (*self.decoder.sampling, *self.decoder.conditions)
         for name in sampling:
-            if name not in self.decoder.sampling:
-                known = ", ".join(self.decoder.sampling) or "none"
+            if name not in taken:
+                known = ", ".join(taken) or "none"
                 raise ConfigError(
                     f"{name}: {type(self.decoder).__name__} takes no such argument; it has: {known}"
                 )
@@ -168,7 +178,8 @@ class Tokenizer(nn.Module):
             ids: `(B, N, Q)`; for a flexible tokenizer also fewer than N tokens.
             num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)`.
                 Ids behind an image's own number are not looked at.
-            sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow).
+            sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow)
+                or that reads more than tokens (`text`).
 
         Returns:
             `(B, C, H, W)` float in [0, 1].
