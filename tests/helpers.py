@@ -49,6 +49,11 @@ SIZES["gigatok_tiny"] = [
     "tokenizer.decoder.depth=1",
     "tokenizer.decoder.num_heads=2",
 ]
+SIZES["ta_titok_tiny"] = [
+    *SIZES["titok_tiny"],
+    "tokenizer.decoder.text_dim=6",
+    "tokenizer.decoder.num_text_tokens=3",
+]
 SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
 
 #: A run of a second or two: a few thousand parameters, 16 px images.
