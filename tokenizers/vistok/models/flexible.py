@@ -65,7 +65,7 @@ class FlexibleTokenizer(Tokenizer):
             return super().forward(images, **conditions)
         signal = self.to_signal(images)
         latents = self.encode(signal)
-        output = self.quantizer(latents)
+        output = self.quantize(latents)
         batch, length, _ = latents.shape
         kept = self.length(batch, length)  # on the host: a shape depends on it
         cut = output.quantized[:, : int(kept[0])] if batch else output.quantized

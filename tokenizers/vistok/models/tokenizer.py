@@ -13,7 +13,7 @@ from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
 from vistok.nn.patches import as_pair
 from vistok.quantizers.base import Quantizer
-from vistok.types import TokenizerOutput
+from vistok.types import QuantizerOutput, TokenizerOutput
 
 
 class Tokenizer(nn.Module):
@@ -65,7 +65,7 @@ class Tokenizer(nn.Module):
         signal = self.to_signal(images)
         latents = self.encode(signal)
         # Dropped after quantizing, as in the published methods: the quantizer sees all tokens.
-        quantizer_output = self.quantizer(latents)
+        quantizer_output = self.quantize(latents)
         mask = self.sample_mask(latents)
         prediction, target = self.decoder(quantizer_output.quantized, signal, mask, **conditions)
         return TokenizerOutput(prediction, target, quantizer_output, mask)
@@ -129,6 +129,13 @@ class Tokenizer(nn.Module):
     def to_images(self, signal: Tensor) -> Tensor:
         """Inverse of `to_signal`."""
         return signal
+
+    def quantize(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize latents `(B, N, D)`; in training the usage of a frozen quantizer counts too."""
+        output = self.quantizer(latents)
+        if self.training and not self.quantizer.training:
+            self.quantizer.usage.update(output.indices)
+        return output
 
     def encode(self, signal: Tensor) -> Tensor:
         """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`."""
