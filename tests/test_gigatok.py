@@ -6,7 +6,7 @@ import torch
 from helpers import config_of, images_of, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.errors import ConfigError
-from vistok.nn.cnn import DepthToSpace
+from vistok.nn.cnn import AdaptiveGroupNorm, DepthToSpace, group_norm
 from vistok.nn.qformer import CrossAttention, QFormer, pooling_pyramid
 
 
@@ -101,6 +101,58 @@ def test_depth_to_space_doubles():
     y = net(x)
     assert y.shape == (1, 3, 8, 8)
     assert torch.allclose(y[0, 1, 2::2, 5::2], net.conv(x)[0, 4 + 1, 1:, 2:], atol=1e-6)
+
+
+# ---------------------------------------------------------------------- adaptive norms
+
+
+def test_an_adaptive_norm_by_its_definition():
+    torch.manual_seed(0)
+    norm = AdaptiveGroupNorm(8, 5)
+    x, latents = torch.randn(2, 8, 4, 6), torch.randn(2, 5, 2, 3) * 3 + 1
+    plain = group_norm(8)(x)  # its own scale and shift are still one and zero
+    assert torch.allclose(norm(x, latents), plain, atol=1e-6)
+    for p in norm.parameters():
+        torch.nn.init.normal_(p)
+    z = latents.double().flatten(2)
+    mean = z.mean(2)
+    deviation = (z - mean[..., None]).square().mean(2).sqrt()
+    scale = deviation @ norm.scale.weight.double().T + norm.scale.bias
+    shift = mean @ norm.shift.weight.double().T + norm.shift.bias
+    expected = scale[..., None, None] * plain.double() + shift[..., None, None]
+    assert torch.allclose(norm(x, latents).double(), expected, atol=1e-4)
+    constant = torch.ones(2, 5, 2, 3, requires_grad=True)
+    norm(x, constant).sum().backward()
+    assert torch.isfinite(constant.grad).all()
+
+
+def test_each_level_of_gigatoks_decoder_begins_with_one():
+    with torch.device("meta"):
+        cnn = build_tokenizer(config_of("experiment=gigatok_s_s")).decoder.cnn
+    norms = [m for m in cnn.layers if isinstance(m, AdaptiveGroupNorm)]
+    assert [m.scale.out_features for m in norms] == [512, 512, 256, 256, 128]
+    assert {m.scale.in_features for m in norms} == {256}
+    off = tiny_tokenizer("tokenizer.decoder.cnn.adaptive_norm=false", tokenizer="gigatok_tiny")
+    assert not any(isinstance(m, AdaptiveGroupNorm) for m in off.modules())
+
+
+def test_adaptive_norms_see_the_whole_image_and_learn():
+    tok = tiny_tokenizer(tokenizer="gigatok_tiny")
+    cnn = tok.decoder.cnn
+    norms = [m for m in cnn.layers if isinstance(m, AdaptiveGroupNorm)]
+    assert len(norms) == 2
+    cells = torch.randn(2, 4, 16)
+    before = cnn.features(cells).detach()
+    seen = []
+    norms[0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[1]))
+    with torch.no_grad():
+        norms[0].shift.weight.normal_()
+    after = cnn.features(cells)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.equal(seen[0], cells.transpose(1, 2).unflatten(2, cnn.grid))
+    after.sum().backward()
+    for m in norms:
+        assert m.scale.weight.grad.abs().max() > 0 and m.shift.weight.grad.abs().max() > 0
 
 
 def test_activation_checkpointing_keeps_the_gradients():

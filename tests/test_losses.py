@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helpers import CONFIGS, config_of
+from helpers import CONFIGS, config_of, needs_lite0
 from vistok.checkpoint import build
 from vistok.errors import ConfigError
 from vistok.losses.composite import CompositeLoss
@@ -84,6 +84,9 @@ def test_composite_passes_the_step():
 
 
 PIXEL_LOSSES = sorted({p.stem for p in (CONFIGS / "loss").glob("*.yaml")} - {"proxy_codes"})
+PIXEL_LOSSES = [
+    pytest.param(n, marks=needs_lite0) if n == "mse_features" else n for n in PIXEL_LOSSES
+]
 
 
 @pytest.mark.parametrize("name", PIXEL_LOSSES)

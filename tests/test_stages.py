@@ -193,11 +193,32 @@ def test_frozen_parts_stay_in_eval_mode():
     tok.train()
     assert tok.training and tok.decoder.training and tok.decoder.transformer.training
     assert not any(m.training for m in (*tok.encoder.modules(), *tok.quantizer.modules()))
-    counts = tok.quantizer.usage.counts.clone()
+    state = {name: value.clone() for name, value in tok.quantizer.state_dict().items()}
     output = tok(tok.to_model_range(images_of(4)))
-    assert not output.quantizer.losses and torch.equal(tok.quantizer.usage.counts, counts)
+    assert not output.quantizer.losses
+    assert all(torch.equal(v, state[k]) for k, v in tok.quantizer.state_dict().items())
     tok = tiny_tokenizer().train()
     assert tok(tok.to_model_range(images_of(4))).quantizer.losses  # else this shows nothing
+
+
+@pytest.mark.parametrize("name", ["titok_tiny", "one_d_piece_tiny"])
+def test_the_codes_that_a_frozen_quantizer_chooses_are_counted(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    tok.freeze("quantizer")
+    images = tok.to_model_range(images_of(4))
+    tok(images)
+    tok.initialize(images)
+    assert not tok.quantizer.usage.counts.any()  # of training alone
+    tok.train()
+    ids = tok(images).quantizer.indices
+    assert torch.equal(tok.quantizer.usage.counts, ids.flatten().bincount(minlength=16))
+
+
+def test_the_summary_of_the_second_stage_tells_the_usage(stages):
+    import json
+
+    summary = json.loads((stages[2] / "summary.json").read_text())
+    assert summary["codebook_usage"] > 0 and summary["perplexity"] >= 1
 
 
 def test_a_held_network_is_not_owned():

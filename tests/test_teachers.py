@@ -106,6 +106,43 @@ def test_alignment_teaches_what_lies_before_its_block(files):
         assert not any(n.startswith(part) for n in reached), part
 
 
+def test_alignment_teaches_encoder_and_flow_of_flextok(files):
+    """REPA as in the paper; the image that is aligned with is the clean one."""
+    m = module(files, "flextok_tiny", "tokenizer.decoder.depth=2")
+    images = m.tokenizer.to_model_range(images_of(4))
+    seen = []
+    m.alignment.teacher.module.register_forward_pre_hook(lambda t, inputs: seen.append(inputs[0]))
+    m.tokenizer(images)
+    m.alignment(images).backward()
+    assert torch.equal(seen[0], images)
+    reached = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+    parts = [
+        "alignment.projector",
+        "tokenizer.encoder.transformer",
+        "tokenizer.quantizer.project_in",
+    ]
+    parts += [f"tokenizer.decoder.{p}" for p in ("embed", "patch_embed", "time_embed", "blocks.0")]
+    for part in parts:
+        assert any(n.startswith(part) for n in reached), part
+    for part in ("blocks.1", "head", "modulate_out"):
+        assert not any(n.startswith(f"tokenizer.decoder.{part}") for n in reached), part
+
+
+def test_alignment_brings_the_flow_closer_to_the_teacher(files):
+    m = module(files, "flextok_tiny")
+    images = m.tokenizer.to_model_range(images_of(8))
+    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-3)
+    values = []
+    for _ in range(25):
+        m.tokenizer(images)
+        value = m.alignment(images)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < 0.7 * values[0]
+
+
 def test_nobody_owns_the_teacher(files):
     m = module(files, "titok_tiny")
     assert not any("teacher" in key for key in m.state_dict())

@@ -20,6 +20,10 @@ class Decoder(nn.Module, ABC):
     #: Names of further arguments of `reconstruct`; only of decoders that sample.
     sampling: tuple[str, ...] = ()
 
+    #: Names of what `forward` and `reconstruct` take besides tokens, such as "text". In a batch it
+    #: is the field of that name. The decoder works without it too.
+    conditions: tuple[str, ...] = ()
+
     @abstractmethod
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
         """Images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
@@ -27,18 +31,18 @@ class Decoder(nn.Module, ABC):
         Args:
             quantized: vectors of the tokens.
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
-            sampling: arguments named in `sampling`.
+            sampling: arguments named in `sampling` or `conditions`.
         """
 
     def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None
+        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, **conditions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Prediction and target of a training step.
 
         Pixels by default. A decoder that learns something else (codes of a proxy tokenizer, the
         velocity of a flow) overrides this, so that one loss and one trainer serve all.
         """
-        return self.reconstruct(quantized, mask), images
+        return self.reconstruct(quantized, mask, **conditions), images
 
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Set weights from data, once, before training; by default nothing.

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
 from vistok.errors import ConfigError
-from vistok.nn.cnn import DepthToSpace, ResBlock, SpatialAttention, Upsample, group_norm
+from vistok.nn.cnn import (
+    AdaptiveGroupNorm,
+    DepthToSpace,
+    ResBlock,
+    SpatialAttention,
+    Upsample,
+    group_norm,
+)
 from vistok.nn.patches import grid_of, least_squares
 
 
@@ -30,6 +37,8 @@ class CNNDecoder(Decoder):
         stem: side of the squares that the last channels unfold into; the encoder's.
         attention: self-attention in the middle block and at the first level.
         upsample: "nearest" pixels and a convolution (VQGAN), or "depth_to_space" (GigaTok).
+        adaptive_norm: begin each level with a norm that is set by the latents; see
+            `AdaptiveGroupNorm` (GigaTok).
     """
 
     def __init__(
@@ -43,6 +52,7 @@ class CNNDecoder(Decoder):
         stem: int = 1,
         attention: bool = True,
         upsample: str = "nearest",
+        adaptive_norm: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, stem * 2 ** (len(channel_multipliers) - 1))
@@ -57,6 +67,8 @@ class CNNDecoder(Decoder):
             layers.append(SpatialAttention(width))
         layers.append(ResBlock(width, width))
         for level in reversed(range(len(channel_multipliers))):
+            if adaptive_norm:
+                layers.append(AdaptiveGroupNorm(width, latent_dim))
             for _ in range(num_res_blocks):
                 layers.append(ResBlock(width, base_channels * channel_multipliers[level]))
                 width = base_channels * channel_multipliers[level]
@@ -76,8 +88,11 @@ class CNNDecoder(Decoder):
 
     def features(self, quantized: Tensor) -> Tensor:
         """What the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
-        x = quantized.transpose(1, 2).unflatten(2, self.grid)
-        return F.silu(self.norm_out(self.layers(self.conv_in(x))))
+        latents = quantized.transpose(1, 2).unflatten(2, self.grid)
+        x = self.conv_in(latents)
+        for layer in self.layers:
+            x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
+        return F.silu(self.norm_out(x))
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

@@ -41,6 +41,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
+        attention: "dense" or "flex" where tokens are masked; see `Transformer`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
+        attention: str = "dense",
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, patch_size)
@@ -66,7 +68,11 @@ class LatentTransformerDecoder(Decoder):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, depth, num_heads, activation_checkpointing=activation_checkpointing
+            width,
+            depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            attention=attention,
         )
         self.norm_out = nn.LayerNorm(width)
         self.head = nn.Linear(width, patch_size * patch_size * channels)
@@ -87,22 +93,38 @@ class LatentTransformerDecoder(Decoder):
 
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
-        patches = self.head(self.features(quantized, mask))
-        return self.smooth(pad_edges(unpatchify(patches, self.grid, self.patch_size)))
+        return self.paint(self.features(quantized, mask))
 
-    def features(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the head sees: `(B, rows * columns, W)`, raster order."""
+    def paint(self, features: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` of what `features` returns."""
+        patches = unpatchify(self.head(features), self.grid, self.patch_size)
+        return self.smooth(pad_edges(patches))
+
+    def features(
+        self, quantized: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """What the head sees: `(B, rows * columns, W)`, raster order.
+
+        Args:
+            quantized: `(B, n, D)`.
+            mask: `(B, n)` bool; tokens marked False are not seen.
+            context: `(B, T, W)`, further tokens at the end of the sequence.
+        """
         batch, length, _ = quantized.shape
         latents = self.embed(quantized) + self.latent_positions[:length]
         patches = (self.mask_token + self.patch_positions).expand(batch, -1, -1)
         parts = [patches.to(latents.dtype), latents]
         if self.class_token is not None:
             parts.insert(0, self.class_token.expand(batch, -1, -1).to(latents.dtype))
+        before = sum(part.shape[1] for part in parts) - length
+        if context is not None:
+            parts.append(context.to(latents.dtype))
         x = torch.cat(parts, dim=1)
         visible = None
         if mask is not None:
-            ones = mask.new_ones(batch, x.shape[1] - length)
-            visible = torch.cat([ones, mask], dim=1)[:, None, None, :]
+            visible = mask.new_ones(batch, x.shape[1])
+            visible[:, before : before + length] = mask
+            visible = visible[:, None, None, :]
         return self.norm_out(self.patch_tokens(self.transformer(self.norm_in(x), visible)))
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:

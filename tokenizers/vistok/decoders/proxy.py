@@ -41,6 +41,7 @@ class ProxyDecoder(LatentTransformerDecoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
+        attention: "dense" or "flex" where tokens are masked; see `Transformer`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ProxyDecoder(LatentTransformerDecoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
+        attention: str = "dense",
     ) -> None:
         super().__init__(
             image_size,
@@ -73,6 +75,7 @@ class ProxyDecoder(LatentTransformerDecoder):
             class_token,
             activation_checkpointing,
             nested,
+            attention,
         )
         if learns not in ("codes", "pixels"):
             raise ConfigError(f"tokenizer.decoder.learns={learns}: must be codes or pixels")

@@ -42,6 +42,7 @@ class LatentTransformerEncoder(Encoder):
         block: style of the blocks, "vit" or "flextok"; see `Block`.
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
+        attention: "dense" or "flex" under the causal mask; see `Transformer`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LatentTransformerEncoder(Encoder):
         causal: bool = False,
         block: str = "vit",
         nested: bool = False,
+        attention: str = "dense",
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, patch_size)
@@ -68,7 +70,12 @@ class LatentTransformerEncoder(Encoder):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, depth, num_heads, activation_checkpointing=activation_checkpointing, block=block
+            width,
+            depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            block=block,
+            attention=attention,
         )
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)

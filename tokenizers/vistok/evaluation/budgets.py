@@ -58,7 +58,7 @@ def evaluate_budgets(
     evaluators = [Evaluator(tokenizer, num_tokens=k, sampling=sampling) for k in budgets]
     for batch in data.val_dataloader():
         for evaluator in evaluators:
-            evaluator.update(batch["image"], batch["valid"])
+            evaluator.update(batch["image"], batch["valid"], tokenizer.conditions_of(batch))
     rows = [evaluator.compute() for evaluator in evaluators]
     for row in rows:
         row["bytes"] = math.ceil(row["bits_per_image"] / 8 - 1e-9)

@@ -42,24 +42,33 @@ class Evaluator:
         self.seconds = 0.0
 
     @torch.no_grad()
-    def update(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
+    def update(
+        self,
+        images: Tensor,
+        valid: Tensor | None = None,
+        conditions: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Reconstruct a batch and take it in.
 
         Args:
             images: `(B, C, H, W)` uint8.
             valid: `(B,)` bool; images marked False (padding of the last batch) do not count.
+            conditions: what the decoder is given besides tokens; see `Tokenizer.conditions_of`.
 
         Returns:
             The reconstructions of the valid images, `(B', C, H, W)` uint8.
         """
+        conditions = conditions or {}
         if valid is not None:
             images = images[valid.to(images.device)]
+            conditions = {name: x[valid.to(x.device)] for name, x in conditions.items()}
         if not len(images):
             return images
         start = time.perf_counter()
         images = images.to(self.tokenizer.device)
         indices = self.tokenizer.tokenize(images, self.num_tokens)
-        reconstructions = to_uint8(self.tokenizer.detokenize(indices, **self.sampling))
+        pictures = self.tokenizer.detokenize(indices, **self.sampling, **conditions)
+        reconstructions = to_uint8(pictures)
         if images.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start

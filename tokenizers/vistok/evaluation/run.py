@@ -58,7 +58,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=bool(dtype))
     with autocast:
         for batch in data.val_dataloader():
-            evaluator.update(batch["image"], batch["valid"])
+            evaluator.update(batch["image"], batch["valid"], tokenizer.conditions_of(batch))
         images = data.val_images(config["num_pictures"]) if config["num_pictures"] else None
         results: dict[str, Any] = evaluator.compute()
         if images is not None:

@@ -55,20 +55,21 @@ class FlexibleTokenizer(Tokenizer):
         batch, length, _ = latents.shape
         return prefix_mask(self.length(batch, length, latents.device), length)
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, **conditions: Tensor) -> TokenizerOutput:
         """Training forward; where the whole batch keeps the same k, the tail is cut off.
 
         `torch.compile` wants shapes that stay, so there a mask hides the tail instead: the same
         numbers, at the price of the full length.
         """
         if not self.training or self.length.per == "sample" or torch.compiler.is_compiling():
-            return super().forward(images)
-        latents = self.encode(images)
-        output = self.quantizer(latents)
+            return super().forward(images, **conditions)
+        signal = self.to_signal(images)
+        latents = self.encode(signal)
+        output = self.quantize(latents)
         batch, length, _ = latents.shape
         kept = self.length(batch, length)  # on the host: a shape depends on it
         cut = output.quantized[:, : int(kept[0])] if batch else output.quantized
-        prediction, target = self.decoder(cut, images)
+        prediction, target = self.decoder(cut, signal, **conditions)
         mask = prefix_mask(kept, length).to(latents.device)
         return TokenizerOutput(prediction, target, output, mask)
 
@@ -118,7 +119,11 @@ class FlexibleTokenizer(Tokenizer):
             for budget in tried:
                 if not len(open_):
                     break
-                pictures = self.detokenize(ids[open_], budget, **sampling)
+                own = {  # a seed or a text of its own for each image
+                    name: value[open_] if isinstance(value, Tensor) and value.ndim else value
+                    for name, value in sampling.items()
+                }
+                pictures = self.detokenize(ids[open_], budget, **own)
                 reached = rounded_psnr(pictures, originals[open_]) >= psnr
                 num_tokens[open_[reached]] = budget
                 open_ = open_[~reached]

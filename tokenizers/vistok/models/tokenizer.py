@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +13,7 @@ from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
 from vistok.nn.patches import as_pair
 from vistok.quantizers.base import Quantizer
-from vistok.types import TokenizerOutput
+from vistok.types import QuantizerOutput, TokenizerOutput
 
 
 class Tokenizer(nn.Module):
@@ -55,14 +55,24 @@ class Tokenizer(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        """Training forward of images `(B, C, H, W)` in [-1, 1]."""
-        latents = self.encode(images)
+    def forward(self, images: Tensor, **conditions: Tensor) -> TokenizerOutput:
+        """Training forward.
+
+        Args:
+            images: `(B, C, H, W)` in [-1, 1].
+            conditions: what the decoder is given besides tokens; see `conditions_of`.
+        """
+        signal = self.to_signal(images)
+        latents = self.encode(signal)
         # Dropped after quantizing, as in the published methods: the quantizer sees all tokens.
-        quantizer_output = self.quantizer(latents)
+        quantizer_output = self.quantize(latents)
         mask = self.sample_mask(latents)
-        prediction, target = self.decoder(quantizer_output.quantized, images, mask)
+        prediction, target = self.decoder(quantizer_output.quantized, signal, mask, **conditions)
         return TokenizerOutput(prediction, target, quantizer_output, mask)
+
+    def conditions_of(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the decoder is given besides tokens (a text, if it reads one), out of a batch."""
+        return {name: batch[name] for name in self.decoder.conditions if name in batch}
 
     def sample_mask(self, latents: Tensor) -> Tensor | None:
         """Which tokens `(B, N)` the decoder gets in this step; None for all of them."""
@@ -98,30 +108,51 @@ class Tokenizer(nn.Module):
         """
         was_training = self.training
         self.eval()
-        self.encoder.initialize(images)
-        latents = torch.cat([self.encode(chunk).float() for chunk in images.split(32)])
+        signal = torch.cat([self.to_signal(chunk) for chunk in images.split(32)])
+        self.encoder.initialize(signal)
+        latents = torch.cat([self.encode(chunk).float() for chunk in signal.split(32)])
         self.quantizer.initialize_from(latents.flatten(0, 1))
         quantized = torch.cat([self.quantizer(chunk).quantized for chunk in latents.split(32)])
-        self.decoder.initialize(quantized, images)
+        self.decoder.initialize(quantized, signal)
         self.train(was_training)
 
     # ------------------------------------------------------------------ parts
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to latents `(B, N, D)`."""
-        return self.encoder(images)
+    def to_signal(self, images: Tensor) -> Tensor:
+        """What is tokenized, of images `(B, C, H, W)` in [-1, 1]: the images themselves.
+
+        A tokenizer of an autoencoder's latents maps them there, and back in `to_images`. Its
+        encoder and decoder know nothing of it.
+        """
+        return images
+
+    def to_images(self, signal: Tensor) -> Tensor:
+        """Inverse of `to_signal`."""
+        return signal
+
+    def quantize(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize latents `(B, N, D)`; in training the usage of a frozen quantizer counts too."""
+        output = self.quantizer(latents)
+        if self.training and not self.quantizer.training:
+            self.quantizer.usage.update(output.indices)
+        return output
+
+    def encode(self, signal: Tensor) -> Tensor:
+        """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`."""
+        return self.encoder(signal)
 
     def decode(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Quantized latents `(B, N, D)` to images `(B, C, H, W)`, unclamped.
+        """Quantized latents `(B, N, D)` to what `to_images` takes, `(B, C, H, W)`, unclamped.
 
         Args:
             quantized: vectors of the tokens.
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
             sampling: as in `detokenize`.
         """
+        taken = (*self.decoder.sampling, *self.decoder.conditions)
         for name in sampling:
-            if name not in self.decoder.sampling:
-                known = ", ".join(self.decoder.sampling) or "none"
+            if name not in taken:
+                known = ", ".join(taken) or "none"
                 raise ConfigError(
                     f"{name}: {type(self.decoder).__name__} takes no such argument; it has: {known}"
                 )
@@ -140,7 +171,8 @@ class Tokenizer(nn.Module):
         Returns:
             `(B, N, Q)` int64 ids, or `(B, num_tokens, Q)`; Q is kept when it is 1.
         """
-        ids = self.quantizer.encode(self.encode(self.to_model_range(images)))
+        signal = self.to_signal(self.to_model_range(images))
+        ids = self.quantizer.encode(self.encode(signal))
         return self._budget(ids, num_tokens)[0]
 
     @torch.no_grad()
@@ -153,7 +185,8 @@ class Tokenizer(nn.Module):
             ids: `(B, N, Q)`; for a flexible tokenizer also fewer than N tokens.
             num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)`.
                 Ids behind an image's own number are not looked at.
-            sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow).
+            sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow)
+                or that reads more than tokens (`text`).
 
         Returns:
             `(B, C, H, W)` float in [0, 1].
@@ -161,7 +194,8 @@ class Tokenizer(nn.Module):
         self._check_shape(ids)
         ids, mask = self._budget(ids.to(self.device), num_tokens)
         self._check_range(ids)
-        return to_unit_range(self.decode(self.quantizer.decode(ids), mask, **sampling))
+        signal = self.decode(self.quantizer.decode(ids), mask, **sampling)
+        return to_unit_range(self.to_images(signal))
 
     def tokenize_to_target(
         self,

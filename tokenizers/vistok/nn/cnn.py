@@ -6,12 +6,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
     """GroupNorm of up to 32 groups that divide `channels`."""
     groups = next(
         g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 2) or g == 1
     )
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """GroupNorm whose scale and shift follow from a map of latents.
+
+    The scale is a linear map of the deviations of the latents' channels over the image, the
+    shift one of their means: what a normalised map has lost, the whole image tells it. Starts as
+    a plain norm.
+
+    Args:
+        channels: C of the map that is normalised.
+        latent_channels: D of the latents.
+    """
+
+    def __init__(self, channels: int, latent_channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, affine=False)
+        self.scale = nn.Linear(latent_channels, channels)
+        self.shift = nn.Linear(latent_channels, channels)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.ones_(self.scale.bias)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` to `(B, C, H, W)`, given latents `(B, D, h, w)`."""
+        flat = latents.flatten(2).float()
+        # The root of a variance of zero has no gradient.
+        deviations = (flat.var(dim=2, correction=0) + 1e-6).sqrt()
+        scale = self.scale(deviations.to(latents.dtype))[..., None, None]
+        shift = self.shift(flat.mean(dim=2).to(latents.dtype))[..., None, None]
+        return scale * self.norm(x) + shift
 
 
 class ResBlock(nn.Module):

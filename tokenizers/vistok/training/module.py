@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,9 @@ from torch import Tensor
 from vistok.checkpoint import build, build_tokenizer
 from vistok.data.datamodule import VistokDataModule
 from vistok.distributed import all_reduce_sum, world_size
-from vistok.errors import VistokError
+from vistok.errors import ConfigError, VistokError
 from vistok.evaluation.evaluator import Evaluator
+from vistok.models.tokenizer import Tokenizer
 from vistok.training.ema import EMA
 from vistok.training.optimizers import build_optimizer, learning_rate, warmup_cosine
 from vistok.training.stages import prepare_stage
@@ -35,6 +37,7 @@ class TokenizerModule(L.LightningModule):
         self.config = config
         self.tokenizer = build_tokenizer(config)
         prepare_stage(self.tokenizer, config)
+        check_fields(self.tokenizer, config["data"].get("fields") or ())
         self.loss = build(config["loss"])
         self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
         self.schedule = config["optimizer"]
@@ -53,7 +56,7 @@ class TokenizerModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of a batch of uint8 images, normalised on the device."""
         images = batch["image"].float().div_(127.5).sub_(1)
-        output = self._step_function(images)
+        output = self._step_function(images, **self.tokenizer.conditions_of(batch))
         losses = self.loss(output, self.tokenizer.quantizer.loss_weights, self.global_step)
         if self.alignment is not None:
             losses["alignment"] = self.alignment(images)
@@ -155,11 +158,12 @@ class TokenizerModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Measure the averaged weights on a batch."""
         assert self.evaluator is not None
+        conditions = self.tokenizer.conditions_of(batch)
         if self.ema is None:
-            self.evaluator.update(batch["image"], batch["valid"])
+            self.evaluator.update(batch["image"], batch["valid"], conditions)
         else:
             with self.ema.averaged():
-                self.evaluator.update(batch["image"], batch["valid"])
+                self.evaluator.update(batch["image"], batch["valid"], conditions)
 
     def on_validation_epoch_end(self) -> None:
         """Log the results as `val/...`."""
@@ -182,3 +186,17 @@ class TokenizerModule(L.LightningModule):
         """Take the averaged weights back."""
         if self.ema is not None and checkpoint.get("ema"):
             self.ema.load_state_dict(checkpoint["ema"])
+
+
+def check_fields(tokenizer: Tokenizer, fields: Sequence[str]) -> None:
+    """Refuse to train without what the decoder reads besides tokens.
+
+    Raises:
+        ConfigError: naming the field that is missing.
+    """
+    for name in tokenizer.decoder.conditions:
+        if name not in fields:
+            raise ConfigError(
+                f"data.fields: must hold {name}, which {type(tokenizer.decoder).__name__} reads; "
+                f"with data.fields=[{name}] it is the member .{name}.npy of each sample"
+            )

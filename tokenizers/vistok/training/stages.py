@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from torch import Tensor, nn
 from vistok.checkpoint import build_tokenizer, find_checkpoint, load, read_config
 from vistok.decoders.proxy import ProxyDecoder
 from vistok.errors import ConfigError
+from vistok.models.flextok import FlexTok
+from vistok.models.latents import LatentSpace
 from vistok.models.tokenizer import Tokenizer
 from vistok.nn.frozen import Frozen
 from vistok.nn.patches import as_pair
 
 _PIXEL_DECODER = "vistok.decoders.latent_transformer.LatentTransformerDecoder"
 _PROXY_DECODER = "vistok.decoders.proxy.ProxyDecoder"
+_FLOW_DECODER = "vistok.decoders.flow.FlowDecoder"
+_FLEXTOK = "vistok.models.flextok.FlexTok"
+_LATENT_SPACE = "vistok.models.latents.LatentSpace"
 
 
 def resolve_stage(config: dict[str, Any]) -> dict[str, Any]:
@@ -32,17 +38,22 @@ def resolve_stage(config: dict[str, Any]) -> dict[str, Any]:
         return _learn_codes(config, _source(stage, "proxy", "the run of a 2D tokenizer"))
     if stage["name"] == "decoder":
         return _learn_pixels(config, _source(stage, "weights", "the run of stage=proxy"))
+    if stage["name"] == "latents":
+        return _learn_latents(config, _source(stage, "autoencoder", "the run of a 2D tokenizer"))
     return config
 
 
 def prepare_stage(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Give a tokenizer its proxy, and freeze what its stage keeps."""
+    """Give a tokenizer its proxy or autoencoder, and freeze what its stage keeps."""
     stage = config.get("stage")
     if not stage:  # a run from before there were stages
         return
     if stage["name"] == "proxy":
         assert isinstance(tokenizer.decoder, ProxyDecoder)
         _attach(tokenizer.decoder, load(stage["proxy"]))
+    if stage["name"] == "latents":
+        assert isinstance(tokenizer, FlexTok) and tokenizer.autoencoder is not None
+        _fill(tokenizer.autoencoder, stage["autoencoder"])
     for name in stage["frozen"]:
         try:
             tokenizer.get_submodule(name)
@@ -75,18 +86,21 @@ def _attach(decoder: ProxyDecoder, proxy: Tokenizer) -> None:
     decoder.proxy = Frozen(ProxyCodes(proxy))
 
 
+def _fill(autoencoder: LatentSpace, source: str) -> None:
+    # A fresh run found it when its config was resolved. A resumed one needs it no more, for the
+    # weights are in its checkpoint.
+    if not Path(source).exists():
+        return
+    found = load(source)
+    space = LatentSpace(found.encoder, found.quantizer, found.decoder)
+    autoencoder.load_state_dict(space.state_dict())
+
+
 def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """Exchange the pixel head for one over the proxy's codes."""
-    own = read_config(source)
-    with torch.device("meta"):
-        proxy = build_tokenizer(own)
+    own, proxy = _described(config, "proxy", source)
     tokenizer = config["tokenizer"]
-    size, channels = as_pair(config["data"]["image_size"]), config["data"]["channels"]
-    if (proxy.image_size, proxy.channels) != (size, channels):
-        raise ConfigError(
-            f"stage.proxy={source}: takes {proxy.channels} x {proxy.image_size} images, but "
-            f"data.image_size and data.channels are {size} and {channels}"
-        )
+    size = proxy.image_size
     cells = proxy.encoder.num_tokens
     if (
         proxy.token_order != "raster"
@@ -113,6 +127,64 @@ def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
         "learns": "codes",
     }
     return {**config, "tokenizer": {**tokenizer, "decoder": decoder}}
+
+
+def _learn_latents(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Move encoder and flow from pixels into the latents of an autoencoder."""
+    own, found = _described(config, "autoencoder", source)
+    if found.token_order != "raster":
+        raise ConfigError(
+            f"stage.autoencoder={source}: must be a 2D tokenizer, found {type(found).__name__}"
+        )
+    try:
+        space = LatentSpace(found.encoder, found.quantizer, found.decoder)
+    except ConfigError as error:
+        raise ConfigError(f"stage.autoencoder={source}: {error}") from error
+    tokenizer = config["tokenizer"]
+    parts = {key: tokenizer[key] for key in ("encoder", "decoder")}
+    if (tokenizer.get("_target_"), parts["decoder"].get("_target_")) != (_FLEXTOK, _FLOW_DECODER):
+        raise ConfigError(
+            f"stage=latents: needs a FlexTok with a FlowDecoder, found "
+            f"{tokenizer.get('_target_')} with {parts['decoder'].get('_target_')}"
+        )
+    # A patch stays as large as it was, counted in pixels.
+    factor = found.image_size[0] // space.grid[0]
+    for name, part in parts.items():
+        patch, rest = divmod(part["patch_size"], factor)
+        if rest or not patch:
+            raise ConfigError(
+                f"tokenizer.{name}.patch_size={part['patch_size']}: must be a multiple of "
+                f"{factor} pixels, the side of a cell of stage.autoencoder={source}"
+            )
+        parts[name] = {
+            **part,
+            "image_size": list(space.grid),
+            "channels": space.dim,
+            "patch_size": patch,
+        }
+    autoencoder = {
+        "_target_": _LATENT_SPACE,
+        "encoder": copy.deepcopy(own["tokenizer"]["encoder"]),
+        "quantizer": copy.deepcopy(own["quantizer"]),
+        "decoder": copy.deepcopy(own["tokenizer"]["decoder"]),
+    }
+    return {**config, "tokenizer": {**tokenizer, **parts, "autoencoder": autoencoder}}
+
+
+def _described(
+    config: dict[str, Any], key: str, source: Path
+) -> tuple[Mapping[str, Any], Tokenizer]:
+    """Config and architecture (without values) of a run that fits this one's images."""
+    own = read_config(source)
+    with torch.device("meta"):
+        found = build_tokenizer(own)
+    size, channels = as_pair(config["data"]["image_size"]), config["data"]["channels"]
+    if (found.image_size, found.channels) != (size, channels):
+        raise ConfigError(
+            f"stage.{key}={source}: takes {found.channels} x {found.image_size} images, but "
+            f"data.image_size and data.channels are {size} and {channels}"
+        )
+    return own, found
 
 
 def _learn_pixels(config: dict[str, Any], source: Path) -> dict[str, Any]:

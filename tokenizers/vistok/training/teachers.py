@@ -1,4 +1,4 @@
-"""Semantic teachers: the features of a frozen timm model that a decoder is aligned with."""
+"""Semantic teachers: the features of a frozen network that a decoder is aligned with."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from torch import Tensor, nn
 from vistok.errors import ConfigError, nearest
 from vistok.models.tokenizer import Tokenizer
 from vistok.nn.frozen import Frozen
+from vistok.nn.lite0 import Lite0
+
+#: The teacher whose weights come with a package, so that no download is needed.
+PACKAGED = "packaged_lite0"
 
 
 class Teacher(nn.Module):
-    """Images to the last feature map of a timm model, pretrained.
+    """Images to a feature map of a pretrained network.
+
+    Of a timm model it is the last one, of the packaged EfficientNet-Lite0 that of stride 16.
 
     Args:
-        name: of the model in timm.
+        name: of the model in timm, or "packaged_lite0".
         weights: a local file (.safetensors, .pth); None for timm's own, from its cache or the
-            network.
+            network, or for those of the installed package.
         input_size: side of the squares that images are resized to, in pixels.
 
     Raises:
@@ -33,12 +39,17 @@ class Teacher(nn.Module):
 
     def __init__(self, name: str, weights: str | None, input_size: int) -> None:
         super().__init__()
-        self.model = _create(name, weights, input_size)
         self.input_size = input_size
-        self.dim = int(self.model.num_features)  # type: ignore[arg-type]
-        config: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
+        if name == PACKAGED:
+            self.model: nn.Module = Lite0(_file(weights))
+            self.dim = Lite0.channels[3]
+            range_: Mapping[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        else:
+            self.model = _create(name, _file(weights), input_size)
+            self.dim = int(self.model.num_features)  # type: ignore[arg-type]
+            range_ = self.model.pretrained_cfg  # type: ignore[assignment]
         for key in ("mean", "std"):
-            values = torch.tensor(config[key]).view(1, 3, 1, 1)
+            values = torch.tensor(range_[key]).view(1, 3, 1, 1)
             self.register_buffer(key, values, persistent=False)
         self.mean: Tensor
         self.std: Tensor
@@ -49,7 +60,10 @@ class Teacher(nn.Module):
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
         size = (self.input_size, self.input_size)
         x = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        features = self.model.forward_features((x - self.mean) / self.std)  # type: ignore[operator]
+        x = (x - self.mean) / self.std
+        if isinstance(self.model, Lite0):
+            return self.model(x)
+        features = self.model.forward_features(x)  # type: ignore[operator]
         if features.ndim == 4:
             return features
         features = features[:, self.model.num_prefix_tokens :]
@@ -117,14 +131,18 @@ def build_alignment(tokenizer: Tokenizer, config: Mapping[str, Any] | None) -> A
     return Alignment(tokenizer, teacher, config["layer"])
 
 
+def _file(weights: str | None) -> str | None:
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"alignment.weights={weights}: no such file")
+    return weights
+
+
 def _create(name: str, weights: str | None, input_size: int) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        known = timm.list_models()
+        known = [PACKAGED, *timm.list_models()]
         raise ConfigError(f"alignment.teacher={name}: timm has no such model{nearest(name, known)}")
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"alignment.weights={weights}: no such file")
     options: dict[str, Any] = {"num_classes": 0, "pretrained": True}
     if weights is not None:
         options["pretrained_cfg_overlay"] = {"file": str(weights)}

