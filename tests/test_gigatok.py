@@ -95,6 +95,20 @@ def test_grid_queries_begin_as_the_first_token():
     assert not torch.allclose(decoder.reconstruct(moved), decoder.reconstruct(quantized))
 
 
+def test_a_mask_equals_truncation():
+    """Masked memory is not there at all; a vector of zeros in its place would have a say."""
+    decoder = tiny_tokenizer(tokenizer="gigatok_tiny").decoder
+    quantized = torch.randn(3, 4, 16)
+    lengths = torch.tensor([4, 2, 1])
+    mask = torch.arange(4) < lengths[:, None]
+    together = decoder.reconstruct(quantized, mask)
+    for row, k in enumerate(lengths.tolist()):
+        alone = decoder.reconstruct(quantized[row : row + 1, :k])
+        assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
+    zeroed = decoder.reconstruct(quantized * mask[..., None])
+    assert not torch.allclose(together[2], zeroed[2], atol=1e-4)
+
+
 def test_depth_to_space_doubles():
     net = DepthToSpace(3)
     x = torch.randn(1, 3, 4, 4)

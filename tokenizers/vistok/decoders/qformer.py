@@ -60,17 +60,15 @@ class QFormerDecoder(Decoder):
         self.latent_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
 
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Images `(B, C, H, W)` from `(B, K, D)`; masked tokens count as zero."""
-        if mask is not None:
-            quantized = quantized * mask[..., None]
-        return self.cnn.reconstruct(self.cells(quantized))
+        """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`; not without the first."""
+        return self.cnn.reconstruct(self.cells(quantized, mask))
 
-    def cells(self, quantized: Tensor) -> Tensor:
+    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)`, raster order."""
         memory = self.norm_in(self.embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
         x = self.transformer(
-            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]]
+            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]], mask
         )
         grid = self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
         return self.conv_out(grid).flatten(2).transpose(1, 2)

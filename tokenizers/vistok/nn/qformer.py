@@ -28,11 +28,16 @@ class CrossAttention(nn.Module):
         self.v = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """`(B, L, W)` from queries `(B, L, W)`, keys and values `(B, M, W)`."""
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """`(B, L, W)` from queries `(B, L, W)`, keys and values `(B, M, W)`.
+
+        `mask` broadcasts to `(B, heads, L, M)`, True = visible.
+        """
         pairs = ((self.q, queries), (self.k, keys), (self.v, values))
         q, k, v = (net(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for net, x in pairs)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class QFormerBlock(nn.Module):
@@ -55,7 +60,12 @@ class QFormerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(
-        self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor
+        self,
+        x: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        memory_positions: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Map queries `(B, L, W)` to `(B, L, W)`, reading memory `(B, M, W)`.
 
@@ -64,11 +74,14 @@ class QFormerBlock(nn.Module):
             memory: what they read.
             positions: `(L, W)` of the queries.
             memory_positions: `(M, W)` of the memory.
+            mask: `(B, M)` bool; memory marked False is as if it were not there.
         """
+        if mask is not None:
+            mask = mask[:, None, None]
         y = self.norm1(x)
         x = x + self.self_attn(y + positions, y + positions, y)
         y = self.norm2(x) + positions
-        x = x + self.cross_attn(y, memory + memory_positions, memory)
+        x = x + self.cross_attn(y, memory + memory_positions, memory, mask)
         return x + self.mlp(self.norm3(x))
 
 
@@ -90,11 +103,16 @@ class QFormer(nn.Module):
         self.blocks = nn.ModuleList(QFormerBlock(width, num_heads) for _ in range(depth))
 
     def forward(
-        self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor
+        self,
+        x: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        memory_positions: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """As a block."""
         for block in self.blocks:
-            inputs = (x, memory, positions, memory_positions)
+            inputs = (x, memory, positions, memory_positions, mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[assignment]
             else:
