@@ -41,6 +41,7 @@ SIZES["gigatok_tiny"] = [
     "tokenizer.decoder.depth=1",
     "tokenizer.decoder.num_heads=2",
 ]
+SIZES["retok_tiny"] = [*SIZES["gigatok_tiny"], "tokenizer.encoder.padding_start=1"]
 SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
 
 #: A run of a second or two: a few thousand parameters, 16 px images.
@@ -142,4 +143,13 @@ def awake(module):
         for p in module.parameters():
             if p.ndim < 2 or not p.any():
                 p.add_(0.3 * torch.randn_like(p))
+    return module
+
+
+def loud(module, factor=8):
+    """Let tokens speak: weights as they are drawn hardly let attention move anything."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim == 2:
+                p.mul_(factor)
     return module

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import config_of, images_of, tiny_tokenizer
+from helpers import config_of, images_of, loud, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.errors import ConfigError
 from vistok.nn.cnn import DepthToSpace
@@ -98,6 +98,7 @@ def test_grid_queries_begin_as_the_first_token():
 def test_a_mask_equals_truncation():
     """Masked memory is not there at all; a vector of zeros in its place would have a say."""
     decoder = tiny_tokenizer(tokenizer="gigatok_tiny").decoder
+    loud(decoder.transformer)
     quantized = torch.randn(3, 4, 16)
     lengths = torch.tensor([4, 2, 1])
     mask = torch.arange(4) < lengths[:, None]
@@ -106,7 +107,7 @@ def test_a_mask_equals_truncation():
         alone = decoder.reconstruct(quantized[row : row + 1, :k])
         assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
     zeroed = decoder.reconstruct(quantized * mask[..., None])
-    assert not torch.allclose(together[2], zeroed[2], atol=1e-4)
+    assert not torch.allclose(together[2], zeroed[2], atol=1e-2)
 
 
 def test_depth_to_space_doubles():

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from vistok.decoders.base import Decoder
 from vistok.decoders.cnn import CNNDecoder
 from vistok.errors import ConfigError
-from vistok.nn.patches import grid_points, position_table, spread_points
-from vistok.nn.qformer import QFormer
+from vistok.nn.patches import grid_points, position_table
+from vistok.nn.qformer import QFormer, token_positions
 from vistok.nn.transformer import init_transformer_
 
 
@@ -28,6 +28,7 @@ class QFormerDecoder(Decoder):
         depth: number of blocks.
         num_heads: attention heads.
         activation_checkpointing: of the Q-Former's blocks.
+        padding_start: the encoder's; the code may then be longer by the padding.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class QFormerDecoder(Decoder):
         depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
+        padding_start: int | None = None,
     ) -> None:
         super().__init__()
         if cnn.dim != latent_dim:
@@ -56,11 +58,12 @@ class QFormerDecoder(Decoder):
         self.cnn = cnn
         points = grid_points(cnn.grid)
         self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
-        points = spread_points(num_latent_tokens, cnn.grid)
-        self.latent_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+        self.latent_positions = nn.Parameter(
+            token_positions(num_latent_tokens, width, cnn.grid, padding_start)
+        )
 
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`; not without the first."""
+        """Images `(B, C, H, W)` from the first n <= K tokens `(B, n, D)`; the first is needed."""
         return self.cnn.reconstruct(self.cells(quantized, mask))
 
     def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.errors import ConfigError
+from vistok.nn.patches import position_table, spread_points
 from vistok.nn.transformer import attend
 
 
@@ -132,3 +133,27 @@ def pooling_pyramid(count: int) -> list[tuple[int, int]]:
         raise ConfigError(f"num_latent_tokens={count}: pooled queries need a power of two")
     exponents = range(count.bit_length() - 1)
     return [(1, 1), *((2 ** (e // 2), 2 ** ((e + 1) // 2)) for e in exponents)]
+
+
+def token_positions(
+    count: int, width: int, grid: tuple[int, int], padding_start: int | None = None
+) -> Tensor:
+    """Positions `(count + M, width)` of a 1D code, spread over a grid.
+
+    Args:
+        count: N, the length of the code.
+        width: of the stream; positions start in its second half.
+        grid: rows and columns of the image's cells.
+        padding_start: repeat the tokens from this one on as M = N - padding_start more, with
+            positions that start close to those of the originals; None for none.
+
+    Raises:
+        ConfigError: if `padding_start` names no token.
+    """
+    table = position_table(spread_points(count, grid), width, width // 2, grid)
+    if padding_start is None:
+        return table
+    if not 0 <= padding_start < count:
+        raise ConfigError(f"padding_start={padding_start}: must be 0 to {count - 1}, or null")
+    copies = table[padding_start:]
+    return torch.cat([table, copies + 0.02 * torch.randn_like(copies)])
