@@ -110,6 +110,29 @@ def test_a_mask_equals_truncation():
     assert not torch.allclose(together[2], zeroed[2], atol=1e-2)
 
 
+def test_the_decoder_starts_by_reading_what_is_near():
+    """A token moves the cells around the centre of what it averages most."""
+    torch.manual_seed(0)
+    decoder = tiny_tokenizer(
+        "tokenizer.encoder.num_latent_tokens=16",
+        "tokenizer.decoder.width=64",
+        "data.image_size=32",
+        tokenizer="gigatok_tiny",
+    ).decoder
+    seen = []
+    decoder.transformer.blocks[0].cross_attn.register_forward_hook(lambda m, i, o: seen.append(o))
+    quantized = torch.randn(1, 16, 16)
+    decoder.cells(quantized)
+    for token, (rows, columns) in ((8, (0, 0)), (11, (0, 3)), (12, (2, 0)), (15, (2, 3))):
+        other = quantized.clone()  # the last level has 2 x 4 cells of 2 x 1
+        other[:, token] = torch.randn(16)
+        decoder.cells(other)
+        moved = (seen[-1] - seen[0])[0].norm(dim=1).view(4, 4)
+        own = moved[rows : rows + 2, columns].mean()
+        away = moved[2 - rows : 4 - rows, 3 - columns].mean()
+        assert own > 2 * away, (token, own, away)
+
+
 def test_depth_to_space_doubles():
     net = DepthToSpace(3)
     x = torch.randn(1, 3, 4, 4)

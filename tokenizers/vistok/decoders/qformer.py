@@ -11,12 +11,15 @@ from vistok.decoders.base import Decoder
 from vistok.decoders.cnn import CNNDecoder
 from vistok.errors import ConfigError
 from vistok.nn.patches import grid_points, position_table
-from vistok.nn.qformer import QFormer, token_positions
+from vistok.nn.qformer import QFormer, read_by_position_, token_positions
 from vistok.nn.transformer import init_transformer_
 
 
 class QFormerDecoder(Decoder):
     """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
+
+    Differs from the released code: tokens start at the centres of what their queries average, and
+    the first block starts by copying from those near a cell. All of it stays learned.
 
     Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
 
@@ -55,6 +58,7 @@ class QFormerDecoder(Decoder):
         self.norm_out = nn.LayerNorm(width)
         self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)
         init_transformer_(self)
+        read_by_position_(self.transformer.blocks[0].cross_attn, width // 2)  # type: ignore[arg-type]
         self.cnn = cnn
         points = grid_points(cnn.grid)
         self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.errors import ConfigError
-from vistok.nn.patches import position_table, spread_points
+from vistok.nn.hierarchy import level_points
+from vistok.nn.patches import position_table
 from vistok.nn.transformer import attend
 
 
@@ -138,22 +139,45 @@ def pooling_pyramid(count: int) -> list[tuple[int, int]]:
 def token_positions(
     count: int, width: int, grid: tuple[int, int], padding_start: int | None = None
 ) -> Tensor:
-    """Positions `(count + M, width)` of a 1D code, spread over a grid.
+    """Positions `(count + M, width)` of a 1D code: the centres of what its queries average.
+
+    With a little noise, or queries of equal content at one place would stay equal for ever.
 
     Args:
-        count: N, the length of the code.
+        count: N, the length of the code, a power of two.
         width: of the stream; positions start in its second half.
         grid: rows and columns of the image's cells.
-        padding_start: repeat the tokens from this one on as M = N - padding_start more, with
-            positions that start close to those of the originals; None for none.
+        padding_start: repeat the tokens from this one on as M = N - padding_start more; None
+            for none.
 
     Raises:
         ConfigError: if `padding_start` names no token.
     """
-    table = position_table(spread_points(count, grid), width, width // 2, grid)
-    if padding_start is None:
-        return table
-    if not 0 <= padding_start < count:
-        raise ConfigError(f"padding_start={padding_start}: must be 0 to {count - 1}, or null")
-    copies = table[padding_start:]
-    return torch.cat([table, copies + 0.02 * torch.randn_like(copies)])
+    points = level_points(pooling_pyramid(count), grid)
+    table = position_table(points, width, width // 2, grid)
+    if padding_start is not None:
+        if not 0 <= padding_start < count:
+            raise ConfigError(f"padding_start={padding_start}: must be 0 to {count - 1}, or null")
+        table = torch.cat([table, table[padding_start:]])
+    return table + 0.02 * torch.randn_like(table)
+
+
+@torch.no_grad()
+def read_by_position_(attention: CrossAttention, num_position_dims: int) -> None:
+    """Let queries start by copying from the memory whose position is near theirs.
+
+    As `attend_by_position_` does for self-attention, and for the same reason: grid queries that
+    all start as one token would otherwise stay alike for long.
+
+    Args:
+        attention: of queries and keys that carry positions, and values that don't.
+        num_position_dims: P, the last dimensions, where the positions lie.
+    """
+    width, heads = attention.proj.in_features, attention.num_heads
+    shared = torch.zeros(heads, width // heads, width)
+    for head in shared:
+        nn.init.orthogonal_(head[:, -num_position_dims:])
+    attention.q.weight.copy_(shared.flatten(0, 1))
+    attention.k.weight.copy_(shared.flatten(0, 1))
+    nn.init.orthogonal_(attention.v.weight)
+    attention.proj.weight.copy_(attention.v.weight.T)
