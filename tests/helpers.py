@@ -42,6 +42,12 @@ SIZES["gigatok_tiny"] = [
     "tokenizer.decoder.num_heads=2",
 ]
 SIZES["retok_tiny"] = [*SIZES["gigatok_tiny"], "tokenizer.encoder.padding_start=1"]
+SIZES["restok_tiny"] = [
+    *(w for w in SIZES["gigatok_tiny"] if not w.startswith("tokenizer.latent_dim")),
+    "tokenizer.latent_dim=16",
+    "tokenizer.encoder.merge_layers=[0]",
+    "tokenizer.decoder.cnn.latent_dim=8",
+]
 SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
 
 #: A run of a second or two: a few thousand parameters, 16 px images.

@@ -54,6 +54,8 @@ PARAMETERS = {
     "retok_s_s": (125, 132),
     "retok_s_b": (212, 220),
     "retok_tiny": (0.5, 6),
+    "restok_l": (655, 668),
+    "restok_tiny": (0.5, 6),
 }
 TOKENS = {
     "titok_s128": 128,
@@ -73,6 +75,7 @@ TOKENS = {
     "gigatok_xl_xxl": 256,
     "retok_s_s": 256,
     "retok_s_b": 256,
+    "restok_l": 128,
 }
 
 #: Pairs that make no sense, and the one line says so: ids of scales have no tokens to part.

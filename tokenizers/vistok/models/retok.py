@@ -10,7 +10,7 @@ from vistok.decoders.base import Decoder
 from vistok.encoders.qformer import QFormerEncoder
 from vistok.errors import ConfigError
 from vistok.models.flexible import FlexibleTokenizer
-from vistok.models.length import LengthPolicy
+from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.quantizers.base import Quantizer
 
 
@@ -48,7 +48,7 @@ class ReTok(FlexibleTokenizer):
         quantizer: Quantizer,
         decoder: Decoder,
         image_size: int | Sequence[int],
-        length: LengthPolicy,
+        length: LengthPolicy | LevelPolicy,
         channels: int = 3,
     ) -> None:
         super().__init__(encoder, quantizer, decoder, image_size, length, channels)
