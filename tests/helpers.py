@@ -48,6 +48,11 @@ SIZES["restok_tiny"] = [
     "tokenizer.encoder.merge_layers=[0]",
     "tokenizer.decoder.cnn.latent_dim=8",
 ]
+SIZES["hita_tiny"] = [
+    *(w for w in SIZES["gigatok_tiny"] if "latent_dim" not in w and "num_latent" not in w),
+    "tokenizer.encoder.num_holistic_tokens=2",
+    "tokenizer.decoder.shift=1",
+]
 SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
 
 #: A run of a second or two: a few thousand parameters, 16 px images.

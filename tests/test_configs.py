@@ -56,6 +56,9 @@ PARAMETERS = {
     "retok_tiny": (0.5, 6),
     "restok_l": (655, 668),
     "restok_tiny": (0.5, 6),
+    # Of LlamaGen's CNN and nine blocks; the paper names no number.
+    "hita_336": (80, 120),
+    "hita_tiny": (0.5, 6),
 }
 TOKENS = {
     "titok_s128": 128,
@@ -81,7 +84,7 @@ TOKENS = {
 #: Pairs that make no sense, and the one line says so: ids of scales have no tokens to part.
 SCALES = ("image_folder", "token_flow_multi_scale", "var")
 REFUSED = {
-    (tokenizer, quantizer) for tokenizer in ("retok_tiny",) for quantizer in SCALES
+    (tokenizer, quantizer) for tokenizer in ("retok_tiny", "hita_tiny") for quantizer in SCALES
 }
 
 
