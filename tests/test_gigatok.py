@@ -133,6 +133,21 @@ def test_the_decoder_starts_by_reading_what_is_near():
         assert own > 2 * away, (token, own, away)
 
 
+def test_initialisation_takes_means_off():
+    """What the Q-Former reads and what is coded: means 0, uncorrelated, mean variance 1."""
+    tok = tiny_tokenizer("tokenizer.encoder.width=32", tokenizer="gigatok_tiny")
+    images = tok.to_model_range(images_of(48))
+    tok.encoder.initialize(images)
+    with torch.no_grad():
+        read = tok.encoder.embed(tok.encoder.cells(images))[..., :16]  # as many as it has inputs
+        code = tok.encoder(images)
+    for rows in (read.flatten(0, 1).double(), code.flatten(0, 1).double()):
+        covariance = torch.cov(rows.T)
+        assert rows.mean(0).abs().max() < 0.02
+        assert covariance.diagonal().mean().item() == pytest.approx(1, rel=0.02)
+        assert (covariance - covariance.diagonal().diag()).abs().max() < 0.02
+
+
 def test_depth_to_space_doubles():
     net = DepthToSpace(3)
     x = torch.randn(1, 3, 4, 4)

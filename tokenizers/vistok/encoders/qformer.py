@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vistok.encoders.base import Encoder
 from vistok.encoders.cnn import CNNEncoder
-from vistok.nn.patches import grid_points, position_table
+from vistok.nn.patches import grid_points, position_table, start_at_components_
 from vistok.nn.qformer import QFormer, pooling_pyramid, token_positions
 from vistok.nn.transformer import init_transformer_
 
@@ -72,13 +72,21 @@ class QFormerEncoder(Encoder):
 
     def padded(self, images: Tensor) -> Tensor:
         """The latents `(B, K + M, D)`: the code, and behind it the M repeated queries."""
-        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
-        memory = self.norm_in(self.embed(grid.flatten(2).transpose(1, 2)))
+        return self.project(self.latents(images))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """What is projected to the code: `(B, K + M, W)`."""
+        memory = self.norm_in(self.embed(self.cells(images)))
         queries = self.queries(memory)
         if self.padding_start is not None:
             queries = torch.cat([queries, queries[:, self.padding_start :]], dim=1)
         x = self.transformer(queries, memory, self.latent_positions, self.grid_positions)
-        return self.project(self.norm_out(x))
+        return self.norm_out(x)
+
+    def cells(self, images: Tensor) -> Tensor:
+        """What the Q-Former reads, before it is embedded: `(B, cells, D)`."""
+        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
+        return grid.flatten(2).transpose(1, 2)
 
     def queries(self, memory: Tensor) -> Tensor:
         """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""
@@ -86,6 +94,12 @@ class QFormerEncoder(Encoder):
         pooled = [F.adaptive_avg_pool2d(grid, level).flatten(2) for level in self.levels]
         return self.query(torch.cat(pooled, dim=2).transpose(1, 2))
 
+    @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """As the CNN does."""
+        """Start the embedding and the projection at the principal components of what they see."""
         self.cnn.initialize(images)
+        chunks = images.split(32)
+        cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
+        start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
+        latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
+        start_at_components_(self.project, latents.flatten(0, 1), self.dim)
