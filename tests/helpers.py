@@ -54,6 +54,18 @@ SIZES["ta_titok_tiny"] = [
     "tokenizer.decoder.text_dim=6",
     "tokenizer.decoder.num_text_tokens=3",
 ]
+SIZES["retok_tiny"] = [*SIZES["gigatok_tiny"], "tokenizer.encoder.padding_start=1"]
+SIZES["restok_tiny"] = [
+    *(w for w in SIZES["gigatok_tiny"] if not w.startswith("tokenizer.latent_dim")),
+    "tokenizer.latent_dim=16",
+    "tokenizer.encoder.merge_layers=[0]",
+    "tokenizer.decoder.cnn.latent_dim=8",
+]
+SIZES["hita_tiny"] = [
+    *(w for w in SIZES["gigatok_tiny"] if "latent_dim" not in w and "num_latent" not in w),
+    "tokenizer.encoder.num_holistic_tokens=2",
+    "tokenizer.decoder.shift=1",
+]
 SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
 
 #: A run of a second or two: a few thousand parameters, 16 px images.
@@ -155,4 +167,13 @@ def awake(module):
         for p in module.parameters():
             if p.ndim < 2 or not p.any():
                 p.add_(0.3 * torch.randn_like(p))
+    return module
+
+
+def loud(module, factor=8):
+    """Let tokens speak: weights as they are drawn hardly let attention move anything."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim == 2:
+                p.mul_(factor)
     return module

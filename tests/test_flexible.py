@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from helpers import awake, images_of, tiny_tokenizer
+from helpers import awake, images_of, loud, tiny_tokenizer
 from vistok.errors import ConfigError
 from vistok.metrics.image import PSNR, to_uint8
 from vistok.models.flexible import prefix_mask, rounded_psnr
 from vistok.models.length import LengthPolicy
 from vistok.models.tokenizer import to_unit_range
 
-FLEXIBLE = ["one_d_piece_tiny", "flextok_tiny"]
+FLEXIBLE = ["one_d_piece_tiny", "flextok_tiny", "retok_tiny", "restok_tiny"]
 flexible = pytest.mark.parametrize("name", FLEXIBLE)
 
 
@@ -190,8 +190,8 @@ def test_shorter_ids_are_a_prefix(name):
 @flexible
 def test_lengths_may_differ_inside_a_batch(name):
     tok = tiny_tokenizer(tokenizer=name)
-    awake(tok.decoder)
-    ids = tok.tokenize(images_of(4))
+    loud(awake(tok.decoder), 4 if name.startswith("re") else 1)
+    ids = torch.randint(tok.quantizer.codebook_sizes[0], (4, 4, 1))
     lengths = torch.tensor([4, 1, 3, 2])
     together = tok.detokenize(ids, num_tokens=lengths)
     for row, k in enumerate(lengths.tolist()):
@@ -345,14 +345,15 @@ def test_eval_forward_uses_all_tokens():
 @flexible
 def test_an_interrupted_run_draws_the_lengths_of_a_whole_one(name, photos, tmp_path, monkeypatch):
     import vistok
-    from helpers import TINY
+    from helpers import SIZES, TINY
     from vistok.cli import train
 
     monkeypatch.chdir(tmp_path)
-    words = [w for w in TINY if not w.startswith(("quantizer.", "trainer.max_steps"))]
+    words = [w for w in TINY if not w.startswith(("quantizer.", "trainer.max_steps", "tokenizer."))]
+    words += SIZES[name]
     words = [f"experiment={name}", *words, "data=folder", f"data.train={photos}"]
     words += ["data.val_fraction=0.2", "data.image_size=16", "optimizer.total_samples=100"]
-    if name == "one_d_piece_tiny":
+    if name != "flextok_tiny":
         words += ["quantizer.codebook_size=16"]
     assert train([*words, "trainer.max_steps=8", "hydra.run.dir=whole"]) == 0
     assert train([*words, "trainer.max_steps=3", "hydra.run.dir=parts"]) == 0
@@ -368,7 +369,10 @@ def test_an_interrupted_run_draws_the_lengths_of_a_whole_one(name, photos, tmp_p
 # ---------------------------------------------------------------------- options that keep numbers
 
 
-@flexible
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n.startswith("re") else ()) for n in FLEXIBLE],
+)
 def test_compiling_keeps_the_numbers(name, monkeypatch):
     """The graph that torch.compile takes, run without code generation, against eager."""
     torch._dynamo.reset()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import config_of, images_of, tiny_tokenizer
+from helpers import config_of, images_of, loud, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.errors import ConfigError
 from vistok.nn.cnn import AdaptiveGroupNorm, DepthToSpace, group_norm
@@ -93,6 +93,59 @@ def test_grid_queries_begin_as_the_first_token():
     moved = quantized.clone()
     moved[:, 3] += 1  # every token has a say
     assert not torch.allclose(decoder.reconstruct(moved), decoder.reconstruct(quantized))
+
+
+def test_a_mask_equals_truncation():
+    """Masked memory is not there at all; a vector of zeros in its place would have a say."""
+    decoder = tiny_tokenizer(tokenizer="gigatok_tiny").decoder
+    loud(decoder.transformer)
+    quantized = torch.randn(3, 4, 16)
+    lengths = torch.tensor([4, 2, 1])
+    mask = torch.arange(4) < lengths[:, None]
+    together = decoder.reconstruct(quantized, mask)
+    for row, k in enumerate(lengths.tolist()):
+        alone = decoder.reconstruct(quantized[row : row + 1, :k])
+        assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
+    zeroed = decoder.reconstruct(quantized * mask[..., None])
+    assert not torch.allclose(together[2], zeroed[2], atol=1e-2)
+
+
+def test_the_decoder_starts_by_reading_what_is_near():
+    """A token moves the cells around the centre of what it averages most."""
+    torch.manual_seed(0)
+    decoder = tiny_tokenizer(
+        "tokenizer.encoder.num_latent_tokens=16",
+        "tokenizer.decoder.width=64",
+        "data.image_size=32",
+        tokenizer="gigatok_tiny",
+    ).decoder
+    seen = []
+    decoder.transformer.blocks[0].cross_attn.register_forward_hook(lambda m, i, o: seen.append(o))
+    quantized = torch.randn(1, 16, 16)
+    decoder.cells(quantized)
+    for token, (rows, columns) in ((8, (0, 0)), (11, (0, 3)), (12, (2, 0)), (15, (2, 3))):
+        other = quantized.clone()  # the last level has 2 x 4 cells of 2 x 1
+        other[:, token] = torch.randn(16)
+        decoder.cells(other)
+        moved = (seen[-1] - seen[0])[0].norm(dim=1).view(4, 4)
+        own = moved[rows : rows + 2, columns].mean()
+        away = moved[2 - rows : 4 - rows, 3 - columns].mean()
+        assert own > 2 * away, (token, own, away)
+
+
+def test_initialisation_takes_means_off():
+    """What the Q-Former reads and what is coded: means 0, uncorrelated, mean variance 1."""
+    tok = tiny_tokenizer("tokenizer.encoder.width=32", tokenizer="gigatok_tiny")
+    images = tok.to_model_range(images_of(48))
+    tok.encoder.initialize(images)
+    with torch.no_grad():
+        read = tok.encoder.embed(tok.encoder.cells(images))[..., :16]  # as many as it has inputs
+        code = tok.encoder(images)
+    for rows in (read.flatten(0, 1).double(), code.flatten(0, 1).double()):
+        covariance = torch.cov(rows.T)
+        assert rows.mean(0).abs().max() < 0.02
+        assert covariance.diagonal().mean().item() == pytest.approx(1, rel=0.02)
+        assert (covariance - covariance.diagonal().diag()).abs().max() < 0.02
 
 
 def test_depth_to_space_doubles():

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from vistok.decoders.base import Decoder
 from vistok.decoders.cnn import CNNDecoder
 from vistok.errors import ConfigError
-from vistok.nn.patches import grid_points, position_table, spread_points
-from vistok.nn.qformer import QFormer
+from vistok.nn.patches import grid_points, position_table
+from vistok.nn.qformer import QFormer, read_by_position_, token_positions
 from vistok.nn.transformer import init_transformer_
 
 
 class QFormerDecoder(Decoder):
     """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
+
+    Differs from the released code: tokens start at the centres of what their queries average, and
+    the first block starts by copying from those near a cell. All of it stays learned.
 
     Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
 
@@ -28,6 +31,7 @@ class QFormerDecoder(Decoder):
         depth: number of blocks.
         num_heads: attention heads.
         activation_checkpointing: of the Q-Former's blocks.
+        padding_start: the encoder's; the code may then be longer by the padding.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class QFormerDecoder(Decoder):
         depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
+        padding_start: int | None = None,
     ) -> None:
         super().__init__()
         if cnn.dim != latent_dim:
@@ -53,24 +58,24 @@ class QFormerDecoder(Decoder):
         self.norm_out = nn.LayerNorm(width)
         self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)
         init_transformer_(self)
+        read_by_position_(self.transformer.blocks[0].cross_attn, width // 2)  # type: ignore[arg-type]
         self.cnn = cnn
         points = grid_points(cnn.grid)
         self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
-        points = spread_points(num_latent_tokens, cnn.grid)
-        self.latent_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+        self.latent_positions = nn.Parameter(
+            token_positions(num_latent_tokens, width, cnn.grid, padding_start)
+        )
 
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Images `(B, C, H, W)` from `(B, K, D)`; masked tokens count as zero."""
-        if mask is not None:
-            quantized = quantized * mask[..., None]
-        return self.cnn.reconstruct(self.cells(quantized))
+        """Images `(B, C, H, W)` from the first n <= K tokens `(B, n, D)`; the first is needed."""
+        return self.cnn.reconstruct(self.cells(quantized, mask))
 
-    def cells(self, quantized: Tensor) -> Tensor:
+    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)`, raster order."""
         memory = self.norm_in(self.embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
         x = self.transformer(
-            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]]
+            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]], mask
         )
         grid = self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
         return self.conv_out(grid).flatten(2).transpose(1, 2)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from vistok.encoders.base import Encoder
 from vistok.encoders.cnn import CNNEncoder
-from vistok.nn.patches import grid_points, position_table, spread_points
-from vistok.nn.qformer import QFormer, pooling_pyramid
+from vistok.nn.patches import grid_points, position_table, start_at_components_
+from vistok.nn.qformer import QFormer, pooling_pyramid, token_positions
 from vistok.nn.transformer import init_transformer_
 
 
@@ -29,6 +29,8 @@ class QFormerEncoder(Encoder):
         depth: number of blocks.
         num_heads: attention heads.
         activation_checkpointing: of the Q-Former's blocks.
+        padding_start: repeat the queries from this one on behind the code, with positions of
+            their own (ReTok); None for none. See `padded`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class QFormerEncoder(Encoder):
         depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
+        padding_start: int | None = None,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -58,17 +61,32 @@ class QFormerEncoder(Encoder):
         self.cnn = cnn
         points = grid_points(cnn.grid)
         self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
-        points = spread_points(num_latent_tokens, cnn.grid)
-        self.latent_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+        self.padding_start = padding_start
+        self.latent_positions = nn.Parameter(
+            token_positions(num_latent_tokens, width, cnn.grid, padding_start)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, D)`."""
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, D)`, the padding thrown away."""
+        return self.padded(images)[:, : self.num_tokens]
+
+    def padded(self, images: Tensor) -> Tensor:
+        """The latents `(B, K + M, D)`: the code, and behind it the M repeated queries."""
+        return self.project(self.latents(images))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """What is projected to the code: `(B, K + M, W)`."""
+        memory = self.norm_in(self.embed(self.cells(images)))
+        queries = self.queries(memory)
+        if self.padding_start is not None:
+            queries = torch.cat([queries, queries[:, self.padding_start :]], dim=1)
+        x = self.transformer(queries, memory, self.latent_positions, self.grid_positions)
+        return self.norm_out(x)
+
+    def cells(self, images: Tensor) -> Tensor:
+        """What the Q-Former reads, before it is embedded: `(B, cells, D)`."""
         grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
-        memory = self.norm_in(self.embed(grid.flatten(2).transpose(1, 2)))
-        x = self.transformer(
-            self.queries(memory), memory, self.latent_positions, self.grid_positions
-        )
-        return self.project(self.norm_out(x))
+        return grid.flatten(2).transpose(1, 2)
 
     def queries(self, memory: Tensor) -> Tensor:
         """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""
@@ -76,6 +94,12 @@ class QFormerEncoder(Encoder):
         pooled = [F.adaptive_avg_pool2d(grid, level).flatten(2) for level in self.levels]
         return self.query(torch.cat(pooled, dim=2).transpose(1, 2))
 
+    @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """As the CNN does."""
+        """Start the embedding and the projection at the principal components of what they see."""
         self.cnn.initialize(images)
+        chunks = images.split(32)
+        cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
+        start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
+        latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
+        start_at_components_(self.project, latents.flatten(0, 1), self.dim)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
-from vistok.models.length import LengthPolicy
+from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
 from vistok.types import TokenizerOutput
@@ -40,7 +40,7 @@ class FlexibleTokenizer(Tokenizer):
         quantizer: Quantizer,
         decoder: Decoder,
         image_size: int | Sequence[int],
-        length: LengthPolicy,
+        length: LengthPolicy | LevelPolicy,
         channels: int = 3,
     ) -> None:
         super().__init__(encoder, quantizer, decoder, image_size, channels)

@@ -52,6 +52,45 @@ class LengthPolicy(nn.Module):
         return kept.expand(batch)
 
 
+class LevelPolicy(nn.Module):
+    """All N tokens most of the time, else the first levels of a hierarchy: ResTok's drop.
+
+    Each image draws its own k: N with probability `full_probability`, and else one of the lengths
+    `shortest`, 2 * `shortest`, 4 * `shortest`, ... below N, with a probability that grows as the
+    length does. The tail then starves less than under a uniform length.
+
+    Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
+
+    Args:
+        shortest: the shortest length; levels of a pyramid 1, 1, 2, 4, ... end at powers of two.
+        full_probability: of keeping all, 0 to 1.
+    """
+
+    def __init__(self, shortest: int = 4, full_probability: float = 0.8) -> None:
+        super().__init__()
+        if shortest < 1:
+            raise ConfigError(f"tokenizer.length.shortest={shortest}: must be 1 or more")
+        if not 0 <= full_probability <= 1:
+            raise ConfigError(
+                f"tokenizer.length.full_probability={full_probability}: must be 0 to 1"
+            )
+        self.shortest = shortest
+        self.full_probability = full_probability
+        self.per = "sample"
+
+    def forward(
+        self, batch: int, num_tokens: int, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Lengths `(B,)` int64."""
+        levels = [self.shortest * 2**i for i in range(num_tokens.bit_length())]
+        levels = [level for level in levels if level < num_tokens] or [num_tokens]
+        lengths = torch.tensor(levels, device=device)
+        shares = lengths.cumsum(0) / lengths.sum()
+        drawn = lengths[torch.searchsorted(shares, torch.rand(batch, device=device))]
+        full = torch.rand(batch, device=device) < self.full_probability
+        return torch.where(full, num_tokens, drawn)
+
+
 def power_levels(num_tokens: int) -> Tensor:
     """`[1, 2, 4, ..., N]` int64; N is the last whether or not it is a power of two."""
     levels = [2**i for i in range(num_tokens.bit_length()) if 2**i < num_tokens]

@@ -29,7 +29,8 @@ class Tokenizer(nn.Module):
         channels: C of the images.
     """
 
-    #: How a sequence model should read the tokens: "raster", "nested" or "unordered".
+    #: How a sequence model should read the tokens: "raster", "nested", "holistic" (tokens of the
+    #: whole image, then a raster) or "unordered".
     token_order = "raster"
 
     def __init__(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.errors import ConfigError
 
@@ -149,6 +149,32 @@ def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
     order = torch.arange(x.shape[1] - 1, x.shape[1] - 1 - count, -1)
     deviations = variances[order].clamp(min=0).sqrt()
     return mean.float(), vectors[:, order].T.contiguous().float(), deviations.float()
+
+
+@torch.no_grad()
+def start_at_components_(
+    layer: nn.Linear, rows: Tensor, num_dims: int, deviation: Tensor | None = None
+) -> None:
+    """Let a linear layer start at the principal components of what it will see, mean taken off.
+
+    All on one scale. So what differs between images is as large as anything else from the first
+    step, and not a ripple on a constant that training moves about.
+
+    Args:
+        layer: its first `num_dims` outputs, or as many as it has inputs, are set; others are 0.
+        rows: `(M, in_features)` samples.
+        num_dims: at most `out_features`.
+        deviation: what becomes 1; None for the components' own, root mean square.
+    """
+    count = min(num_dims, rows.shape[1])
+    mean, components, deviations = principal_components(rows, count)
+    if deviation is None:
+        deviation = deviations.square().mean().sqrt()
+    components = components / deviation.clamp(min=1e-6)
+    layer.weight.zero_()
+    layer.bias.zero_()
+    layer.weight[:count] = components
+    layer.bias[:count] = -components @ mean
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.errors import ConfigError
+from vistok.nn.hierarchy import level_points
+from vistok.nn.patches import position_table
 from vistok.nn.transformer import attend
 
 
@@ -28,11 +30,16 @@ class CrossAttention(nn.Module):
         self.v = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """`(B, L, W)` from queries `(B, L, W)`, keys and values `(B, M, W)`."""
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """`(B, L, W)` from queries `(B, L, W)`, keys and values `(B, M, W)`.
+
+        `mask` broadcasts to `(B, heads, L, M)`, True = visible.
+        """
         pairs = ((self.q, queries), (self.k, keys), (self.v, values))
         q, k, v = (net(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for net, x in pairs)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class QFormerBlock(nn.Module):
@@ -55,7 +62,12 @@ class QFormerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(
-        self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor
+        self,
+        x: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        memory_positions: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Map queries `(B, L, W)` to `(B, L, W)`, reading memory `(B, M, W)`.
 
@@ -64,11 +76,14 @@ class QFormerBlock(nn.Module):
             memory: what they read.
             positions: `(L, W)` of the queries.
             memory_positions: `(M, W)` of the memory.
+            mask: `(B, M)` bool; memory marked False is as if it were not there.
         """
+        if mask is not None:
+            mask = mask[:, None, None]
         y = self.norm1(x)
         x = x + self.self_attn(y + positions, y + positions, y)
         y = self.norm2(x) + positions
-        x = x + self.cross_attn(y, memory + memory_positions, memory)
+        x = x + self.cross_attn(y, memory + memory_positions, memory, mask)
         return x + self.mlp(self.norm3(x))
 
 
@@ -90,11 +105,16 @@ class QFormer(nn.Module):
         self.blocks = nn.ModuleList(QFormerBlock(width, num_heads) for _ in range(depth))
 
     def forward(
-        self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor
+        self,
+        x: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        memory_positions: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """As a block."""
         for block in self.blocks:
-            inputs = (x, memory, positions, memory_positions)
+            inputs = (x, memory, positions, memory_positions, mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[assignment]
             else:
@@ -114,3 +134,50 @@ def pooling_pyramid(count: int) -> list[tuple[int, int]]:
         raise ConfigError(f"num_latent_tokens={count}: pooled queries need a power of two")
     exponents = range(count.bit_length() - 1)
     return [(1, 1), *((2 ** (e // 2), 2 ** ((e + 1) // 2)) for e in exponents)]
+
+
+def token_positions(
+    count: int, width: int, grid: tuple[int, int], padding_start: int | None = None
+) -> Tensor:
+    """Positions `(count + M, width)` of a 1D code: the centres of what its queries average.
+
+    With a little noise, or queries of equal content at one place would stay equal for ever.
+
+    Args:
+        count: N, the length of the code, a power of two.
+        width: of the stream; positions start in its second half.
+        grid: rows and columns of the image's cells.
+        padding_start: repeat the tokens from this one on as M = N - padding_start more; None
+            for none.
+
+    Raises:
+        ConfigError: if `padding_start` names no token.
+    """
+    points = level_points(pooling_pyramid(count), grid)
+    table = position_table(points, width, width // 2, grid)
+    if padding_start is not None:
+        if not 0 <= padding_start < count:
+            raise ConfigError(f"padding_start={padding_start}: must be 0 to {count - 1}, or null")
+        table = torch.cat([table, table[padding_start:]])
+    return table + 0.02 * torch.randn_like(table)
+
+
+@torch.no_grad()
+def read_by_position_(attention: CrossAttention, num_position_dims: int) -> None:
+    """Let queries start by copying from the memory whose position is near theirs.
+
+    As `attend_by_position_` does for self-attention, and for the same reason: grid queries that
+    all start as one token would otherwise stay alike for long.
+
+    Args:
+        attention: of queries and keys that carry positions, and values that don't.
+        num_position_dims: P, the last dimensions, where the positions lie.
+    """
+    width, heads = attention.proj.in_features, attention.num_heads
+    shared = torch.zeros(heads, width // heads, width)
+    for head in shared:
+        nn.init.orthogonal_(head[:, -num_position_dims:])
+    attention.q.weight.copy_(shared.flatten(0, 1))
+    attention.k.weight.copy_(shared.flatten(0, 1))
+    nn.init.orthogonal_(attention.v.weight)
+    attention.proj.weight.copy_(attention.v.weight.T)

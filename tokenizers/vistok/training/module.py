@@ -17,8 +17,8 @@ from vistok.evaluation.evaluator import Evaluator
 from vistok.models.tokenizer import Tokenizer
 from vistok.training.ema import EMA
 from vistok.training.optimizers import build_optimizer, learning_rate, warmup_cosine
+from vistok.training.semantic import build_alignment
 from vistok.training.stages import prepare_stage
-from vistok.training.teachers import build_alignment
 
 
 class TokenizerModule(L.LightningModule):
@@ -59,7 +59,7 @@ class TokenizerModule(L.LightningModule):
         output = self._step_function(images, **self.tokenizer.conditions_of(batch))
         losses = self.loss(output, self.tokenizer.quantizer.loss_weights, self.global_step)
         if self.alignment is not None:
-            losses["alignment"] = self.alignment(images)
+            losses["alignment"] = self.alignment(images, output.mask)
             losses["total"] = (
                 losses["total"] + self.config["alignment"]["weight"] * losses["alignment"]
             )

@@ -112,23 +112,24 @@ class Alignment(nn.Module):
         if block.training:
             self._sequence = output
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Scalar in [0, 2], of the images `(B, C, H, W)` of the last training forward."""
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scalar in [0, 2].
+
+        Args:
+            images: `(B, C, H, W)` of the last training forward.
+            mask: `(B, N)` bool, the tokens that the decoder got in it; None for all.
+        """
+        return self.distances(images).mean()
+
+    def distances(self, images: Tensor) -> Tensor:
+        """One minus the cosine, `(B, patches)`."""
         assert self._sequence is not None, "the decoder has not been called in training mode"
         (decoder,) = self._decoder
         tokens = self.projector(decoder.patch_tokens(self._sequence))  # type: ignore[operator]
         self._sequence = None
         features = F.interpolate(self.teacher(images).float(), size=decoder.grid, mode="area")  # type: ignore[arg-type]
         target = features.flatten(2).transpose(1, 2)
-        return (1 - F.cosine_similarity(tokens.float(), target, dim=-1)).mean()
-
-
-def build_alignment(tokenizer: Tokenizer, config: Mapping[str, Any] | None) -> Alignment | None:
-    """The alignment that a run's config asks for, if any."""
-    if not config or not config["teacher"]:
-        return None
-    teacher = Teacher(config["teacher"], config["weights"], config["input_size"])
-    return Alignment(tokenizer, teacher, config["layer"])
+        return 1 - F.cosine_similarity(tokens.float(), target, dim=-1)
 
 
 def _file(weights: str | None) -> str | None:

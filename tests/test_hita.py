@@ -1,0 +1,212 @@
+"""Hita: two kinds of tokens and two codebooks, causal fusion, the shift."""
+
+import pytest
+import torch
+
+import vistok
+from helpers import awake, config_of, images_of, tiny_tokenizer
+from vistok.checkpoint import build_tokenizer
+from vistok.errors import ConfigError
+from vistok.export.exporter import codebook_tensors, describe
+
+#: 6 holistic tokens and 4 x 4 patches, shifted by 3.
+SHIFTED = [
+    "data.image_size=32",
+    "tokenizer.encoder.num_holistic_tokens=6",
+    "tokenizer.decoder.shift=3",
+]
+
+
+def small(*overrides):
+    return tiny_tokenizer(*overrides, tokenizer="hita_tiny")
+
+
+# ---------------------------------------------------------------------- the encoder
+
+
+def test_holistic_tokens_come_first_and_patches_in_raster_order():
+    encoder, seen = small(*SHIFTED).encoder, []
+    encoder.norm_in.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    images = torch.rand(2, 3, 32, 32)
+    assert encoder(images).shape == (2, 22, 16) and encoder.num_tokens == 22
+    assert torch.equal(seen[0][:, :6], encoder.queries.expand(2, -1, -1))
+    patches = encoder.embed(encoder.cnn(images)) + encoder.patch_positions
+    assert torch.equal(seen[0][:, 6:], patches)
+
+
+def test_full_attention_first_then_causal():
+    encoder = awake(small(*SHIFTED).encoder).double()
+    x, change = torch.randn(1, 22, 16).double(), torch.randn(16).double()
+    for part, mask, causal in (
+        (encoder.transformer, None, False),
+        (encoder.causal, encoder.mask, True),
+    ):
+        before = part(x, mask)
+        for token in (0, 7, 21):
+            other = x.clone()
+            other[:, token] += change
+            moved = ((part(other, mask) - before).abs().amax(dim=2) > 1e-12)[0].tolist()
+            assert moved == [not causal or place >= token for place in range(22)]
+    calls = []
+    encoder.transformer.register_forward_hook(lambda m, i, o: calls.append(("full", len(i))))
+    encoder.causal.register_forward_hook(lambda m, i, o: calls.append(("causal", i[1])))
+    encoder(torch.rand(1, 3, 32, 32).double())
+    assert calls[0] == ("full", 1)
+    assert calls[1][0] == "causal" and torch.equal(calls[1][1], torch.ones(22, 22).tril().bool())
+
+
+# ---------------------------------------------------------------------- fusion and shift
+
+
+@pytest.mark.parametrize("shift", [0, 3, 6])
+def test_a_cell_is_led_by_patches_before_it_and_by_holistic_tokens(shift):
+    """By gradients, for every pair of cell and token."""
+    decoder = awake(small(*SHIFTED[:2], f"tokenizer.decoder.shift={shift}").decoder)
+    quantized = torch.randn(1, 22, 16, requires_grad=True)
+    cells = decoder.cells(quantized)
+    assert cells.shape == (1, 16, 16)
+    for p in range(16):
+        (gradient,) = torch.autograd.grad(cells[0, p].square().sum(), quantized, retain_graph=True)
+        reached = gradient[0].abs().sum(dim=1) > 0
+        holistic, patches = reached[:6].tolist(), reached[6:].tolist()
+        assert patches == [patch <= p - shift for patch in range(16)]
+        if p >= shift:
+            assert all(holistic)
+        else:  # outputs of holistic tokens, which see those up to their own place
+            assert holistic == [token <= 6 - shift + p for token in range(6)]
+
+
+def test_the_last_patch_codes_reach_no_pixel():
+    tok = awake(small(*SHIFTED))
+    images = images_of(2, 32)
+    ids = tok.tokenize(images)
+    other = ids.clone()
+    other[:, -3:] = 16 + (other[:, -3:] - 16 + 1) % 16
+    assert torch.equal(tok.detokenize(other), tok.detokenize(ids))
+    other[:, -4] = 16 + (other[:, -4] - 16 + 1) % 16
+    assert not torch.equal(tok.detokenize(other), tok.detokenize(ids))
+    other = ids.clone()
+    other[:, 0] = (other[:, 0] + 1) % 16  # a holistic one reaches the last cell too
+    assert not torch.equal(tok.detokenize(other)[..., -8:, -8:], tok.detokenize(ids)[..., -8:, -8:])
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match=r"decoder\.shift=3: must be 0 to num_holistic_tokens=2"):
+        small("tokenizer.decoder.shift=3")
+    with pytest.raises(ConfigError, match=r"latent_dim=8: must be decoder\.width=16"):
+        small("tokenizer.decoder.cnn.latent_dim=8")
+
+
+# ---------------------------------------------------------------------- ids
+
+
+def test_two_codebooks_in_one_vocabulary():
+    tok = small(*SHIFTED)
+    images = images_of(8, 32)
+    tok.initialize(tok.to_model_range(images))
+    ids = tok.tokenize(images)
+    assert ids.shape == (8, 22, 1) and tok.num_tokens == 22
+    assert (ids[:, :6] < 16).all() and (ids[:, 6:] >= 16).all() and (ids < 32).all()
+    assert tok.bits_per_image == 22 * 4  # positions say which codebook
+    books = tok.quantizer.books
+    assert not torch.equal(books[0].embedding, books[1].embedding)
+    assert torch.equal(tok.codebooks()[0], torch.cat([b.embedding for b in books]))
+
+
+def test_an_id_of_the_wrong_kind_is_refused():
+    tok = small(*SHIFTED)
+    ids = tok.tokenize(images_of(2, 32))
+    for place, value, words in ((0, 20, "holistic token holds the id of a patch"), (9, 3, "patch token holds the id of a holistic")):  # fmt: skip
+        bad = ids.clone()
+        bad[1, place] = value
+        with pytest.raises(ConfigError, match=words):
+            tok.detokenize(bad)
+    with pytest.raises(ConfigError, match="valid are 0 to 31"):
+        tok.detokenize(ids + 16)
+    with pytest.raises(ConfigError, match="fixed length of 22 tokens"):
+        tok.detokenize(ids[:, :6])
+
+
+def test_an_export_says_whose_ids_are_whose(tmp_path):
+    words = [*SHIFTED, "quantizer=vq", "quantizer.codebook_size=16", "quantizer.codebook_dim=8"]
+    from helpers import SIZES, TINY
+    from vistok.export.exporter import write_export
+
+    base = [w for w in TINY if not w.startswith(("tokenizer.", "quantizer."))]
+    config = config_of("tokenizer=hita_tiny", *base, *SIZES["hita_tiny"], *words)
+    tok = build_tokenizer(config).eval()
+    io = describe(tok, config)["io"]
+    assert io["token_order"] == "holistic" and io["codebook_sizes"] == [32]
+    tensors = codebook_tensors(tok)
+    assert tensors["codebook.0"].shape == (32, 8) and tensors["decoder_input"].shape == (32, 16)
+    ids = tok.tokenize(images_of(2, 32))
+    vectors = tensors["decoder_input"][ids[..., 0]]
+    assert torch.equal(vectors, tok.quantizer.decode(ids))
+    write_export(tok, config, tmp_path / "out", {})
+    back = vistok.load(tmp_path / "out")
+    assert torch.equal(back.detokenize(ids), tok.detokenize(ids))
+
+
+def test_a_quantizer_of_its_own_for_the_holistic_tokens():
+    with torch.device("meta"):
+        tok = build_tokenizer(config_of("experiment=hita_336"))
+    assert [book.codebook_dim for book in tok.quantizer.books] == [12, 8]
+    assert tok.quantizer.codebook_sizes == (32768,)
+    assert tok.num_tokens == 128 + 21 * 21 == 569 and tok.bits_per_image == 569 * 14
+    assert tok.codebooks()[0].shape == (32768, 12)
+
+
+# ---------------------------------------------------------------------- whole ones
+
+
+def test_paper_size_forward_and_backward_on_the_meta_device():
+    with torch.device("meta"):
+        tok = build_tokenizer(config_of("experiment=hita_336")).train()
+        latents = tok.encoder(torch.zeros(1, 3, 336, 336))
+        assert latents.shape == (1, 569, 512)
+        pictures = tok.decoder.reconstruct(latents)
+        assert pictures.shape == (1, 3, 336, 336)
+        pictures.sum().backward()
+    unused = [n for n, p in tok.named_parameters() if p.grad is None]
+    assert all(n.startswith("quantizer") for n in unused), unused
+    assert tok.decoder.first == 124  # outputs 124 to 564 are the cells
+    hidden = tok.encoder.transformer.blocks[0].mlp.down.in_features
+    assert abs(hidden - 1368) < 8  # the released code rounds up to a multiple of 8
+
+
+def test_activation_checkpointing_keeps_the_gradients():
+    results = []
+    for flag in ("false", "true"):
+        options = [f"tokenizer.{part}.activation_checkpointing={flag}" for part in ("encoder", "decoder")]  # fmt: skip
+        tok = awake(small(*options).train())
+        torch.manual_seed(1)
+        output = tok(tok.to_model_range(images_of(4)))
+        (output.prediction - output.target).square().mean().backward()
+        results.append([p.grad for p in tok.parameters()])
+    assert sum(g is not None and bool(g.any()) for g in results[0]) > 20
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_tiny_one_learns_with_both_codebooks():
+    torch.manual_seed(0)
+    tok = small("quantizer.codebook_size=64")
+    x = tok.to_model_range(images_of(24))
+    tok.initialize(x)
+    for part in tok.tokenize(images_of(24)).split([2, 4], dim=1):
+        assert len(part.unique()) > 8
+    tok.train()
+    optimizer = torch.optim.AdamW(tok.parameters(), 3e-3)
+    errors = []
+    for _ in range(60):
+        output = tok(x)
+        error = (output.prediction - x).square().mean()
+        optimizer.zero_grad()
+        (error + 0.25 * output.quantizer.losses["commitment"]).backward()
+        optimizer.step()
+        tok.quantizer.after_step([optimizer])
+        errors.append(error.item())
+    assert sum(errors[-5:]) < 0.8 * sum(errors[:5])
+    for part in tok.eval().tokenize(images_of(24)).split([2, 4], dim=1):
+        assert len(part.unique()) > 3

@@ -1,0 +1,59 @@
+"""Hita: tokens of the whole image before those of its patches, each kind with its codebook."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vistok.decoders.base import Decoder
+from vistok.encoders.hita import HitaEncoder
+from vistok.errors import ConfigError
+from vistok.models.tokenizer import Tokenizer
+from vistok.quantizers.base import Quantizer
+from vistok.quantizers.segments import Segments
+
+
+class Hita(Tokenizer):
+    """Holistic tokens, then a grid of patch tokens, and a decoder that can't do without either.
+
+    Ids are `(B, H + cells, Q)`, holistic ones first, of one joint vocabulary: see `Segments`.
+
+    Paper: Zheng et al. 2025, https://arxiv.org/abs/2507.02358. The paper's encoder also reads the
+    features of a frozen DINOv2, at encode time too; this one does not, see `HitaEncoder`.
+    Parts: `HitaEncoder`, `HitaDecoder`, `Segments`.
+
+    Args:
+        encoder: images to latents.
+        quantizer: of the patch tokens; an id per token.
+        decoder: vectors to images.
+        image_size: (H, W) in pixels, or the side of squares.
+        channels: C of the images.
+        holistic_quantizer: of the holistic tokens; None for a second one like `quantizer`.
+    """
+
+    token_order = "holistic"
+    quantizer: Segments
+
+    def __init__(
+        self,
+        encoder: HitaEncoder,
+        quantizer: Quantizer,
+        decoder: Decoder,
+        image_size: int | Sequence[int],
+        channels: int = 3,
+        holistic_quantizer: Quantizer | None = None,
+    ) -> None:
+        books = [holistic_quantizer or copy.deepcopy(quantizer), quantizer]
+        holistic = encoder.num_holistic_tokens
+        parts = Segments(books, [holistic, encoder.num_tokens - holistic])
+        super().__init__(encoder, parts, decoder, image_size, channels)
+
+    def _check_range(self, ids: Tensor) -> None:
+        super()._check_range(ids)
+        owners = self.quantizer.owners(ids)
+        for book, part in enumerate(owners.split(self.quantizer.lengths, dim=1)):
+            if part.numel() and bool((part != book).any()):
+                first, last = (("holistic", "patch"), ("patch", "holistic"))[book]
+                raise ConfigError(f"ids: a {first} token holds the id of a {last} token")

@@ -1,0 +1,101 @@
+"""Levels of tokens, coarse to fine: residual pooling, merging, block-causal masks (ResTok)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.errors import ConfigError
+from vistok.nn.patches import grid_points
+
+Grid = tuple[int, int]
+
+
+def residual_pyramid(grid: Tensor, levels: Sequence[Grid]) -> list[Tensor]:
+    """Averages over the cells of each level, of what the levels before have not said.
+
+    Args:
+        grid: `(B, W, rows, columns)`.
+        levels: grids, coarse to fine.
+
+    Returns:
+        `(B, cells, W)` for each level, raster order.
+    """
+    tokens = []
+    for level in levels:
+        pooled = F.adaptive_avg_pool2d(grid, level)
+        tokens.append(pooled.flatten(2).transpose(1, 2))
+        grid = grid - F.interpolate(pooled, size=grid.shape[2:], mode="nearest")
+    return tokens
+
+
+def halved(grid: Grid) -> Grid:
+    """Half the longer side, of a square the rows: 16x16, 8x16, 8x8, 4x8, ...
+
+    Raises:
+        ConfigError: if there is one cell only, or the side is odd.
+    """
+    rows, columns = grid
+    if max(grid) == 1 or max(grid) % 2:
+        raise ConfigError(
+            f"tokenizer.encoder.merge_layers: a grid of {rows} x {columns} cells can't be halved; "
+            "merge in fewer layers or use larger images"
+        )
+    return (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+
+
+def merge_residual(tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Every other token of a grid, and what is left of all of them without it.
+
+    Args:
+        tokens: `(B, cells, W)`, raster order.
+        grid: its rows and columns.
+
+    Returns:
+        coarse `(B, cells / 2, W)` of `halved(grid)`, and tokens minus its nearest upsampling:
+        zero at the tokens that were taken.
+    """
+    dim = 1 if halved(grid)[0] < grid[0] else 2
+    cells = tokens.unflatten(1, grid)
+    coarse = cells[:, ::2] if dim == 1 else cells[:, :, ::2]
+    rest = cells - coarse.repeat_interleave(2, dim=dim)
+    return coarse.flatten(1, 2), rest.flatten(1, 2)
+
+
+def block_causal_mask(counts: Sequence[int]) -> Tensor:
+    """`(L, L)` bool, True = visible: a token sees its own level whole, and all earlier levels."""
+    level = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
+    return level[:, None] >= level
+
+
+def level_points(grids: Sequence[Grid], finest: Grid) -> Tensor:
+    """Centres `(L, 2)` of the cells of each grid, in units of the finest grid's cells."""
+    points = []
+    for grid in grids:
+        scale = torch.tensor([side / part for side, part in zip(finest, grid, strict=True)])
+        points.append((grid_points(grid) + 0.5) * scale - 0.5)
+    return torch.cat(points)
+
+
+class LevelLinear(nn.Module):
+    """A linear layer of its own for each level of a sequence.
+
+    Args:
+        counts: tokens of each level.
+        in_features: width of the input.
+        out_features: width of the output.
+    """
+
+    def __init__(self, counts: Sequence[int], in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.counts = list(counts)
+        self.out_features = out_features
+        self.layers = nn.ModuleList(nn.Linear(in_features, out_features) for _ in counts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, sum of counts, in_features)` to `(B, sum of counts, out_features)`."""
+        parts = x.split(self.counts, dim=1)
+        return torch.cat([net(part) for net, part in zip(self.layers, parts, strict=True)], dim=1)
