@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vistok.errors import DataError
 
@@ -32,6 +32,7 @@ class SkippedImages(dict[str, str]):
 
     Attributes:
         causes: how many keys there are of each cause.
+        cause_of: the cause of each key.
         met: images asked for so far, those skipped among them.
         total: images that there are, so that later epochs do not dilute the share; None if
             that is not known.
@@ -44,6 +45,7 @@ class SkippedImages(dict[str, str]):
         self.max_share, self.met = max_share, 0
         self.total: int | None = None
         self.causes: Counter[str] = Counter()
+        self.cause_of: dict[str, str] = {}
         self.file: Path | None = None
         self._unwritten: list[Skip] = []
 
@@ -60,8 +62,7 @@ class SkippedImages(dict[str, str]):
         new = [skip for skip in {s.key: s for s in skipped}.values() if skip.key not in self]
         self.met += met + len(new)
         for skip in new:
-            self[skip.key] = skip.reason
-            self.causes[skip.cause] += 1
+            self._add(skip)
             if len(self) <= 5 or str(len(self)).strip("0") == "1":  # 1 to 5, 10, 100, ...
                 log.warning("skipped image %s (%s); %d so far", skip.key, skip.reason, len(self))
         self._unwritten += new
@@ -79,6 +80,23 @@ class SkippedImages(dict[str, str]):
                 f" data.max_skipped_share={self.max_share:g} ({self._counts()}; the last is {key}:"
                 f" {reason})"
             )
+
+    def _add(self, skip: Skip) -> None:
+        self[skip.key] = skip.reason
+        self.cause_of[skip.key] = skip.cause
+        self.causes[skip.cause] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this process's account."""
+        images = [[key, reason, self.cause_of[key]] for key, reason in self.items()]
+        return {"met": self.met, "images": images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add the account of `state_dict`, which was written to the file then."""
+        self.met += state["met"]
+        for key, reason, cause in state["images"]:
+            if key not in self:
+                self._add(Skip(key, reason, cause))
 
     def _write(self) -> None:
         lines = [
