@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.distributed import world_size
 from vistok.metrics.image import PSNR, SSIM, ImageMetric, to_uint8
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage
@@ -52,14 +53,16 @@ class Evaluator:
         Returns:
             The reconstructions of the valid images, `(B', C, H, W)` uint8.
         """
+        padded = images
         if valid is not None:
             images = images[valid.to(images.device)]
         if not len(images):
+            if len(padded) and world_size() > 1:
+                self._reconstruct(padded[:1])  # sharded weights are gathered by all ranks together
             return images
         start = time.perf_counter()
         images = images.to(self.tokenizer.device)
-        indices = self.tokenizer.tokenize(images, self.num_tokens)
-        reconstructions = to_uint8(self.tokenizer.detokenize(indices, **self.sampling))
+        indices, reconstructions = self._reconstruct(images)
         if images.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start
@@ -70,6 +73,10 @@ class Evaluator:
             for metric in self.metrics:
                 metric.update(images, reconstructions)
         return reconstructions
+
+    def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        indices = self.tokenizer.tokenize(images, self.num_tokens)
+        return indices, to_uint8(self.tokenizer.detokenize(indices, **self.sampling))
 
     def compute(self) -> dict[str, float]:
         """Results over all batches and ranks; plain numbers.
