@@ -87,6 +87,10 @@ def test_a_run_stops(photos, tmp_path, workers):
 def test_the_account_is_kept_and_goes_on(tmp_path):
     account = SkippedImages()
     account.record([bad(1), bad(2, "not an image")], 8)
+    seen = SkippedImages()
+    seen.load_state_dict(account.state_dict())
+    seen.record([bad(9)], 5, training=False)  # a validation, which comes again
+    assert seen.state_dict() == account.state_dict() and seen.met == 16 and len(seen) == 3
     again = SkippedImages()
     again.file = tmp_path / "skipped.tsv"
     again.load_state_dict(account.state_dict())

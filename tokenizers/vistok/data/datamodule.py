@@ -476,7 +476,8 @@ class VistokDataModule(L.LightningDataModule):
 
     def _record_val(self, batch: Batch, counted: bool = True) -> None:
         # Pictures look at what the validation has counted.
-        self.skipped.record(batch["skipped"], int(batch["valid"].sum()) if counted else 0)
+        met = int(batch["valid"].sum()) if counted else 0
+        self.skipped.record(batch["skipped"], met, training=False)
         self._skipped_val.update(skip.key for skip in batch["skipped"])
         if len(self._skipped_val) == self.num_val and batch["skipped"]:
             last = batch["skipped"][-1]
