@@ -141,6 +141,34 @@ def test_torchrun_with_accumulation_trains_as_one_process(words, tmp_path):
     assert_as_one_process(tmp_path / "two", tmp_path / "one", tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["tokenizer=flextok_tiny"],  # lengths of samples; noise, times and dropped conditions
+        ["tokenizer=one_d_piece_tiny", "tokenizer.length.distribution=rounded_up"],  # of steps
+        ["tokenizer=flextok_tiny", "quantizer=residual_vq", "quantizer.quantizer_dropout=0.5"],
+    ],
+)
+def test_two_ranks_draw_what_one_process_draws(words, tmp_path, more):
+    words = [w for w in words if "dead_code" not in w and "ema_decay" not in w]
+    words = [*words[: words.index("loss=mse")], *more, *words[words.index("loss=mse") :]]
+    process = start([*words, *TWO, "hydra.run.dir=two"])
+    assert train([*words, "hydra.run.dir=one"]) == 0
+    code, out, err = ended(process)
+    assert code == 0, out + err
+    first, second = (floats(tmp_path / name, "loss/total") for name in ("two", "one"))
+    assert first.keys() == second.keys() and len(first) == 6
+    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+    split = ["trainer.global_batch_size=4", "data.batch_size=1"]  # and in what it accumulates
+    if "quantizer=residual_vq" not in more:
+        assert train([*words, *split, "quantizer.dead_code_threshold=0", "hydra.run.dir=four"]) == 0
+        assert train([*words, "quantizer.dead_code_threshold=0", "hydra.run.dir=zero"]) == 0
+        first, second = (floats(tmp_path / name, "loss/total") for name in ("four", "zero"))
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+
+
 # ---------------------------------------------------------------------- endings
 
 AT_STEP_3 = """

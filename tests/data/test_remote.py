@@ -331,3 +331,33 @@ def test_missing_packages_are_named(quick, url, message, monkeypatch):
     with pytest.raises(DataError, match=message) as error:
         RemoteShard(url, quick).open()
     assert "\n" not in str(error.value)
+
+
+def test_remote_shards_are_checked(server, shards, tmp_path, monkeypatch, capsys):
+    from vistok.data import check_shards
+
+    monkeypatch.setenv("VISTOK_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.0)
+
+    def check(place):
+        monkeypatch.setattr(remote, "_manifests", {})
+        code = check_shards.main([f"{server.url}/{place}".rstrip("/"), "decode=true", "workers=1"])
+        return code, capsys.readouterr().out
+
+    for place in ("", "train-{000000..000002}.tar", NAME):
+        code, said = check(place)
+        assert code == 0 and "all is well" in said, said
+    data = bytearray((shards / NAME).read_bytes())
+    data[700] ^= 1
+    (shards / NAME).write_bytes(data)
+    for kept in (tmp_path / "kept").rglob("*.tar"):
+        kept.unlink()
+    code, said = check("")
+    assert code == 1 and f"{NAME}: does not match the checksum in its manifest" in said
+    (shards / NAME).unlink()
+    code, said = check("train-{000000..000002}.tar")
+    assert code == 1 and f"{NAME}: there is no such shard" in said
+    (shards / "manifest.json").unlink()
+    monkeypatch.setattr(remote, "_manifests", {})
+    assert check_shards.main([server.url]) == 2
+    assert "has no manifest.json of ours" in capsys.readouterr().err

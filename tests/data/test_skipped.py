@@ -82,3 +82,39 @@ def test_a_run_stops(photos, tmp_path, workers):
         patient.advance()
         if patient.samples_seen > 1500:
             break
+
+
+def test_the_account_is_kept_and_goes_on(tmp_path):
+    account = SkippedImages()
+    account.record([bad(1), bad(2, "not an image")], 8)
+    seen = SkippedImages()
+    seen.load_state_dict(account.state_dict())
+    seen.record([bad(9)], 5, training=False)  # a validation, which comes again
+    assert seen.state_dict() == account.state_dict() and seen.met == 16 and len(seen) == 3
+    again = SkippedImages()
+    again.file = tmp_path / "skipped.tsv"
+    again.load_state_dict(account.state_dict())
+    assert again == account and again.causes == account.causes and again.met == 10
+    again.record([bad(1), bad(3)], 8)  # one of them is known, and in the file of then
+    assert len(again) == 3 and again.met == 19
+    assert again.file.read_text() == "k3\tdamaged\tx.tar: because 3\n"
+    assert again.state_dict()["images"][1] == ["k2", "x.tar: because 2", "not an image"]
+
+
+@pytest.mark.parametrize(("ranks", "rank", "found"), [(2, 0, 1), (2, 1, 2), (3, 0, 3), (3, 1, 0)])
+def test_each_rank_has_its_own_account(shards, monkeypatch, ranks, rank, found):
+    from vistok import distributed
+
+    datamodule = VistokDataModule("shards", f"{shards}/*.tar", image_size=16, num_workers=0)
+    datamodule.setup("fit")
+    state = datamodule.state_dict()
+    assert state["skipped"] == [{"met": 0, "images": []}]
+    accounts = [SkippedImages(), SkippedImages()]
+    accounts[0].record([bad(1)], 4)
+    accounts[1].record([bad(2), bad(3)], 4)
+    state["skipped"] = [account.state_dict() for account in accounts]
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    datamodule.load_state_dict(state)
+    assert len(datamodule.skipped) == found
+    assert datamodule.skipped.met == {1: 5, 2: 6, 3: 11, 0: 0}[found]

@@ -6,6 +6,10 @@ vistok's own layers, or classes that the running program registered itself.
 A checkpoint file ends with its seal: a line with the SHA-256 of all bytes before it and the step.
 The seal is in the file itself, so no crash can come between the two; zip readers, torch's among
 them, ignore what follows the archive.
+
+A sharded run (FSDP2) writes a folder in a file's place, with a sealed file from each rank. What is
+sharded lies in them in pieces, everything else in the first one. torch.distributed.checkpoint is
+not used: it keeps no checksums, and reads its index by unpickling, which can run code.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import importlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +161,13 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 
 def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """The checkpoint file of a run folder (best or last), or `path` itself if it is a file.
+    """The checkpoint of a run folder (best or last), or `path` itself if it is one.
 
     Raises:
         CheckpointError: if there is none.
     """
     path = Path(path)
-    if path.is_file():
+    if is_checkpoint(path):
         return path
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -171,20 +175,75 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         raise CheckpointError(f"{path}: no such run, export or checkpoint{hint}")
     names = ("best.ckpt", "last.ckpt") if prefer == "best" else ("last.ckpt", "best.ckpt")
     for name in names:
-        if (path / "checkpoints" / name).is_file():
+        if is_checkpoint(path / "checkpoints" / name):
             return path / "checkpoints" / name
     raise CheckpointError(f"{path}: holds no checkpoints/last.ckpt and no model.safetensors")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file: tensors and plain containers only.
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a checkpoint's: a file, or the folder of a sharded one."""
+    return path.is_file() or (path.suffix == ".ckpt" and path.is_dir())
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    inside = checkpoint.parent.name == "checkpoints"
+    return checkpoint.parent.parent if inside else checkpoint.parent
+
+
+def read_checkpoint(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The content of a checkpoint: tensors and plain containers only.
+
+    Args:
+        path: a file, or the folder of a sharded checkpoint, which is put together.
+        without: names at the top level to leave out; of a sharded one they are not read.
 
     Raises:
-        CheckpointError: if the file is damaged, or holds anything that would run code.
+        CheckpointError: if a file is damaged, or holds anything that would run code.
+    """
+    return read_parts(path, lambda pieces: torch.cat([piece for _, piece in pieces]), without)
+
+
+def read_parts(
+    path: Path, join: Callable[[list[tuple[int, Tensor]]], Any], without: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Like `read_checkpoint`, with `join` to make something of the pieces of a sharded tensor.
+
+    Args:
+        path: a file or a folder.
+        join: from (first row, rows) in order of the rows. Of a folder the rows are on the disk
+            until they are looked at.
+        without: names at the top level to leave out.
     """
     check_seal(path)
+    files = checkpoint_files(path)
+    contents = [_read_file(file, mmap=path.is_dir()) for file in files]
+    for name in without:
+        for content in contents:
+            content.pop(name, None)
+    return _joined(contents, join)
+
+
+#: Marks a piece of a tensor in the file of a rank: {SHARD: rows, "first": number of the first}.
+SHARD = "vistok.shard"
+
+
+def _joined(parts: Sequence[Any], join: Callable[[list[tuple[int, Tensor]]], Any]) -> Any:
+    """One content from those of the ranks; what is not sharded is the first one's."""
+    first = parts[0]
+    if isinstance(first, dict):
+        if SHARD in first:
+            pieces = [(part["first"], part[SHARD]) for part in parts]
+            return join([piece for piece in pieces if len(piece[1])] or pieces[:1])
+        return {key: _joined([part[key] for part in parts], join) for key in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(_joined(items, join) for items in zip(*parts, strict=True))
+    return first
+
+
+def _read_file(path: Path, mmap: bool) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and plain values, or is damaged"
@@ -208,20 +267,43 @@ def seal(sha256: str, step: int) -> bytes:
     return _SEAL.format(sha256, step).encode()
 
 
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files of a checkpoint, in the order of the ranks.
+
+    Raises:
+        CheckpointError: if one of a sharded checkpoint is missing.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*-of-*.ckpt"))
+    wanted = int(files[0].stem.rpartition("-")[2]) if files else 1
+    if len(files) != wanted:
+        raise CheckpointError(f"{path}: not whole, it has {len(files)} of {wanted} files")
+    return files
+
+
 def read_seal(path: Path) -> tuple[str, int] | None:
-    """Digest and step that the file's seal names; None if it has none."""
-    with open(path, "rb") as file:
+    """Digest and step that the seal of a checkpoint('s first file) names; None if it has none."""
+    with open(checkpoint_files(path)[0], "rb") as file:
         file.seek(max(0, file.seek(0, 2) - _SEAL_BYTES))
         found = re.fullmatch(rb"\nvistok sha256=(.{64}) step=(\d{10})\n", file.read(), re.DOTALL)
     return (found[1].decode(errors="replace"), int(found[2])) if found else None
 
 
 def check_seal(path: Path) -> None:
-    """Compare the bytes of a file with its seal; a file without one passes.
+    """Compare the bytes of a checkpoint with its seals; a single file without one passes.
 
     Raises:
-        CheckpointError: if they differ, or the file cannot be read.
+        CheckpointError: if they differ, or a file cannot be read.
     """
+    if path.is_dir():
+        files = checkpoint_files(path)
+        seals = [read_seal(file) for file in files]
+        if None in seals or len({seal[1] for seal in seals if seal}) != 1:
+            raise CheckpointError(f"{path}: damaged, its files are not of one step")
+        for file in files:
+            check_seal(file)
+        return
     try:
         sealed = read_seal(path)
         if sealed is None:
@@ -239,11 +321,14 @@ def check_seal(path: Path) -> None:
         )
 
 
+_HEAVY = ("state_dict", "optimizer_states", "ema")
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The config of a checkpoint file or an export folder, as plain containers."""
-    if path.is_dir():
+    """The config of a checkpoint or an export folder, as plain containers."""
+    if path.is_dir() and not is_checkpoint(path):
         return _read_export(path)[0]
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, without=_HEAVY)
     try:
         return content["hyper_parameters"]["config"]
     except KeyError as error:
@@ -253,7 +338,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _read_checkpoint(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if weights not in ("ema", "last"):
         raise ConfigError(f"weights={weights}: must be 'ema' or 'last'")
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, without=["optimizer_states"])
     try:
         config = content["hyper_parameters"]["config"]
     except KeyError as error:

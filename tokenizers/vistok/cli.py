@@ -325,12 +325,12 @@ def _value(overrides: Sequence[str], key: str) -> str | None:
 
 def _run_of(path: Path) -> tuple[Path, Path]:
     """The run folder and the checkpoint that `resume=` names."""
+    from vistok.checkpoint import is_checkpoint, run_folder
+    from vistok.configuration import load_run_config
     from vistok.errors import CheckpointError
 
-    if path.is_file():
-        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        return run, path
-    from vistok.configuration import load_run_config
+    if is_checkpoint(path):
+        return run_folder(path), path
     from vistok.training.checkpoints import newest_whole
 
     load_run_config(path)  # says clearly if there is no such run

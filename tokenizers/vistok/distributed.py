@@ -7,11 +7,12 @@ exists, and an answer cached then would leave the codebooks of each rank to them
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -71,6 +72,22 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     return tensor
 
 
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients by their means over the ranks, in one reduction.
+
+    For parameters that neither DDP nor FSDP looks after; once per step, also when it accumulates.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if world_size() == 1 or not grads:
+        return
+    flat = torch.cat([grad.float().flatten() for grad in grads])
+    dist.all_reduce(flat)
+    means = flat.div_(world_size()).split([grad.numel() for grad in grads])
+    for grad, mean in zip(grads, means, strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
 # ---------------------------------------------------------------------- beside the accelerator
 
 _control: tuple[Any, Any] | None = None  # the default group, and the gloo group beside it
@@ -87,6 +104,15 @@ def control_group() -> Any:
         own = default if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         _control = default, own
     return _control[1]
+
+
+def gather(value: Any) -> list[Any]:
+    """A small object of each rank, in their order; every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
 
 
 def max_of_all(value: int) -> int:

@@ -48,6 +48,8 @@ examples
 
 {_listing("stage", "stages (stage=NAME)")}
 
+{_listing("adversary", "adversaries (adversary=NAME)")}
+
 {_listing("data", "data (data=NAME)")}
 
 {_listing("logger", "loggers (logger=NAME)")}

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from vistok.data.decode import DecodeError, decode
 from vistok.data.files import replacing
 from vistok.data.index import ShardIndex, scan, sidecar
+from vistok.data.remote import RemoteShard, ShardCache, read_manifest
 from vistok.data.shards import sha256
 from vistok.data.sources import expand_shards
 from vistok.errors import ConfigError, DataError, VistokError, nearest
@@ -28,7 +29,8 @@ Check shards: checksums, counts and indexes, and with decode=true every image.
   {program} PLACE [option=value ...]
 
 PLACE is a folder of shards (its manifest.json is checked too, if there is one), or shards by name
-('sets/train-{{000000..000127}}.tar').
+('sets/train-{{000000..000127}}.tar'). Both may be addresses (https://, s3://, gs://, hf://): shards
+are fetched, into the cache that training reads from, and a folder must have a manifest.json.
 
   decode=false   decode every image, and compare its size with the index
   workers=       processes; empty for one per core
@@ -43,7 +45,7 @@ The exit code is 0 if all is well, 1 if anything is damaged, 2 if the command wa
 class Job:
     """One shard to check, and what its manifest says of it (None without one)."""
 
-    tar: Path
+    tar: Path | RemoteShard
     expected: dict[str, Any] | None
 
 
@@ -70,7 +72,10 @@ def check_shards(place: str, decoded: bool = False, workers: int = 1) -> list[Fi
         DataError: if there are no shards, or the manifest cannot be read.
     """
     folder = Path(place).expanduser()
-    jobs = _jobs_of_folder(folder) if folder.is_dir() else _jobs_of_names(place)
+    if "://" in place and not place.endswith(".tar"):
+        jobs = _jobs_of_address(place.rstrip("/"))
+    else:
+        jobs = _jobs_of_folder(folder) if folder.is_dir() else _jobs_of_names(place)
     with ProcessPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
         from rich.progress import track
 
@@ -98,12 +103,20 @@ def _jobs_of_folder(folder: Path) -> list[Job]:
 def _jobs_of_names(place: str) -> list[Job]:
     jobs = []
     for path in expand_shards(place, "shards"):
-        if not isinstance(path, Path):
-            raise DataError(f"{place}: only local shards can be checked")
+        if isinstance(path, RemoteShard):
+            jobs.append(Job(path, path.in_manifest() or None))
+            continue
         jobs += [job for job in _jobs_of_folder(path.parent) if job.tar == path] or [
             Job(path, None)
         ]
     return jobs
+
+
+def _jobs_of_address(address: str) -> list[Job]:
+    listed = read_manifest(f"{address}/manifest.json", ShardCache())
+    if not listed:
+        raise DataError(f"{address}: has no manifest.json of ours; name the shards themselves")
+    return [Job(RemoteShard(f"{address}/{name}", ShardCache()), listed[name]) for name in listed]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -121,6 +134,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _check(job: Job, decoded: bool) -> Finding:
     """Check one shard; whatever is wrong becomes a line."""
+    if isinstance(job.tar, RemoteShard):
+        try:
+            job.tar.index()
+            here = Job(job.tar.fetch(), job.expected)
+        except DataError as error:
+            reason = str(error).removeprefix(f"{job.tar}: ")
+            return Finding(job.tar.name, problems=[reason])
+        return replace(_check(here, decoded), shard=job.tar.name)
     finding = Finding(job.tar.name)
     if not job.tar.exists():
         finding.problems.append("is missing")

@@ -408,12 +408,13 @@ class VistokDataModule(L.LightningDataModule):
         return source if self._held_out is None else f"{source}-{self.num_train}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
+        """The position, what it is a position in, and what each rank had to skip."""
         return {
             "samples_seen": self.samples_seen,
             "seed": self.seed,
             "window": self.order.window,
             "fingerprint": self.fingerprint,
+            "skipped": distributed.gather(self.skipped.state_dict()),
             **self._mixing(),
         }
 
@@ -439,6 +440,13 @@ class VistokDataModule(L.LightningDataModule):
             self._check_resumed(state_dict)
         self._resumed = state_dict
         self.samples_seen = int(state_dict["samples_seen"])
+        skipped, rank = state_dict.get("skipped", []), distributed.rank()
+        if len(skipped) == distributed.world_size():
+            skipped = skipped[rank : rank + 1]
+        elif rank > 0:  # of other ranks than these: the first one keeps all accounts
+            skipped = []
+        for account in skipped:
+            self.skipped.load_state_dict(account)
 
     def _check_resumed(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.fingerprint:
@@ -466,8 +474,10 @@ class VistokDataModule(L.LightningDataModule):
         """Keep account of a batch's skipped images; the loaders call it for every batch."""
         self.skipped.record(batch["skipped"], int(batch["valid"].sum()))
 
-    def _record_val(self, batch: Batch) -> None:
-        self.record(batch)
+    def _record_val(self, batch: Batch, counted: bool = True) -> None:
+        # Pictures look at what the validation has counted.
+        met = int(batch["valid"].sum()) if counted else 0
+        self.skipped.record(batch["skipped"], met, training=False)
         self._skipped_val.update(skip.key for skip in batch["skipped"])
         if len(self._skipped_val) == self.num_val and batch["skipped"]:
             last = batch["skipped"][-1]
@@ -508,7 +518,7 @@ class VistokDataModule(L.LightningDataModule):
                     continue
                 tried.add(number)
                 batch = self.val_set.__getitems__([(0, number)])
-                self._record_val(batch)
+                self._record_val(batch, counted=False)
                 if bool(batch["valid"][0]):
                     images.append(batch["image"])
                     break

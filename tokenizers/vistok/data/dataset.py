@@ -270,7 +270,7 @@ class EvalSampler:
             ]
 
 
-def _as_sent(batch: Batch) -> Batch:
+def _as_sent(batch: Any) -> Batch:
     """Small tensors as arrays: pickled at once, where torch would open shared memory for each."""
     small = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.nbytes < 2**16}
     return batch | {name: value.numpy() for name, value in small.items()}

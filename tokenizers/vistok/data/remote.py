@@ -103,7 +103,7 @@ class RemoteShard:
     def _local(self) -> Path:
         # The whole address, for train/0000.tar and val/0000.tar are not the same.
         # And what the manifest says of it, for a set may be written anew at the same address.
-        name = f"{self.url} {self._in_manifest().get('sha256', '')}"
+        name = f"{self.url} {self.in_manifest().get('sha256', '')}"
         digest = hashlib.sha256(name.encode()).hexdigest()[:20]
         return self.cache.folder / f"{digest}-{Path(self.name).stem[:60]}.tar"
 
@@ -144,7 +144,7 @@ class RemoteShard:
 
     def _download(self, path: Path, index: ShardIndex | None) -> None:
         log.info("fetching %s", self.url)
-        expected = self._in_manifest()
+        expected = self.in_manifest()
         begun = path.with_suffix(".tar.part")
 
         def check() -> str | None:
@@ -171,7 +171,7 @@ class RemoteShard:
             DataError: as `open`; or if the shard is damaged.
         """
         with self._writing():
-            expected = self._in_manifest().get("index_sha256")
+            expected = self.in_manifest().get("index_sha256")
             kept = self._local.with_suffix(".idx")
             with self.cache.locked(kept.name):
                 index = ShardIndex.load(kept)
@@ -194,9 +194,9 @@ class RemoteShard:
     def _kept_index(self) -> ShardIndex | None:
         return ShardIndex.load(self._local.with_suffix(".idx"))
 
-    def _in_manifest(self) -> dict[str, Any]:
+    def in_manifest(self) -> dict[str, Any]:
         """What the manifest beside the shard says of it; empty if there is none."""
-        manifest = _manifest(self.url.rpartition("/")[0] + "/manifest.json", self.cache)
+        manifest = read_manifest(self.url.rpartition("/")[0] + "/manifest.json", self.cache)
         return manifest.get(self.name, {})
 
 
@@ -204,7 +204,8 @@ _manifests: dict[str, dict[str, dict[str, Any]]] = {}  # by address, once in eac
 _reading_manifest = threading.Lock()
 
 
-def _manifest(url: str, cache: ShardCache) -> dict[str, dict[str, Any]]:
+def read_manifest(url: str, cache: ShardCache) -> dict[str, dict[str, Any]]:
+    """Name to what the manifest at an address says of a shard; empty if there is none."""
     with _reading_manifest:
         if url not in _manifests:
             data = _read(url, cache)

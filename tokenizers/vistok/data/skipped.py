@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vistok.errors import DataError
 
@@ -32,6 +32,7 @@ class SkippedImages(dict[str, str]):
 
     Attributes:
         causes: how many keys there are of each cause.
+        cause_of: the cause of each key of training, and `met_in_training`: what checkpoints keep.
         met: images asked for so far, those skipped among them.
         total: images that there are, so that later epochs do not dilute the share; None if
             that is not known.
@@ -44,21 +45,27 @@ class SkippedImages(dict[str, str]):
         self.max_share, self.met = max_share, 0
         self.total: int | None = None
         self.causes: Counter[str] = Counter()
+        self.cause_of: dict[str, str] = {}
+        self.met_in_training = 0
         self.file: Path | None = None
         self._unwritten: list[Skip] = []
 
-    def record(self, skipped: Iterable[Skip], met: int = 0) -> None:
+    def record(self, skipped: Iterable[Skip], met: int = 0, training: bool = True) -> None:
         """Add those of a batch; logs the first few and then ever fewer.
 
         Args:
             skipped: of the batch.
             met: images that the batch has, without those skipped.
+            training: a batch of the training stream. Others come again when a run is resumed.
 
         Raises:
             DataError: if the share of bad images is above the one allowed.
         """
         new = [skip for skip in {s.key: s for s in skipped}.values() if skip.key not in self]
         self.met += met + len(new)
+        if training:
+            self.met_in_training += met + len(new)
+            self.cause_of |= {skip.key: skip.cause for skip in new}
         for skip in new:
             self[skip.key] = skip.reason
             self.causes[skip.cause] += 1
@@ -79,6 +86,20 @@ class SkippedImages(dict[str, str]):
                 f" data.max_skipped_share={self.max_share:g} ({self._counts()}; the last is {key}:"
                 f" {reason})"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this process's account."""
+        images = [[key, self[key], cause] for key, cause in self.cause_of.items()]
+        return {"met": self.met_in_training, "images": images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add the account of `state_dict`, which was written to the file then."""
+        self.met += state["met"]
+        self.met_in_training += state["met"]
+        for key, reason, cause in state["images"]:
+            if key not in self:
+                self[key], self.cause_of[key] = reason, cause
+                self.causes[cause] += 1
 
     def _write(self) -> None:
         lines = [

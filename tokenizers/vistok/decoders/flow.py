@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.decoders.base import Decoder
 from vistok.errors import ConfigError
+from vistok.nn.draws import normal, uniform
 from vistok.nn.flow import Guidance, integrate, mix, time_features
 from vistok.nn.patches import (
     as_pair,
@@ -123,10 +124,10 @@ class FlowDecoder(Decoder):
         """
         registers = self.registers(quantized, mask)
         if self.training and self.null_probability:
-            drop = torch.rand(len(images), 1, 1, device=images.device) < self.null_probability
+            drop = uniform((len(images), 1, 1), images.device) < self.null_probability
             registers = torch.where(drop, self.null.to(registers.dtype), registers)
-        time = torch.sigmoid(torch.randn(len(images), device=images.device))
-        noise = torch.randn_like(images)
+        time = torch.sigmoid(normal((len(images),), images.device))
+        noise = normal(images.shape, images.device).to(images.dtype)
         output = self.output(mix(images, noise, time), time, registers)
         return output, images if self.predicts == "image" else noise - images
 

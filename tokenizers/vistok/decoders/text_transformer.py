@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
 from vistok.errors import ConfigError
+from vistok.nn.draws import uniform
 
 
 class TextTransformerDecoder(LatentTransformerDecoder):
@@ -120,6 +121,6 @@ class TextTransformerDecoder(LatentTransformerDecoder):
                 )
             tokens = self.text_embed(text.to(self.text_embed.weight))
             if self.training:  # also at a share of 0: DDP wants every parameter in the graph
-                drop = torch.rand(batch, 1, 1, device=tokens.device) < self.text_dropout
+                drop = uniform((batch, 1, 1), tokens.device) < self.text_dropout
                 tokens = torch.where(drop, self.no_text.to(tokens.dtype), tokens)
         return (tokens + self.text_positions).expand(batch, -1, -1)

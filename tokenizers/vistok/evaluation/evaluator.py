@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.distributed import world_size
 from vistok.metrics.image import PSNR, SSIM, ImageMetric, to_uint8
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage
@@ -58,17 +59,18 @@ class Evaluator:
         Returns:
             The reconstructions of the valid images, `(B', C, H, W)` uint8.
         """
-        conditions = conditions or {}
+        given, conditions = images, conditions or {}
+        first = {name: x[:1] for name, x in conditions.items()}
         if valid is not None:
             images = images[valid.to(images.device)]
             conditions = {name: x[valid.to(x.device)] for name, x in conditions.items()}
         if not len(images):
+            if len(given) and world_size() > 1:
+                self._reconstruct(given[:1], first)  # sharded weights are gathered by all together
             return images
         start = time.perf_counter()
         images = images.to(self.tokenizer.device)
-        indices = self.tokenizer.tokenize(images, self.num_tokens)
-        pictures = self.tokenizer.detokenize(indices, **self.sampling, **conditions)
-        reconstructions = to_uint8(pictures)
+        indices, reconstructions = self._reconstruct(images, conditions)
         if images.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start
@@ -79,6 +81,11 @@ class Evaluator:
             for metric in self.metrics:
                 metric.update(images, reconstructions)
         return reconstructions
+
+    def _reconstruct(self, images: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        indices = self.tokenizer.tokenize(images, self.num_tokens)
+        pictures = self.tokenizer.detokenize(indices, **self.sampling, **conditions)
+        return indices, to_uint8(pictures)
 
     def compute(self) -> dict[str, float]:
         """Results over all batches and ranks; plain numbers.

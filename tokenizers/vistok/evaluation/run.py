@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from vistok.checkpoint import find_checkpoint, load, read_config
+from vistok.checkpoint import find_checkpoint, is_checkpoint, load, read_config, run_folder
 from vistok.configuration import apply_overrides, compose
 from vistok.console import say
 from vistok.data.datamodule import VistokDataModule
@@ -120,9 +120,7 @@ def data_config(source: Path, overrides: list[str], batch_size: int) -> dict[str
 
 def default_folder(run: Path) -> Path:
     """The folder that results of `run` belong to."""
-    if run.is_dir():
-        return run
-    return run.parent.parent if run.parent.name == "checkpoints" else run.parent
+    return run_folder(run) if is_checkpoint(run) else run
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vistok
-from vistok.checkpoint import find_checkpoint, load, read_config
+from vistok.checkpoint import find_checkpoint, load, read_config, run_folder
 from vistok.errors import CheckpointError, ConfigError
 from vistok.models.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
 
 def run_metrics(checkpoint: Path) -> dict[str, Any]:
     """What the run has measured: `eval/metrics.json` if it was evaluated, else `summary.json`."""
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):
         if path.is_file():
             values = json.loads(path.read_text())

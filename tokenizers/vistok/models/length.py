@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.errors import ConfigError, nearest
+from vistok.nn.draws import integers, shared_integer, uniform
 
 _DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up")
 
@@ -14,15 +15,19 @@ class LengthPolicy(nn.Module):
     """Draws the number of tokens k that the decoder gets, 1 to N.
 
     Where the tail is cut, what stands in for it and when are the tokenizer's and its decoder's:
-    published checkpoints differ in these, and they can't be exchanged. Numbers come from torch's
-    generator, so a resumed run draws what the whole run would have drawn.
+    published checkpoints differ in these, and they can't be exchanged. In training the numbers are
+    a function of the run's seed and a position in the data stream (`vistok.nn.draws`): that of the
+    sample, or with per="batch" that of the step's first sample. So ranks draw different lengths
+    for their samples, all together what one process would draw, and a resumed run what the whole
+    run would have drawn.
 
     Args:
         distribution: of k. "uniform": each of 1..N alike (One-D-Piece's tail token drop; nested
             dropout). "powers_of_two": each of 1, 2, 4, ..., N alike. "rounded_up": uniform,
             then up to the next power of two, so P(N) = 1/2, P(N/2) = 1/4 and so on, which keeps
             the tail from starving. If N is no power of two it stands in for the next one.
-        per: "sample" draws one k for each image, "batch" one for the whole (local) batch.
+        per: "sample" draws one k for each image, "batch" one for all images of an optimizer step,
+            on all ranks and in all batches that it accumulates: their shapes agree.
     """
 
     def __init__(self, distribution: str = "uniform", per: str = "sample") -> None:
@@ -41,14 +46,17 @@ class LengthPolicy(nn.Module):
         self, batch: int, num_tokens: int, device: torch.device | str | None = None
     ) -> Tensor:
         """Lengths `(B,)` int64 in 1..N; all the same with per="batch"."""
-        draws = 1 if self.per == "batch" else batch
         levels = power_levels(num_tokens).to(device)
-        if self.distribution == "powers_of_two":
-            kept = levels[torch.randint(len(levels), (draws,), device=device)]
+        powers = self.distribution == "powers_of_two"
+        low, high = (0, len(levels)) if powers else (1, num_tokens + 1)
+        if self.per == "batch":
+            kept = shared_integer(low, high, device)
         else:
-            kept = torch.randint(1, num_tokens + 1, (draws,), device=device)
-            if self.distribution == "rounded_up":
-                kept = levels[torch.searchsorted(levels, kept)]
+            kept = integers(low, high, (batch,), device)
+        if powers:
+            kept = levels[kept]
+        elif self.distribution == "rounded_up":
+            kept = levels[torch.searchsorted(levels, kept)]
         return kept.expand(batch)
 
 
@@ -86,8 +94,8 @@ class LevelPolicy(nn.Module):
         levels = [level for level in levels if level < num_tokens] or [num_tokens]
         lengths = torch.tensor(levels, device=device)
         shares = lengths.cumsum(0) / lengths.sum()
-        drawn = lengths[torch.searchsorted(shares, torch.rand(batch, device=device))]
-        full = torch.rand(batch, device=device) < self.full_probability
+        drawn = lengths[torch.searchsorted(shares, uniform((batch,), device))]
+        full = uniform((batch,), device) < self.full_probability
         return torch.where(full, num_tokens, drawn)
 
 

@@ -7,8 +7,9 @@ class OneDPiece(FlexibleTokenizer):
     """TiTok trained with tail token drop, so that the first tokens carry the most.
 
     All N tokens are quantized and enter the quantizer's losses and statistics; then one k,
-    uniform on 1..N, is drawn per forward and rank, and the decoder gets the first k tokens and
-    nothing in place of the others.
+    uniform on 1..N, is drawn, and the decoder gets the first k tokens and nothing in place of the
+    others. Differs from the released code on several GPUs, where each draws its own k: here one
+    holds for all ranks of an optimizer step, so that none waits for another's longer sequence.
 
     Paper: Miwa et al. 2025, https://arxiv.org/abs/2501.10064.
     Parts: `LatentTransformerEncoder`, `LatentTransformerDecoder`; the length policy of the paper

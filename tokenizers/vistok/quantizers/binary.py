@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vistok.nn.draws import uniform
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
     binary_radices,
@@ -83,7 +84,8 @@ class BinaryLatents(Quantizer):
 
     def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
         temperature = self.current_temperature()
-        sample = torch.bernoulli(torch.sigmoid(codes.detach() / temperature))
+        odds = torch.sigmoid(codes.detach() / temperature)
+        sample = (uniform(codes.shape, codes.device) < odds).to(codes.dtype)
         p = torch.sigmoid(codes)
         losses = {"binarization": token_mean((p * (1 - p)).mean(-1), mask)}
         metrics = {"temperature": temperature}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.errors import ConfigError
+from vistok.nn.draws import integers, uniform
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.vq import VectorQuantizer
 
@@ -76,8 +77,8 @@ def sample_depths(
     Returns:
         `(B,)` int64.
     """
-    drawn = torch.randint(minimum, depth + 1, (batch,), device=device)
-    return torch.where(torch.rand(batch, device=device) < probability, drawn, depth)
+    drawn = integers(minimum, depth + 1, (batch,), device)
+    return torch.where(uniform((batch,), device) < probability, drawn, depth)
 
 
 def keep_active(mask: Tensor | None, active: Tensor | None, num_tokens: int) -> Tensor | None:

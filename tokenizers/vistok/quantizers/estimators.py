@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistok.nn.draws import normal
+
 
 def straight_through(z: Tensor, q: Tensor) -> Tensor:
     """Value of q, gradient of the identity to z (https://arxiv.org/abs/1308.3432)."""
@@ -61,7 +63,7 @@ def diveq(z: Tensor, q: Tensor, noise_std: float = 1e-3) -> Tensor:
     difference = q - z
     direction = difference.detach()
     if noise_std > 0:
-        direction = direction + noise_std * torch.randn_like(direction)
+        direction = direction + noise_std * normal(direction.shape, direction.device)
     direction = F.normalize(direction, dim=-1, eps=1e-12)
     # sqrt has an infinite slope at 0; a token that already sits on its code gets no gradient.
     squared = difference.square().sum(-1, keepdim=True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.errors import ConfigError
+from vistok.nn.draws import integers, uniform
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
     check_choice,
@@ -226,18 +227,19 @@ class FSQ(Quantizer):
         device = soft.device
         if self.noise_dropout:
             least, most = -self.middle, self.levels - 1 - self.middle
-            noisy = torch.clamp(soft + torch.rand_like(soft) - 0.5, least, most)
+            noisy = torch.clamp(soft + uniform(soft.shape, device) - 0.5, least, most)
             noisy = straight_through(soft / self.middle, noisy / self.middle)
-            quantized = torch.where(torch.rand_like(soft) < self.noise_dropout, noisy, quantized)
+            chosen = uniform(soft.shape, device) < self.noise_dropout
+            quantized = torch.where(chosen, noisy, quantized)
         if self.quantization_dropout:
-            skip = torch.rand(batch, 1, 1, 1, device=device) < self.quantization_dropout
+            skip = uniform((batch, 1, 1, 1), device) < self.quantization_dropout
             quantized = torch.where(skip, soft / self.middle, quantized)
         if self.corruption_probability:
             least, most = self.corruption_rate
-            chosen = torch.rand(batch, 1, device=device) < self.corruption_probability
-            rate = chosen * (least + (most - least) * torch.rand(batch, 1, device=device))
-            replaced = torch.rand(batch, tokens, device=device) < rate
-            ids = torch.randint(self.codebook_sizes[0], (batch, tokens, slots), device=device)
+            chosen = uniform((batch, 1), device) < self.corruption_probability
+            rate = chosen * (least + (most - least) * uniform((batch, 1), device))
+            replaced = uniform((batch, tokens), device) < rate
+            ids = integers(0, self.codebook_sizes[0], (batch, tokens, slots), device)
             random = self._values(unpack_digits(ids, self.levels))
             quantized = torch.where(replaced[..., None, None], random, quantized)
         return quantized

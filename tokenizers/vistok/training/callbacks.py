@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import (
@@ -23,7 +22,7 @@ from rich.progress import (
 )
 
 from vistok.console import console, say
-from vistok.distributed import control_group, world_size
+from vistok.distributed import gather
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
 from vistok.quantizers.usage import collapse_advice
@@ -43,21 +42,19 @@ class ReconstructionGrid(L.Callback):
         self.num_images = num_images
         self.scale = scale
 
-    @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Draw with the averaged weights."""
+        """Draw with the averaged weights; on all ranks, for each may hold a part of them."""
         if trainer.sanity_checking or not self.num_images:
             return
         images = module.data.val_images(self.num_images)
         was_training = module.training
         module.eval()
         evaluator = Evaluator(module.tokenizer, metrics=[])
-        if module.ema is None:
+        with module.averaged():
             reconstructions = evaluator.update(images)
-        else:
-            with module.ema.averaged():
-                reconstructions = evaluator.update(images)
         module.train(was_training)
+        if not trainer.is_global_zero:
+            return
         sheet = comparison(images.cpu(), reconstructions.cpu())
         save_png(sheet, self.folder / f"step_{trainer.global_step:06d}.png", self.scale)
 
@@ -158,17 +155,18 @@ class RandomState(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
         """Store one state per rank."""
-        state = self.fence or random_state()
-        states: list[Any] = [state] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(states, state, group=control_group())
-        checkpoint["random_state"] = states
+        checkpoint["random_state"] = gather(self.fence or random_state())
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
         """Keep this rank's state until training goes on."""
         states = checkpoint.get("random_state") or []
         if len(states) == trainer.world_size:
             self.pending = states[trainer.global_rank]
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Let each rank draw its own, where numbers are not those of positions in the data."""
+        if self.pending is None and trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """Restore once."""

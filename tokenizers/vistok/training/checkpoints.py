@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import threading
 import time
 from contextlib import suppress
@@ -25,6 +26,7 @@ from vistok.distributed import is_first_process, max_of_all
 from vistok.errors import CheckpointError
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+TEMPORARY = ".tmp"  # ends the names of what is being written, or removed
 
 
 class CheckpointWriter(TorchCheckpointIO):
@@ -51,14 +53,18 @@ class CheckpointWriter(TorchCheckpointIO):
         """Begin to write `checkpoint` to `path`."""
         started = time.perf_counter()
         self.join()
+        self._start(checkpoint, Path(path))
+        if not self.background:
+            self.join()
+        self.stall = time.perf_counter() - started
+
+    def _start(self, checkpoint: dict, target: Path) -> None:
         if self.background:
-            arguments = (snapshot(checkpoint), Path(path))
+            arguments = (snapshot(checkpoint), target)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
         else:
-            self._write(checkpoint, Path(path))
-            self.check()
-        self.stall = time.perf_counter() - started
+            self._write(checkpoint, target)
 
     @property
     def busy(self) -> bool:
@@ -70,6 +76,9 @@ class CheckpointWriter(TorchCheckpointIO):
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def settle(self) -> None:
+        """Give what has been written its name, if all ranks have; every rank must call this."""
 
     def join(self) -> None:
         """Wait until nothing is being written; raises what went wrong."""
@@ -83,27 +92,54 @@ class CheckpointWriter(TorchCheckpointIO):
             self._thread = None
 
     def _write(self, checkpoint: dict, target: Path) -> None:
-        temporary = target.with_name(target.name + ".tmp")
-        step = int(checkpoint.get("global_step", 0))
+        temporary = target.with_name(target.name + TEMPORARY)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                summed = Summed(file)
-                torch.save(checkpoint, summed)  # pyright: ignore[reportArgumentType]
-                file.write(seal(summed.sha.hexdigest(), step))
-                file.flush()
-                os.fsync(file.fileno())
-            if target.name == LAST:
-                keep_previous(target, step, self.keep_last)
-            os.replace(temporary, target)
-            sync_folder(target.parent)
+            write_sealed(checkpoint, temporary)
+            publish(temporary, target, step_of(checkpoint), self.keep_last)
         except Exception as error:  # a thread's exception would only be printed
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            kept = " (the previous checkpoint is whole)" if _exists(target) else ""
-            self._error = CheckpointError(f"{target}: could not be written, {reason}{kept}")
-            self._error.__cause__ = error
+            self._error = failure(error, target)
             with suppress(OSError):  # the folder may let nothing be removed either
                 temporary.unlink(missing_ok=True)
+
+
+def step_of(checkpoint: dict) -> int:
+    """Optimizer steps that led to a checkpoint."""
+    return int(checkpoint.get("global_step", 0))
+
+
+def write_sealed(content: dict, path: Path) -> None:
+    """Write a file with its seal, and wait until it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        summed = Summed(file)
+        torch.save(content, summed)  # pyright: ignore[reportArgumentType]
+        file.write(seal(summed.sha.hexdigest(), step_of(content)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(temporary: Path, target: Path, step: int, keep_last: int) -> None:
+    """Give a file or folder that is whole its name; what bore it before is kept or removed."""
+    if target.name == LAST:
+        keep_previous(target, step, keep_last)
+    if target.is_dir():  # a folder cannot take the place of another
+        aside = target.with_name(f"{target.name}.old{TEMPORARY}")
+        remove(aside)
+        os.replace(target, aside)
+        os.replace(temporary, target)
+        remove(aside)
+    else:
+        os.replace(temporary, target)
+    sync_folder(target.parent)
+
+
+def failure(error: Exception, target: Path) -> CheckpointError:
+    """What to raise if `target` could not be written."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    kept = " (the previous checkpoint is whole)" if _exists(target) else ""
+    told = CheckpointError(f"{target}: could not be written, {reason}{kept}")
+    told.__cause__ = error
+    return told
 
 
 class Summed:
@@ -162,19 +198,32 @@ def keep_previous(last: Path, step: int, keep: int) -> None:
     Afterwards there are `keep` - 1 of these at most. Those of `step` and later belong to a future
     that a resume from an older checkpoint has given up.
     """
-    sealed = read_seal(last) if last.exists() else None
+    sealed = _seal_of(last)
     if sealed is not None and sealed[1] < step and keep > 1:
         aside = last.with_name(f"step_{sealed[1]:08d}.ckpt")
-        aside.unlink(missing_ok=True)
+        remove(aside)
         try:
             os.link(last, aside)
-        except OSError:  # a file system without hard links
+        except OSError:  # a folder, or a file system without hard links
             os.replace(last, aside)
     older = {int(path.stem[5:]): path for path in last.parent.glob("step_*.ckpt")}
     kept = sorted((number for number in older if number < step), reverse=True)[: keep - 1]
     for number, path in older.items():
         if number not in kept:
-            path.unlink()
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, if there is one; a folder first loses its name."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.endswith(TEMPORARY):
+        going = path.with_name(path.name + ".gone" + TEMPORARY)
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(path, going)
+        path = going
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -186,6 +235,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _seal_of(path: Path) -> tuple[str, int] | None:
+    try:
+        return read_seal(path)
+    except (OSError, CheckpointError):
+        return None
 
 
 def _exists(path: Path) -> bool:
@@ -225,10 +281,7 @@ def _age(path: Path) -> tuple[float, str]:
         return float("inf"), ""
     if number := re.fullmatch(r"step_(\d+)", path.stem):
         return float(number[1]), path.name
-    try:
-        sealed = read_seal(path)
-    except OSError:
-        sealed = None
+    sealed = _seal_of(path)
     return (-1.0 if sealed is None else sealed[1]), path.name
 
 
@@ -264,20 +317,25 @@ class Checkpoints(Checkpoint):
 
     @rank_zero_only
     def _remove_torn_files(self) -> None:
-        for path in self.folder.glob("*.ckpt.tmp"):  # of a process that was killed
-            path.unlink()
+        for path in self.folder.glob(f"*{TEMPORARY}"):  # of a process that was killed
+            remove(path)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         """Save after the step, never between accumulated batches."""
         self.writer.check()
         if trainer.global_step == self._step:
             return
+        self.writer.settle()
         self._step = trainer.global_step
         if self._step % self.every == 0:
             for logger in trainer.loggers:
                 if hasattr(logger, "log_early"):
                     logger.log_early(trainer)  # pyright: ignore[reportAttributeAccessIssue]
             self.save(trainer)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """A long validation holds nothing up."""
+        self.writer.settle()
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Save what is best."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -11,14 +12,29 @@ from torch import Tensor
 
 from vistok.checkpoint import build, build_tokenizer
 from vistok.data.datamodule import VistokDataModule
-from vistok.distributed import all_reduce_sum, world_size
+from vistok.distributed import all_reduce_sum, average_gradients, world_size
 from vistok.errors import ConfigError, VistokError
 from vistok.evaluation.evaluator import Evaluator
 from vistok.models.tokenizer import Tokenizer
+from vistok.nn.draws import drawing
+from vistok.training.adversary import Adversary, build_adversary
 from vistok.training.ema import EMA
-from vistok.training.optimizers import build_optimizer, learning_rate, warmup_cosine
+from vistok.training.optimizers import (
+    build_optimizer,
+    clip_by_norm,
+    learning_rate,
+    warmup_cosine,
+)
 from vistok.training.semantic import build_alignment
+from vistok.training.sharding import (
+    ShardedStrategy,
+    is_sharded,
+    release,
+    shard,
+    whole_parameters,
+)
 from vistok.training.stages import prepare_stage
+from vistok.types import TokenizerOutput
 
 
 class TokenizerModule(L.LightningModule):
@@ -40,6 +56,8 @@ class TokenizerModule(L.LightningModule):
         check_fields(self.tokenizer, config["data"].get("fields") or ())
         self.loss = build(config["loss"])
         self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
+        self.adversary = build_adversary(config.get("adversary"))
+        self._played: tuple[Tensor, Tensor] | None = None  # images and pictures for the adversary
         self.schedule = config["optimizer"]
         decay = config["ema"]["decay"]
         self.ema = EMA(self.tokenizer, decay) if decay else None
@@ -47,22 +65,39 @@ class TokenizerModule(L.LightningModule):
         self.val_results: dict[str, float] = {}
         self.val_step = -1
         self._numbers: dict[str, Tensor] = {}  # of the step under way, summed over its batches
+        self._first = 0  # position in the data at which it began
         # A bound method, not a module: it must not appear in the state dict a second time.
         forward = self.tokenizer.forward
         self._step_function = torch.compile(forward) if config["compile"] else forward
+
+    def configure_model(self) -> None:
+        """With FSDP2, spread the parameters over the ranks, as they are at the start of the run."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ShardedStrategy) or is_sharded(self.tokenizer):
+            return
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self.tokenizer, strategy.mesh, dtype)
+        if self.alignment is not None:
+            shard(self.alignment, strategy.mesh)
+        self._step_function = self.tokenizer.__call__  # FSDP's hooks hang on the call
+        if self.ema is not None:
+            self.ema.reset()
 
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of a batch of uint8 images, normalised on the device."""
         images = batch["image"].float().div_(127.5).sub_(1)
-        output = self._step_function(images, **self.tokenizer.conditions_of(batch))
+        with self._drawing(images):
+            output = self._step_function(images, **self.tokenizer.conditions_of(batch))
         losses = self.loss(output, self.tokenizer.quantizer.loss_weights, self.global_step)
         if self.alignment is not None:
             losses["alignment"] = self.alignment(images, output.mask)
             losses["total"] = (
                 losses["total"] + self.config["alignment"]["weight"] * losses["alignment"]
             )
+        if self.adversary is not None:
+            self._play(self.adversary, images, output, losses)
         total = losses["total"]
         self._check_finite(losses)
         for name, value in losses.items():
@@ -75,26 +110,47 @@ class TokenizerModule(L.LightningModule):
         self.log("step", float(self.global_step + 1))  # the loggers' x axis: steps done
         return total
 
+    def _play(
+        self,
+        adversary: Adversary,
+        images: Tensor,
+        output: TokenizerOutput,
+        losses: dict[str, Tensor],
+    ) -> None:
+        """Add the adversary's verdict to the losses; its own turn is `on_after_backward`."""
+        losses["adversarial"] = losses["total"].new_zeros(())
+        if adversary.plays(self._first):
+            losses["adversarial"] = adversary.loss(images, output)
+            losses["total"] = losses["total"] + adversary.weight * losses["adversarial"]
+            self._played = images, output.prediction.detach()
+
+    def on_after_backward(self) -> None:
+        """The adversary learns from the batch, whose graph is gone by now."""
+        if self.adversary is not None and self._played is not None:
+            share = 1 / self.trainer.accumulate_grad_batches
+            context = self.trainer.precision_plugin.train_step_context()
+            loss = self.adversary.learn(*self._played, share, context)
+            self._add("loss/discriminator", loss)
+            self._played = None
+
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Keep `log_every_n_steps` in time: Lightning's count gains one in some resumes."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate of this step from the samples seen."""
-        base = learning_rate(self.schedule, self.samples_per_step)
-        factor = warmup_cosine(
-            self.data.samples_seen,
-            int(self.schedule["warmup_samples"]),
-            self.total_samples,
-            self.schedule["final_lr_factor"],
-        )
+        """Set the learning rate of this step from the samples seen; end the reduction."""
+        if is_sharded(self.tokenizer):
+            average_gradients(whole_parameters(self))
+        lr = learning_rate(self.schedule, self.samples_per_step) * self.lr_factor
         for group in optimizer.param_groups:
-            group["lr"] = base * factor
-        self.log("lr", base * factor)
+            group["lr"] = lr
+        self.log("lr", lr)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then whatever happens once per step: codebook statistics and the EMA."""
         super().optimizer_step(*args, **kwargs)
+        if self.adversary is not None and self.adversary.plays(self._first):
+            self.adversary.step(self.lr_factor)
         self._log_numbers()
         if "quantizer" not in self.tokenizer.frozen:
             optimizer = self.trainer.optimizers[0]
@@ -102,6 +158,20 @@ class TokenizerModule(L.LightningModule):
                 self.log(f"quantizer/{name}", value)
         if self.ema is not None:
             self.ema.update()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Bound the norm of all gradients together."""
+        if not is_sharded(self.tokenizer):
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            clip_by_norm(self.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what is trainable."""
@@ -115,6 +185,16 @@ class TokenizerModule(L.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
+    def lr_factor(self) -> float:
+        """Warm-up and decay at the end of the step under way."""
+        return warmup_cosine(
+            self.data.samples_seen,
+            int(self.schedule["warmup_samples"]),
+            self.total_samples,
+            self.schedule["final_lr_factor"],
+        )
+
+    @property
     def total_samples(self) -> int:
         """Samples at which the schedule ends: the config's, else those of `max_steps`."""
         if self.schedule["total_samples"]:
@@ -126,6 +206,14 @@ class TokenizerModule(L.LightningModule):
         """Images of one optimizer step over all ranks and accumulated batches."""
         per_rank = self.data.batch_size * self.trainer.accumulate_grad_batches
         return per_rank * self.trainer.world_size
+
+    def _drawing(self, images: Tensor) -> AbstractContextManager[None]:
+        """Where random numbers are those of the images' positions in the data."""
+        if not self._numbers:  # the first batch of a step
+            self._first = self.data.samples_seen
+        first = self.data.samples_seen + self.global_rank * len(images)
+        positions = torch.arange(first, first + len(images), device=images.device)
+        return drawing(self.config["seed"], positions, self._first)
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().float()
@@ -158,12 +246,18 @@ class TokenizerModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Measure the averaged weights on a batch."""
         assert self.evaluator is not None
-        conditions = self.tokenizer.conditions_of(batch)
-        if self.ema is None:
+        with self.averaged():
+            conditions = self.tokenizer.conditions_of(batch)
             self.evaluator.update(batch["image"], batch["valid"], conditions)
-        else:
-            with self.ema.averaged():
-                self.evaluator.update(batch["image"], batch["valid"], conditions)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the tokenizer computes with its averaged weights, if it has any."""
+        with nullcontext() if self.ema is None else self.ema.averaged():
+            try:
+                yield
+            finally:
+                release(self.tokenizer)
 
     def on_validation_epoch_end(self) -> None:
         """Log the results as `val/...`."""
@@ -178,14 +272,23 @@ class TokenizerModule(L.LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the averaged weights."""
+        """Add the averaged weights and the adversary."""
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
+        if self.adversary is not None:
+            checkpoint["adversary"] = self.adversary.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the averaged weights back."""
+        """Take them back."""
         if self.ema is not None and checkpoint.get("ema"):
             self.ema.load_state_dict(checkpoint["ema"])
+        if self.adversary is not None and "adversary" in checkpoint:
+            self.adversary.load_state_dict(checkpoint["adversary"])
+
+    def on_fit_start(self) -> None:
+        """Bring what is no submodule to where the tokenizer is."""
+        if self.adversary is not None:
+            self.adversary.to(self.device)
 
 
 def check_fields(tokenizer: Tokenizer, fields: Sequence[str]) -> None:

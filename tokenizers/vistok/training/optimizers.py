@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from vistok.distributed import all_reduce_sum
 from vistok.errors import ConfigError, nearest
 
 # Only these modules' `weight` is decayed: norms, biases, positions, tokens and codebooks are not.
@@ -15,14 +18,19 @@ _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two optimizer groups that hold each trainable parameter once: decayed and not decayed."""
+    """Optimizer groups that hold each trainable parameter once: decayed and not decayed.
+
+    Of parameters that are sharded (FSDP2) these are further groups: an optimizer computes with all
+    tensors of a group at once, which must be of one kind.
+    """
     decayed_ids = {id(m.weight) for m in module.modules() if isinstance(m, _DECAYED)}
     trainable = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trainable if id(p) in decayed_ids]
     others = [p for p in trainable if id(p) not in decayed_ids]
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in params if isinstance(p, DTensor) is sharded], "weight_decay": decay}
+        for params, decay in ((decayed, weight_decay), (others, 0.0))
+        for sharded in (False, True)
     ]
     return [group for group in groups if group["params"]]
 
@@ -35,6 +43,31 @@ def build_optimizer(
     if not groups:
         raise ConfigError("optimizer: the tokenizer has no trainable parameter")
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+
+
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients of parameters, sharded or whole, so that their joint norm is bounded.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        largest: norm that is left alone.
+
+    Returns:
+        The norm before, the same on every rank.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    pieces = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    squared = torch.nn.utils.get_total_norm(whole).square()
+    if pieces:
+        own = torch.nn.utils.get_total_norm(pieces).square()
+        squared = squared.to(own.device) + all_reduce_sum(own)
+    norm = squared.sqrt()
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for grad in (*pieces, *whole):
+        grad.mul_(factor)
+    return norm
 
 
 def warmup_cosine(samples: int, warmup: int, total: int, final: float) -> float:

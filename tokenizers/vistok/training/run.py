@@ -45,6 +45,7 @@ from vistok.training.checkpoints import Checkpoints, CheckpointWriter
 from vistok.training.metrics_file import ContinuedCSVLogger
 from vistok.training.module import TokenizerModule
 from vistok.training.optimizers import learning_rate
+from vistok.training.sharding import ShardedStrategy, ShardWriter
 from vistok.training.stages import resolve_stage
 from vistok.training.stopping import INTERRUPT, PREEMPTION_SIGNALS, StopAfterStep
 
@@ -94,8 +95,15 @@ def _train(
     data.prepare_data()
     data.setup("fit")
     first_step = 0
+    sharded = config["trainer"]["strategy"] == "fsdp2"
     if resume is not None:
-        content = read_checkpoint(resume)
+        if resume.is_dir() != sharded:
+            said = "" if resume.is_dir() else "not "
+            raise ConfigError(
+                f"trainer.strategy={config['trainer']['strategy']}: {resume} was {said}written with"
+                " fsdp2; keep the strategy of the run, or start a new one with init_from"
+            )
+        content = read_checkpoint(resume, without=["optimizer_states", "ema"])
         first_step = int(content["global_step"])
         check_same_architecture(module, content, resume)
         # Without a summary the run was killed after its last step, and is yet to be finished.
@@ -106,11 +114,13 @@ def _train(
             )
         del content
     callbacks = config["callbacks"]
-    writer = CheckpointWriter(
+    writer = (ShardWriter if sharded else CheckpointWriter)(
         callbacks.get("keep_last", 2), callbacks.get("background_checkpoints", True)
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
     trainer = build_trainer(config, folder, first_step, stop, checkpoints)
+    if module.adversary is not None and trainer.precision == "16-mixed":
+        raise ConfigError("trainer.precision=16: an adversary takes bf16 or 32")
     set_batches(config, data, trainer)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     write_run_files(config, folder)
@@ -122,7 +132,10 @@ def _train(
             fit(trainer, module, data, resume)
             checkpoints.save(trainer)
             writer.join()
-    except (KeyboardInterrupt, Preempted):
+    except Preempted:
+        writer.join()  # all ranks are here
+        raise
+    except KeyboardInterrupt:
         writer.teardown()
         raise
     except BaseException:
@@ -218,6 +231,17 @@ def build_trainer(
             find_unused_parameters=strategy == "ddp_unused",
             timeout=timeout,
         )
+    elif strategy == "fsdp2":
+        if options["precision"] == "16-mixed":
+            raise ConfigError("trainer.precision=16: trainer.strategy=fsdp2 takes bf16 or 32")
+        if torch.__version__ < "2.15":  # TorchVersion compares numbers
+            raise ConfigError(
+                f"trainer.strategy=fsdp2: needs torch 2.15, with which it is tested, found "
+                f"{torch.__version__}"
+            )
+        if config["compile"]:
+            raise ConfigError("compile=true: does not go with trainer.strategy=fsdp2")
+        strategy = ShardedStrategy(timeout)
     callbacks = config["callbacks"]
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -489,7 +513,7 @@ def summarize(
     if config["baseline"]["patch_size"] and trainer.is_global_zero:
         summary.update(kmeans_baseline(data, module.tokenizer, **config["baseline"]))
     summary["seconds"] = round(seconds, 1)
-    summary["skipped_images"] = len(data.skipped)
+    summary["skipped_images"] = len(set().union(*distributed.gather(list(data.skipped))))
     return summary
 
 
@@ -528,5 +552,6 @@ def quiet_libraries() -> None:
         ".*`pin_memory`.*",
         ".*`broadcast_buffers` is deprecated.*",  # only in the newest torch
         ".*sync_dist=True.*",  # what is logged is reduced already
+        ".*returned a view tensor.*",  # FSDP2; nothing works in place on a block's output
     ):
         warnings.filterwarnings("ignore", message=message)
