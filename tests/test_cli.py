@@ -49,6 +49,17 @@ def test_help_is_quick_and_light(script, word):
     assert min(seconds) < 3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
 
 
+def test_help_may_be_cut_short():
+    """As by `vistok --help | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "vistok.cli", "--help"]
+    path = {**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")}
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=path, timeout=60)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_train_help_lists_every_choice(cli):
     code, lines, out = cli("train", "--help")
     assert code == 0 and not lines

@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         from vistok.help import overview
 
-        overview()
+        try:
+            overview()
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if argv[0] == "--version":
         import vistok
