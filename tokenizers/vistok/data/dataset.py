@@ -273,7 +273,9 @@ class EvalSampler:
 def _as_sent(batch: Any) -> Batch:
     """Small tensors as arrays: pickled at once, where torch would open shared memory for each."""
     small = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.nbytes < 2**16}
-    return batch | {name: value.numpy() for name, value in small.items()}
+    # numpy has no bfloat16; such a tensor goes as torch sends it.
+    known = {k: v for k, v in small.items() if v.dtype != torch.bfloat16}
+    return batch | {name: value.numpy() for name, value in known.items()}
 
 
 def _as_received(batch: Batch) -> Batch:
