@@ -236,3 +236,15 @@ def test_agrees_with_vector_quantize_pytorch(symmetric_grid):
     ours = FSQ(4, levels, grid="symmetric" if symmetric_grid else "standard").eval()(z)
     assert torch.equal(ours.indices[..., 0], indices.long())
     torch.testing.assert_close(ours.quantized, expected)
+
+
+@pytest.mark.parametrize("grid", ["standard", "symmetric"])
+def test_how_many_tokens_come_together_changes_nothing(grid):
+    """64 tokens at a time are computed beside repeated constants, other numbers in smaller parts."""
+    quantizer = FSQ(6, levels=[8, 5, 3], num_codebooks=2, grid=grid).train()
+    z = torch.randn(1, 192, 6)
+    whole = quantizer(z)
+    for count in (1, 3, 48, 64):
+        parts = [quantizer(chunk) for chunk in z.split(count, dim=1)]
+        assert torch.equal(torch.cat([p.indices for p in parts], dim=1), whole.indices)
+        assert torch.equal(torch.cat([p.quantized for p in parts], dim=1), whole.quantized)
