@@ -97,7 +97,9 @@ def test_grid_queries_begin_as_the_first_token():
 
 def test_a_mask_equals_truncation():
     """Masked memory is not there at all; a vector of zeros in its place would have a say."""
-    decoder = tiny_tokenizer(tokenizer="gigatok_tiny").decoder
+    # A norm over the four cells of so small an image hides most of what the tokens say.
+    plain = "tokenizer.decoder.cnn.adaptive_norm=false"
+    decoder = tiny_tokenizer(plain, tokenizer="gigatok_tiny").decoder
     loud(decoder.transformer)
     quantized = torch.randn(3, 4, 16)
     lengths = torch.tensor([4, 2, 1])
@@ -225,9 +227,9 @@ def test_a_tiny_one_learns():
     x = tok.to_model_range(images_of(24))
     tok.initialize(x)
     tok.train()
-    optimizer = torch.optim.AdamW(tok.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(tok.parameters(), 1e-3)
     errors = []
-    for _ in range(60):
+    for _ in range(80):
         output = tok(x)
         error = (output.prediction - x).square().mean()
         optimizer.zero_grad()
