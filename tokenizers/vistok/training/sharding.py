@@ -10,6 +10,7 @@ Paper: Zhao et al. 2023, https://arxiv.org/abs/2304.11277; torch.distributed.fsd
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ class ShardWriter(CheckpointWriter):
 
     def _start(self, checkpoint: dict, target: Path) -> None:
         if rank() == 0:
-            remove(target.with_name(target.name + TEMPORARY))  # of a run that had more ranks
+            with suppress(OSError):  # what stands in the way of removing will be told by the write
+                remove(target.with_name(target.name + TEMPORARY))  # of a run that had more ranks
         max_of_all(0)
         self._target, self._step = target, step_of(checkpoint)
         super()._start(pieces_of(checkpoint), target)
