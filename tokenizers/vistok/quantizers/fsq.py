@@ -120,6 +120,7 @@ class FSQ(Quantizer):
         self.offset: Tensor  # o; the symmetric grid has none
         self.shift: Tensor
         self.middle: Tensor  # the digit of the value 0, and the bins between the values 0 and 1
+        self.place: Tensor  # what a digit counts in the index
         self.tiles: Tensor  # (5, _TILE, c): shift, -offset, reach, middle, reach / middle
         count = torch.tensor(levels)
         symmetric = grid == "symmetric"
@@ -134,11 +135,10 @@ class FSQ(Quantizer):
         self.register_buffer("middle", middle, persistent=False)
         constants = torch.stack([shift, -offset, reach, middle, reach / middle])
         self.register_buffer("tiles", constants[:, None].repeat(1, _TILE, 1), persistent=False)
-        self._levels = [int(level) for level in levels]
-        self._first, place = 0.0, 1  # the index whose bins are all 0
-        for level in self._levels:
-            self._first += ((level - 1) / 2 if symmetric else level // 2) * place
-            place *= level
+        place = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("place", torch.tensor(place).float(), persistent=False)
+        middles = [(level - 1) / 2 if symmetric else level // 2 for level in levels]
+        self._first = sum(m * p for m, p in zip(middles, place, strict=True))  # of the bins 0
         # Above 1000 levels the slack of 0.1 % in the reach leads one digit too far.
         self._overshoots = max(levels) > 500
 
@@ -148,14 +148,14 @@ class FSQ(Quantizer):
         bins = self._bins(squashed.detach(), start, reach, middle)
         # The gradient is that of the bounded value (h tanh - o) / middle, whose o has none.
         quantized = straight_through(squashed * gain, bins / middle)
-        by_slot = (*codes.shape[:2], self.num_indices, len(self._levels))
+        by_slot = (*codes.shape[:2], self.num_indices, len(self.levels))
         if self.noise_dropout or self.quantization_dropout or self.corruption_probability:
             soft = squashed * reach + start
             quantized = self._perturb(quantized.view(by_slot), soft.view(by_slot))
         # |tanh| > 0.995 leaves less than a hundredth of the gradient.
         saturated = F.hardshrink(squashed.detach(), 0.995)
         if mask is None:
-            share = torch.count_nonzero(saturated) / max(saturated.numel(), 1)
+            share = torch.linalg.vector_norm(saturated, 0) / max(saturated.numel(), 1)
         else:
             share = token_mean((saturated != 0).view_as(codes).float().mean(-1), mask)
         indices = self._pack(bins.view(by_slot))
@@ -164,7 +164,7 @@ class FSQ(Quantizer):
     def _search(self, codes: Tensor) -> Tensor:
         z, (shift, start, reach, middle, _) = self._tiled(codes)
         bins = self._bins(self._squash(z, shift), start, reach, middle)
-        return self._pack(bins.view(*codes.shape[:2], self.num_indices, len(self._levels)))
+        return self._pack(bins.view(*codes.shape[:2], self.num_indices, len(self.levels)))
 
     def _lookup(self, indices: Tensor) -> Tensor:
         return self._values(unpack_digits(indices, self.levels)).flatten(-2)
@@ -212,11 +212,11 @@ class FSQ(Quantizer):
         return bins
 
     def _pack(self, bins: Tensor) -> Tensor:
-        """Indices of `_bins`; exact, for floats hold integers (and halves) far above 2^18."""
-        *others, packed = bins.unbind(-1)
-        for level, digits in zip(self._levels[-2::-1], reversed(others), strict=True):
-            packed = torch.add(digits, packed, alpha=level)
-        return (packed + self._first).long()
+        """Indices of `_bins`."""
+        # In float64, whatever precision products of float32 may have: they hold integers of 18
+        # bits. Apple's devices have no float64, nor products of less precision.
+        exact = bins if bins.device.type == "mps" else bins.double()
+        return (exact @ self.place.to(exact.dtype) + self._first).long()
 
     def _values(self, digits: Tensor) -> Tensor:
         return (digits - self.middle) / self.middle
