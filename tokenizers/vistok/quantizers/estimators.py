@@ -7,16 +7,66 @@ to `q`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from vistok.nn.draws import normal
 
 
 def straight_through(z: Tensor, q: Tensor) -> Tensor:
-    """Value of q, gradient of the identity to z (https://arxiv.org/abs/1308.3432)."""
-    return z + (q - z).detach()
+    """Value of q, bit for bit, gradient of the identity to z (https://arxiv.org/abs/1308.3432)."""
+    return _StraightThrough.apply(z, q)  # type: ignore[return-value]
+
+
+def squared_errors(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """|z − sg q|² and |sg z − q|² per dimension, of each row: what commitment and codebook pay.
+
+    The two have one value and are computed once; the first hands gradients to `z` alone, the
+    second to `q` alone.
+
+    Args:
+        z: `(N, d)` float32.
+        q: `(N, d)` float32.
+
+    Returns:
+        Twice `(N,)`.
+    """
+    return _SquaredErrors.apply(z, q)  # type: ignore[return-value]
+
+
+class _StraightThrough(Function):
+    """No arithmetic, where z + (q − z).detach() passes over the memory twice."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class _SquaredErrors(Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        difference = z - q
+        ctx.save_for_backward(difference)
+        errors = torch.linalg.vector_norm(difference, dim=1).square() / max(z.shape[1], 1)
+        return errors, errors.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_z: Tensor, to_q: Tensor):  # type: ignore[override]
+        (difference,) = ctx.saved_tensors
+        slope = 2 / max(difference.shape[1], 1)
+        d_z = difference * (slope * to_z)[:, None] if ctx.needs_input_grad[0] else None
+        d_q = difference * (-slope * to_q)[:, None] if ctx.needs_input_grad[1] else None
+        return d_z, d_q
 
 
 def synchronous(z: Tensor, q: Tensor, strength: float = 1.0) -> Tensor:

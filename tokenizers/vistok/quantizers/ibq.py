@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vistok.errors import ConfigError
 from vistok.quantizers.base import Quantizer, token_mean
+from vistok.quantizers.estimators import squared_errors
 from vistok.quantizers.search import best_codes
 from vistok.quantizers.soft_assignment import attention_gradient, entropy_penalty
 from vistok.types import QuantizerOutput
@@ -86,14 +87,12 @@ class IBQ(Quantizer):
         q = F.embedding(ids, table)
         quantized = q + attention_gradient(z, table, scale=1 / self.temperature)
 
-        pairs = {
-            "double": (quantized, z),
-            "commitment": (z, q.detach()),
-            "codebook": (q, z.detach()),
-        }
+        commitment, codebook = squared_errors(z, q)
+        double = (quantized - z).square().mean(-1) if "double" in self.loss_weights else commitment
+        errors = {"double": double, "commitment": commitment, "codebook": codebook}
         losses = {
-            name: token_mean((a - b).square().mean(-1), keep)
-            for name, (a, b) in pairs.items()
+            name: token_mean(error, keep)
+            for name, error in errors.items()
             if name in self.loss_weights
         }
         metrics = {}

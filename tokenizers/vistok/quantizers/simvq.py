@@ -83,4 +83,6 @@ class SimVQ(VectorQuantizer):
             # Rows of the same product as the search and the export, hence the same bits
             # whatever the number of ids.
             return F.embedding(ids, self._table())
-        return self._metric(self.map(F.embedding(ids, self.embedding)))
+        if ids.numel() < self.codebook_size:
+            return self._metric(self.map(F.embedding(ids, self.embedding)))
+        return F.embedding(ids, self._soft_table())

@@ -21,7 +21,7 @@ from vistok.quantizers.base import token_mean
 
 _CPU_SCORES = 1 << 22  # logits per block; two blocks are alive: 16 MiB of float32 each
 _GPU_SCORES = 1 << 25
-_MIN_ROWS = 64  # smaller blocks would read the codebook more often than they compute
+_MIN_ROWS = 32  # smaller blocks would read the codebook more often than they compute
 
 
 def attention_gradient(

@@ -152,10 +152,11 @@ class VectorQuantizer(Quantizer):
 
         q = self._rows(ids)
         losses, metrics = {}, {}
-        if "commitment" in self.loss_weights:
-            losses["commitment"] = token_mean((z - q.detach()).square().mean(-1), keep)
-        if "codebook" in self.loss_weights:
-            losses["codebook"] = token_mean((q - z.detach()).square().mean(-1), keep)
+        for name, errors in zip(
+            ("commitment", "codebook"), estimators.squared_errors(z, q), strict=True
+        ):
+            if name in self.loss_weights:
+                losses[name] = token_mean(errors, keep)
         if "entropy" in self.loss_weights:
             table = self._soft_table()
             # |z − e|² / T: the distance is twice the score, up to a term that all codes share.
