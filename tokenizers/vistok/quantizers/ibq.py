@@ -10,7 +10,7 @@ from vistok.errors import ConfigError
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.estimators import squared_errors
 from vistok.quantizers.search import best_codes
-from vistok.quantizers.soft_assignment import attention_gradient, entropy_penalty
+from vistok.quantizers.soft_assignment import attention_through, entropy_penalty
 from vistok.types import QuantizerOutput
 
 
@@ -85,7 +85,8 @@ class IBQ(Quantizer):
         table = self.embedding
         ids = best_codes(z.detach(), table.detach())
         q = F.embedding(ids, table)
-        quantized = q + attention_gradient(z, table, scale=1 / self.temperature)
+        soft, table = attention_through(z, table, 1 / self.temperature)
+        quantized = q + soft
 
         commitment, codebook = squared_errors(z, q)
         double = (quantized - z).square().mean(-1) if "double" in self.loss_weights else commitment

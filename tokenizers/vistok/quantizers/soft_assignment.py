@@ -50,7 +50,18 @@ def attention_gradient(
         )[0, 0]
         return soft - soft.detach()
     queries, keys = _with_bias(z, codebook, bias, scale)
-    return _AttentionGradient.apply(queries, keys, seed)[:, : z.shape[1]]
+    return _AttentionGradient.apply(queries, keys, seed)[0][:, : z.shape[1]]
+
+
+def attention_through(z: Tensor, codebook: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `attention_gradient`, and the codebook for `entropy_penalty` to take.
+
+    The penalty's gradient then comes through here and is added to in place: a large codebook has
+    one gradient and not two at a time.
+    """
+    if z.is_cuda:
+        return attention_gradient(z, codebook, scale=scale), codebook
+    return _AttentionGradient.apply(z * scale, codebook, None)  # type: ignore[return-value]
 
 
 def gumbel_codes(
@@ -154,13 +165,20 @@ def _logit_blocks(
 
 
 class _SoftmaxBackward:
-    """Sums the gradients of queries and keys over blocks, given p and dL/dp of each block."""
+    """Sums the gradients of queries and keys over blocks, given p and dL/dp of each block.
 
-    def __init__(self, ctx: Any, queries: Tensor, keys: Tensor) -> None:
+    Those of the keys are added to `d_keys`, if there is such a tensor.
+    """
+
+    def __init__(
+        self, ctx: Any, queries: Tensor, keys: Tensor, d_keys: Tensor | None = None
+    ) -> None:
         needs_queries, needs_keys = ctx.needs_input_grad[:2]
         self.queries, self.keys = queries, keys
         self.d_queries = torch.empty_like(queries) if needs_queries else None
-        self.d_keys = torch.zeros_like(keys) if needs_keys else None
+        self.d_keys = d_keys
+        if d_keys is None and needs_keys:
+            self.d_keys = torch.zeros_like(keys)
 
     def add(self, block: slice, p: Tensor, dp: Tensor) -> None:
         """Overwrites `dp`."""
@@ -177,16 +195,20 @@ class _AttentionGradient(Function):
     def forward(ctx, queries, keys, seed):
         ctx.save_for_backward(queries, keys)
         ctx.seed = seed
-        return torch.zeros_like(queries)
+        ctx.set_materialize_grads(False)
+        return torch.zeros_like(queries), keys.view_as(keys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient, d_keys = grads
+        if gradient is None:
+            return None, d_keys, None
         queries, keys = ctx.saved_tensors
-        total = _SoftmaxBackward(ctx, queries, keys)
+        total = _SoftmaxBackward(ctx, queries, keys, d_keys)
         for block, logits, scratch in _logit_blocks(queries, keys, ctx.seed):
             p = torch.softmax(logits, dim=1, out=scratch)
-            total.add(block, p, torch.mm(grads[0][block], keys.t(), out=logits))
+            total.add(block, p, torch.mm(gradient[block], keys.t(), out=logits))
         return total.d_queries, total.d_keys, None
 
 
