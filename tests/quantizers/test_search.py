@@ -1,10 +1,13 @@
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vistok.errors import VistokError
+from vistok.nn.draws import drawing
 from vistok.quantizers import search
-from vistok.quantizers.search import best_codes, best_scores, code_bias
+from vistok.quantizers.search import best_codes, best_scores, code_bias, sampled_codes
 
 
 class LargestTensor(TorchDispatchMode):
@@ -89,13 +92,48 @@ def test_empty_queries():
     assert best_codes(torch.randn(0, 4), torch.randn(10, 4)).shape == (0,)
 
 
-def test_sampling_follows_the_softmax():
-    codebook, query = torch.randn(5, 3), torch.randn(1, 3)
+@pytest.mark.parametrize("codes", [2, 5, 64, 200])
+def test_sampling_follows_the_softmax(codes, monkeypatch):
+    """By the χ² of 200 000 draws; with blocks so small that they compete with each other."""
+    monkeypatch.setattr(search, "_COLUMNS", 64)
+    monkeypatch.setattr(search, "_CPU_SCORES", 1 << 16)
+    codebook, query = torch.randn(codes, 3), torch.randn(1, 3)
     bias = code_bias(codebook)
-    expected = ((query @ codebook.t() + bias) / 0.7).softmax(dim=1)[0]
-    ids = best_codes(query.expand(200_000, 3), codebook, bias, temperature=0.7)
-    counts = torch.bincount(ids, minlength=5) / 200_000
-    torch.testing.assert_close(counts, expected, rtol=0, atol=0.005)
+    expected = ((query @ codebook.t() + bias).double() / 0.7).softmax(dim=1)[0] * 200_000
+    ids = sampled_codes(query.expand(200_000, 3), codebook, bias, temperature=0.7)
+    counts = torch.bincount(ids, minlength=codes)
+    chi2 = ((counts - expected).square() / expected)[expected > 5].sum().item()
+    assert chi2 < codes + 5 * math.sqrt(2 * codes) + 5
+    assert counts[expected < 1e-6].sum() == 0
+
+
+def test_a_cold_sample_is_the_best_code_and_equal_codes_share():
+    queries, codebook = 30 * torch.randn(300, 4), torch.randn(20_000, 4)
+    bias = code_bias(codebook)
+    cold = sampled_codes(queries, codebook, bias, temperature=1e-6)
+    assert torch.equal(cold, best_codes(queries, codebook, bias))
+    twins = torch.cat([codebook[:1]] * 3)  # in one place three times
+    shares = torch.bincount(sampled_codes(queries[:1].expand(30_000, 4), twins, None, 1e-6))
+    torch.testing.assert_close(shares / 30_000, torch.full((3,), 1 / 3), rtol=0, atol=0.02)
+
+
+def test_samples_belong_to_the_tokens_and_not_to_the_batch():
+    queries, codebook = torch.randn(6, 10, 4), torch.randn(100, 4)
+    positions = torch.arange(6)
+
+    def sample(part):
+        with drawing(3, positions[part], 0):
+            flat = queries[part].flatten(0, 1)
+            return sampled_codes(flat, codebook, None, 1.0).view(-1, 10)
+
+    whole = sample(slice(0, 6))
+    assert torch.equal(whole, torch.cat([sample(slice(0, 2)), sample(slice(2, 6))]))
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_sampling_refuses_nan():
+    with pytest.raises(VistokError, match="NaN"):
+        sampled_codes(torch.full((3, 4), torch.nan), torch.randn(100, 4), None, 1.0)
 
 
 def test_no_matrix_of_all_scores():

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from quantizers.conftest import total_loss, train
 from quantizers.test_search import LargestTensor
 from vistok.errors import ConfigError, VistokError
-from vistok.quantizers import estimators
+from vistok.quantizers import estimators, search, soft_assignment
 from vistok.quantizers.kmeans import kmeans
-from vistok.quantizers.soft_assignment import attention_gradient, entropy_penalty
+from vistok.quantizers.soft_assignment import (
+    entropy_penalty,
+    gumbel_codes,
+    soft_straight_through,
+)
 from vistok.quantizers.vq import VectorQuantizer
 
 
@@ -164,7 +168,7 @@ def test_entropy_equals_the_naive_sum(metric):
 
 def test_entropy_is_bounded_and_sharp_temperatures_stay_finite():
     z, codebook = 50 * torch.randn(40, 8, requires_grad=True), torch.randn(30, 8)
-    loss, metrics = entropy_penalty(z, codebook, None, 100.0, None)
+    loss, metrics = entropy_penalty(z, codebook, False, 100.0, None)
     assert -math.log(30) <= loss <= 0 and metrics["sample_entropy"] >= -1e-5
     assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
@@ -183,8 +187,14 @@ def test_gumbel_equals_the_dense_straight_through_softmax():
     (output.quantized * slope).sum().backward()
 
     torch.manual_seed(4)
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    noise = -torch.empty(25, 20).exponential_(generator=generator).log().double()
+    tokens = torch.randint(-(2**31), 2**31, (25,)).int()
+    zeros = torch.zeros(25, 1), torch.zeros(20, 1)  # no scores: the logits are the noise
+    noise = torch.cat(
+        [
+            logits.clone()
+            for _, logits, _ in soft_assignment._logit_blocks(*zeros, False, 1.0, tokens)
+        ]
+    ).double()
     z64 = z.detach()[0].double().requires_grad_()
     e64 = quantizer.embedding.detach().double().requires_grad_()
     logits = (z64 @ e64.T - 0.5 * e64.square().sum(1)) / 0.6 + noise
@@ -196,6 +206,32 @@ def test_gumbel_equals_the_dense_straight_through_softmax():
     torch.testing.assert_close(output.quantized[0].double(), out.detach(), rtol=0, atol=1e-6)
     torch.testing.assert_close(z.grad[0].double(), z64.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(quantizer.embedding.grad.double(), e64.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_gumbel_noise_is_gumbel_noise():
+    """Kolmogorov and Smirnov's distance to exp(−exp(−x)); finite; nothing shared by rows, columns."""
+    tokens = torch.randint(-(2**31), 2**31, (1000,)).int()
+    zeros, codes = torch.zeros(1000, 1), torch.zeros(1000, 1)
+    blocks = soft_assignment._logit_blocks(zeros, codes, False, 1.0, tokens)
+    noise = torch.cat([logits.clone() for _, logits, _ in blocks])
+    ordered = noise.flatten().double().sort().values
+    steps = torch.arange(1, 10**6 + 1) / 10**6
+    assert (torch.exp(-torch.exp(-ordered)) - steps).abs().max() < 2 / 1000
+    for matrix in (noise, noise.T):
+        correlation = torch.corrcoef(matrix[:100])
+        assert (correlation - torch.eye(100)).abs().max() < 6 / math.sqrt(1000)
+    extremes = torch.tensor([0, 511, 512, -1, -512, 2**31 - 1], dtype=torch.int32)
+    u = soft_assignment._to_unit(extremes.clone(), torch.empty(6))
+    assert (u > 0).all() and (u < 1).all()
+
+
+def test_gumbel_codes_follow_the_softmax():
+    codebook, z = torch.randn(50, 4), torch.randn(1, 4)
+    expected = (z @ codebook.T * 2).double().softmax(1)[0] * 100_000
+    noise = torch.randint(-(2**31), 2**31, (100_000,)).int()
+    ids = gumbel_codes(z.expand(100_000, 4), codebook, False, 2.0, noise)
+    chi2 = ((torch.bincount(ids, minlength=50) - expected).square() / expected)[expected > 5].sum()
+    assert chi2 < 50 + 5 * math.sqrt(100)
 
 
 def test_sampled_assignments_differ_in_training_only():
@@ -211,17 +247,15 @@ def test_sampled_assignments_differ_in_training_only():
 
 @pytest.mark.parametrize("what", ["entropy", "attention", "vq", "ema"])
 def test_no_matrix_of_all_scores(what, monkeypatch):
-    from vistok.quantizers import search, soft_assignment
-
     monkeypatch.setattr(search, "_CPU_SCORES", 1 << 14)
     monkeypatch.setattr(soft_assignment, "_CPU_SCORES", 1 << 14)
     monkeypatch.setattr(soft_assignment, "_MIN_ROWS", 1)
     z, codebook = torch.randn(1024, 4, requires_grad=True), torch.randn(1024, 4)
     with LargestTensor() as largest:
         if what == "entropy":
-            entropy_penalty(z, codebook, None, 1.0, None)[0].backward()
+            entropy_penalty(z, codebook, False, 1.0, None)[0].backward()
         elif what == "attention":
-            attention_gradient(z, codebook).sum().backward()
+            soft_straight_through(z, codebook, codebook)[0].sum().backward()
         else:
             codes = "ema" if what == "ema" else "gradient"
             quantizer = VectorQuantizer(4, 1024, codebook=codes, kmeans_init=False)

@@ -10,7 +10,11 @@ from vistok.errors import ConfigError
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.estimators import squared_errors
 from vistok.quantizers.search import best_codes
-from vistok.quantizers.soft_assignment import attention_through, entropy_penalty
+from vistok.quantizers.soft_assignment import (
+    entropy_penalty,
+    picked_codes,
+    soft_straight_through,
+)
 from vistok.types import QuantizerOutput
 
 
@@ -82,11 +86,9 @@ class IBQ(Quantizer):
 
     def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
         z, keep = codes.reshape(-1, self.codebook_dim), None if mask is None else mask.reshape(-1)
-        table = self.embedding
-        ids = best_codes(z.detach(), table.detach())
-        q = F.embedding(ids, table)
-        soft, table = attention_through(z, table, 1 / self.temperature)
-        quantized = q + soft
+        ids = best_codes(z.detach(), self.embedding.detach())
+        q, table = picked_codes(self.embedding, ids)
+        quantized, table = soft_straight_through(z, q, table, scale=1 / self.temperature)
 
         commitment, codebook = squared_errors(z, q)
         double = (quantized - z).square().mean(-1) if "double" in self.loss_weights else commitment
@@ -99,7 +101,7 @@ class IBQ(Quantizer):
         metrics = {}
         if "entropy" in self.loss_weights:
             losses["entropy"], metrics = entropy_penalty(
-                z, table, None, 1 / self.entropy_temperature, keep
+                z, table, False, 1 / self.entropy_temperature, keep
             )
         indices = ids.view(*codes.shape[:-1], 1)
         return QuantizerOutput(quantized.view_as(codes), indices, losses, metrics)
@@ -110,6 +112,11 @@ class IBQ(Quantizer):
 
     def _lookup(self, indices: Tensor) -> Tensor:
         return F.embedding(indices.squeeze(-1), self.embedding)
+
+    @property
+    def against_collapse(self) -> str:
+        """Its entropy term is what spreads the use of codes."""
+        return "a higher quantizer.entropy_weight, fewer codes or a lower optimizer.lr"
 
     def codebooks(self) -> list[Tensor]:
         """The table `(K, d)`."""

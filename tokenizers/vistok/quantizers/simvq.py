@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.quantizers.soft_assignment import mapped_codes
 from vistok.quantizers.vq import VectorQuantizer
 
 
@@ -71,12 +72,18 @@ class SimVQ(VectorQuantizer):
         self.stats.update()
         return {}
 
+    @property
+    def against_collapse(self) -> str:
+        """One map moves all codes, so there are none to revive."""
+        return "a higher quantizer.entropy_weight, fewer codes or a lower optimizer.lr"
+
     @torch.no_grad()
     def _table(self) -> Tensor:
         return self._metric(self.map(self.embedding))
 
     def _soft_table(self) -> Tensor:
-        return self._metric(self.map(self.embedding))
+        codes = self.map(self.embedding)
+        return mapped_codes(codes, self._metric) if self.cosine else codes
 
     def _rows(self, ids: Tensor) -> Tensor:
         if not self.training:

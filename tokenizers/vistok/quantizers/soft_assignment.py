@@ -1,14 +1,17 @@
 """Softmax over all codes, with its gradient, without an N×K matrix.
 
 The functions here compute logits a block of tokens at a time, forget them, and compute them
-again in the backward pass, as flash attention does. Memory is O(N·d + K·d) and a few blocks.
+again in the backward pass, as flash attention does. Memory is O(N·d + K·d) and two blocks.
 Second derivatives are not defined.
+
+Functions that return the codebook hand it on to whoever uses it next: the gradient of that next
+use comes back through them and is added to in place. However many use it, a large codebook has
+one gradient and not one for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,66 +21,76 @@ from torch.autograd.function import once_differentiable
 
 from vistok.distributed import all_reduce_mean_with_grad, all_reduce_sum, world_size
 from vistok.quantizers.base import token_mean
+from vistok.quantizers.search import code_bias
 
 _CPU_SCORES = 1 << 22  # logits per block; two blocks are alive: 16 MiB of float32 each
 _GPU_SCORES = 1 << 25
 _MIN_ROWS = 32  # smaller blocks would read the codebook more often than they compute
+_MAPPED_ROWS = 8192  # codes whose gradient is computed at a time
 
 
-def attention_gradient(
+def mapped_codes(codebook: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rule(codebook)` `(K, d)`, a rule for single rows; its gradient is computed in place."""
+    if torch.compiler.is_compiling():
+        return rule(codebook)
+    return _MappedCodes.apply(codebook, rule)  # type: ignore[return-value]
+
+
+def picked_codes(codebook: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `(N, d)` of `ids` `(N,)`, and the codebook `(K, d)`, handed on."""
+    if torch.compiler.is_compiling():
+        return F.embedding(ids, codebook), codebook
+    return _PickedCodes.apply(codebook, ids)  # type: ignore[return-value]
+
+
+def soft_straight_through(
     z: Tensor,
+    q: Tensor,
     codebook: Tensor,
-    bias: Tensor | None = None,
+    euclidean: bool = False,
     scale: float = 1.0,
-    seed: int | None = None,
-) -> Tensor:
-    """Zeros `(N, d)` that carry the gradient of the soft code A = Σ_k p_k sg(E_k).
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hard codes that carry the gradient of soft ones as well: q + A − sg A, A = Σ_k p_k sg(E_k).
 
-    p = softmax((z·Eᵀ + bias)·scale + noise). Added to a hard code E_i it makes
-    `E_i + A − sg A`, the straight-through one-hot of IBQ and of Gumbel-softmax, in value exactly
-    E_i. The forward pass costs nothing, the backward pass four matrix products.
+    p = softmax(score·scale + noise) with the score z·E or z·E − |E|²/2. This is the
+    straight-through one-hot of IBQ and of Gumbel-softmax. The forward pass costs nothing, the
+    backward pass four matrix products.
 
     Args:
-        z: `(N, d)` float32.
-        codebook: `(K, d)` float32; its gradient is that of the logits alone.
-        bias: `(K,)` float32 or None.
+        z: `(N, d)` float32, latents.
+        q: `(N, d)` float32, their codes; the gradient of the result is theirs.
+        codebook: `(K, d)` float32; its gradient is that of p alone.
+        euclidean: the score is z·E − |E|²/2, by which the nearest code is the best.
         scale: one over the temperature.
-        seed: of the Gumbel noise, see `gumbel_codes`; None for no noise.
+        noise: `(N,)` int32, what each token's Gumbel noise is made from; None for no noise.
+
+    Returns:
+        `(N, d)`, in value q, and the codebook, handed on.
     """
-    if z.is_cuda and bias is None and seed is None:  # fused attention does the same there
+    if z.is_cuda and not euclidean and noise is None:  # fused attention does the same there
         soft = F.scaled_dot_product_attention(
             z[None, None], codebook[None, None], codebook.detach()[None, None], scale=scale
         )[0, 0]
-        return soft - soft.detach()
-    queries, keys = _with_bias(z, codebook, bias, scale)
-    return _AttentionGradient.apply(queries, keys, seed)[0][:, : z.shape[1]]
+        return q + (soft - soft.detach()), codebook
+    quantized, handed_on = _SoftStraightThrough.apply(z, q, codebook, euclidean, scale, noise)  # type: ignore
+    # A compiled graph does not know that the second output is nothing but the codebook.
+    return quantized, codebook if torch.compiler.is_compiling() else handed_on
 
 
-def attention_through(z: Tensor, codebook: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `attention_gradient`, and the codebook for `entropy_penalty` to take.
-
-    The penalty's gradient then comes through here and is added to in place: a large codebook has
-    one gradient and not two at a time.
-    """
-    if z.is_cuda:
-        return attention_gradient(z, codebook, scale=scale), codebook
-    return _AttentionGradient.apply(z * scale, codebook, None)  # type: ignore[return-value]
-
-
+@torch.no_grad()
 def gumbel_codes(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, seed: int
+    z: Tensor, codebook: Tensor, euclidean: bool, scale: float, noise: Tensor
 ) -> Tensor:
-    """Indices `(N,)` sampled with the probabilities and the noise of `attention_gradient`."""
+    """Indices `(N,)` sampled with the probabilities and the noise of `soft_straight_through`."""
     ids = torch.empty(z.shape[0], dtype=torch.long, device=z.device)
-    with torch.no_grad():
-        queries, keys = _with_bias(z, codebook, bias, scale)
-        for block, logits, _ in _logit_blocks(queries, keys, seed):
-            ids[block] = logits.argmax(dim=1)
+    for block, logits, _ in _logit_blocks(z, codebook, euclidean, scale, noise):
+        ids[block] = logits.argmax(dim=1)
     return ids
 
 
 def entropy_penalty(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, mask: Tensor | None
+    z: Tensor, codebook: Tensor, euclidean: bool, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """H(code | token) − H(code) of soft assignments: low if they are confident and spread evenly.
 
@@ -89,15 +102,15 @@ def entropy_penalty(
     Args:
         z: `(N, d)` float32.
         codebook: `(K, d)` float32.
-        bias: `(K,)` float32 or None.
-        scale: factor on `z·Eᵀ + bias`, one over the temperature.
+        euclidean: the score is z·E − |E|²/2, not z·E.
+        scale: factor on the score, one over the temperature.
         mask: `(N,)` bool or None; a token marked False does not count.
 
     Returns:
         The penalty in nats, at least −log K, and its two detached terms for the log.
     """
     weight = z.new_ones(z.shape[0]) if mask is None else mask.to(z.dtype)
-    per_token, summed = assignment_entropy(z, codebook, bias, scale, weight)
+    per_token, summed = assignment_entropy(z, codebook, euclidean, scale, weight)
     count = all_reduce_sum(weight.sum()) / world_size()
     mean = all_reduce_mean_with_grad(summed / count.clamp(min=1e-6))
     sample = token_mean(per_token, mask)
@@ -107,134 +120,210 @@ def entropy_penalty(
 
 
 def assignment_entropy(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float, weight: Tensor
+    z: Tensor, codebook: Tensor, euclidean: bool, scale: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Entropy of each token's soft assignment and the summed assignment of all tokens.
 
-    p = softmax((z·Eᵀ + bias)·scale).
+    p = softmax(score·scale), the score as in `soft_straight_through`.
 
     Args:
         z: `(N, d)` float32.
         codebook: `(K, d)` float32.
-        bias: `(K,)` float32 or None.
+        euclidean: the score is z·E − |E|²/2, not z·E.
         scale: one over the temperature.
         weight: `(N,)` float32, the share of each token in the sum; 0 for masked ones.
 
     Returns:
         H(p) of each token, `(N,)` in nats, and Σ_n weight_n·p_n, `(K,)`.
     """
-    return _AssignmentEntropy.apply(*_with_bias(z, codebook, bias, scale), weight)
+    return _AssignmentEntropy.apply(z, codebook, euclidean, scale, weight)  # type: ignore
 
 
-def _with_bias(
-    z: Tensor, codebook: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose product is (z·Eᵀ + bias)·scale: the bias is one more dimension."""
-    if bias is not None:
-        z = torch.cat([z, z.new_ones(z.shape[0], 1)], dim=1)
-        codebook = torch.cat([codebook, bias[:, None]], dim=1)
-    return z * scale, codebook
+# ---------------------------------------------------------------------- blocks
 
 
 def _logit_blocks(
-    queries: Tensor, keys: Tensor, seed: int | None
+    z: Tensor, codebook: Tensor, euclidean: bool, scale: float, noise: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of tokens: their slice, their logits `(R, K)` and scratch memory of the same shape.
 
     Both tensors are free to be overwritten and are used again for the next block: fresh memory
     would be mapped and zeroed by the kernel each time, at several times the cost of the product.
-    With a seed the logits have standard Gumbel noise, the same for the same seed.
+    With `noise` `(N,)` int32 the logits have standard Gumbel noise, the same for the same numbers.
     """
-    num_tokens, num_codes = queries.shape[0], keys.shape[0]
-    block_scores = _CPU_SCORES if queries.device.type == "cpu" else _GPU_SCORES
+    num_tokens, num_codes = z.shape[0], codebook.shape[0]
+    block_scores = _CPU_SCORES if z.device.type == "cpu" else _GPU_SCORES
     rows = max(1, min(max(_MIN_ROWS, block_scores // num_codes), num_tokens))
-    buffers = queries.new_empty(2, rows, num_codes)
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(queries.device).manual_seed(seed)
+    buffers = z.new_empty(2, rows, num_codes)
+    bias = code_bias(codebook) if euclidean else z.new_zeros(1)
+    if noise is not None:
+        code_words = _scrambled(torch.arange(num_codes, dtype=torch.int32, device=z.device))
     for start in range(0, num_tokens, rows):
         block = slice(start, min(start + rows, num_tokens))
         logits, scratch = buffers[:, : block.stop - block.start].unbind()
-        torch.mm(queries[block], keys.t(), out=logits)
-        if generator is not None:
-            logits.sub_(scratch.exponential_(generator=generator).log_())
+        beta = scale if euclidean else 0.0
+        torch.addmm(bias, z[block], codebook.t(), beta=beta, alpha=scale, out=logits)
+        if noise is not None:
+            words = torch.bitwise_xor(noise[block, None], code_words, out=scratch.view(torch.int32))
+            logits.sub_(_to_unit(_scrambled(words), scratch).log_().neg_().log_())
         # exp(−60) is nothing beside a sum of at least 1, but below exp(−87) floats are denormal,
         # and arithmetic on those is many times slower.
         logits.clamp_(min=logits.amax(dim=1, keepdim=True) - 60)
         yield block, logits, scratch
 
 
-class _SoftmaxBackward:
-    """Sums the gradients of queries and keys over blocks, given p and dL/dp of each block.
+def _scrambled(words: Tensor) -> Tensor:
+    """Mix the bits of int32 numbers, in place: "lowbias32" of C. Wellons' hash-prospector.
 
-    Those of the keys are added to `d_keys`, if there is such a tensor.
+    Noise by position needs no generator, so that it can be computed again in the backward pass,
+    compiled, and is the same whatever the batch.
+    """
+    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
+        words.bitwise_xor_((words >> bits).bitwise_and_((1 << (32 - bits)) - 1)).mul_(factor)
+    return words
+
+
+def _to_unit(words: Tensor, out: Tensor) -> Tensor:
+    """The upper 23 bits of int32 numbers as float32 in (0, 1); `out` may be their own memory.
+
+    With 24 bits the half that keeps away from 0 would round up to 1.
+    """
+    words.bitwise_right_shift_(9).bitwise_and_(2**23 - 1)
+    return out.copy_(words).add_(0.5).mul_(2**-23)
+
+
+class _SoftmaxBackward:
+    """Sums the gradients of latents and codes over blocks, given p and dL/dp of each block.
+
+    Those of the codes are added to `d_codebook`, if there is such a tensor already.
     """
 
     def __init__(
-        self, ctx: Any, queries: Tensor, keys: Tensor, d_keys: Tensor | None = None
+        self,
+        z: Tensor,
+        codebook: Tensor,
+        euclidean: bool,
+        scale: float,
+        needs: tuple[bool, bool],
+        d_codebook: Tensor | None = None,
     ) -> None:
-        needs_queries, needs_keys = ctx.needs_input_grad[:2]
-        self.queries, self.keys = queries, keys
-        self.d_queries = torch.empty_like(queries) if needs_queries else None
-        self.d_keys = d_keys
-        if d_keys is None and needs_keys:
-            self.d_keys = torch.zeros_like(keys)
+        self.z, self.codebook, self.scale = z, codebook, scale
+        self.d_z = torch.empty_like(z) if needs[0] else None
+        self.d_codebook = d_codebook
+        if d_codebook is None and needs[1]:
+            self.d_codebook = torch.zeros_like(codebook)
+        self.d_bias = z.new_zeros(len(codebook)) if euclidean and needs[1] else None
 
     def add(self, block: slice, p: Tensor, dp: Tensor) -> None:
         """Overwrites `dp`."""
         # p·(dp − Σ p·dp) in one pass
         dlogits = torch.ops.aten._softmax_backward_data.out(dp, p, 1, p.dtype, grad_input=dp)
-        if self.d_queries is not None:
-            torch.mm(dlogits, self.keys, out=self.d_queries[block])
-        if self.d_keys is not None:
-            self.d_keys.addmm_(dlogits.t(), self.queries[block])
+        if self.d_z is not None:
+            out = self.d_z[block]
+            torch.addmm(out, dlogits, self.codebook, beta=0, alpha=self.scale, out=out)
+        if self.d_codebook is not None:
+            self.d_codebook.addmm_(dlogits.t(), self.z[block], alpha=self.scale)
+        if self.d_bias is not None:
+            self.d_bias += dlogits.sum(dim=0)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of latents and codes."""
+        if self.d_codebook is not None and self.d_bias is not None:
+            # The bias is −|E|²/2.
+            self.d_codebook.addcmul_(self.codebook, self.d_bias[:, None], value=-self.scale)
+        return self.d_z, self.d_codebook
 
 
-class _AttentionGradient(Function):
+# ---------------------------------------------------------------------- with their gradients
+
+
+class _MappedCodes(Function):
     @staticmethod
-    def forward(ctx, queries, keys, seed):
-        ctx.save_for_backward(queries, keys)
-        ctx.seed = seed
-        ctx.set_materialize_grads(False)
-        return torch.zeros_like(queries), keys.view_as(keys)
+    def forward(ctx, codebook, rule):
+        ctx.save_for_backward(codebook)
+        ctx.rule = rule
+        return rule(codebook)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, d_keys = grads
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (codebook,) = ctx.saved_tensors
+        pieces = zip(codebook.split(_MAPPED_ROWS), gradient.split(_MAPPED_ROWS), strict=True)
+        for rows, slope in pieces:
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                slope.copy_(torch.autograd.grad(ctx.rule(rows), rows, slope)[0])
+        return gradient, None
+
+
+class _PickedCodes(Function):
+    @staticmethod
+    def forward(ctx, codebook, ids):
+        ctx.save_for_backward(ids)
+        ctx.set_materialize_grads(False)
+        ctx.shape = codebook.shape
+        return codebook[ids], codebook.view_as(codebook)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_rows, d_codebook = gradients
+        (ids,) = ctx.saved_tensors
+        if d_rows is not None:
+            if d_codebook is None:
+                d_codebook = d_rows.new_zeros(ctx.shape)
+            d_codebook.index_add_(0, ids, d_rows)
+        return d_codebook, None
+
+
+class _SoftStraightThrough(Function):
+    @staticmethod
+    def forward(ctx, z, q, codebook, euclidean, scale, noise):
+        ctx.save_for_backward(z, codebook, noise)
+        ctx.score = euclidean, scale
+        ctx.set_materialize_grads(False)
+        return q.view_as(q), codebook.view_as(codebook)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient, d_codebook = gradients
         if gradient is None:
-            return None, d_keys, None
-        queries, keys = ctx.saved_tensors
-        total = _SoftmaxBackward(ctx, queries, keys, d_keys)
-        for block, logits, scratch in _logit_blocks(queries, keys, ctx.seed):
+            return None, None, d_codebook, None, None, None
+        z, codebook, noise = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        total = _SoftmaxBackward(z, codebook, *ctx.score, needs, d_codebook)
+        for block, logits, scratch in _logit_blocks(z, codebook, *ctx.score, noise):
             p = torch.softmax(logits, dim=1, out=scratch)
-            total.add(block, p, torch.mm(gradient[block], keys.t(), out=logits))
-        return total.d_queries, total.d_keys, None
+            total.add(block, p, torch.mm(gradient[block], codebook.t(), out=logits))
+        d_z, d_codebook = total.gradients()
+        return d_z, gradient, d_codebook, None, None, None
 
 
 class _AssignmentEntropy(Function):
     @staticmethod
-    def forward(ctx, queries, keys, weight):
-        entropy = queries.new_empty(queries.shape[0])
-        summed = queries.new_zeros(keys.shape[0])
-        for block, logits, scratch in _logit_blocks(queries, keys, None):
+    def forward(ctx, z, codebook, euclidean, scale, weight):
+        entropy = z.new_empty(z.shape[0])
+        summed = z.new_zeros(codebook.shape[0])
+        for block, logits, scratch in _logit_blocks(z, codebook, euclidean, scale, None):
             p = torch.softmax(logits, dim=1, out=scratch)
             # log Σ exp(l) = l_max − log p_max, and H = log Σ exp(l) − Σ p·l
             log_total = logits.amax(dim=1) - p.amax(dim=1).log()
             summed.addmv_(p.t(), weight[block])
             entropy[block] = log_total - logits.mul_(p).sum(dim=1)
-        ctx.save_for_backward(queries, keys, weight)
+        ctx.save_for_backward(z, codebook, weight)
+        ctx.score = euclidean, scale
         return entropy, summed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_entropy, d_summed = grads
-        queries, keys, weight = ctx.saved_tensors
-        total = _SoftmaxBackward(ctx, queries, keys)
-        for block, logits, scratch in _logit_blocks(queries, keys, None):
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_entropy, d_summed = gradients
+        z, codebook, weight = ctx.saved_tensors
+        total = _SoftmaxBackward(z, codebook, *ctx.score, ctx.needs_input_grad[:2])
+        for block, logits, scratch in _logit_blocks(z, codebook, *ctx.score, None):
             p = torch.softmax(logits, dim=1, out=scratch)
             # dH/dp = −l up to a constant per token, which the softmax's backward removes.
             dp = logits.mul_(-d_entropy[block, None]).addcmul_(weight[block, None], d_summed)
             total.add(block, p, dp)
-        return total.d_queries, total.d_keys, None
+        return *total.gradients(), None, None, None

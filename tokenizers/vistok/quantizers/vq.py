@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from vistok.distributed import all_gather_rows
 from vistok.errors import ConfigError, nearest
+from vistok.nn.draws import integers
 from vistok.quantizers import estimators
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.codebook_stats import CodebookStats
 from vistok.quantizers.kmeans import kmeans
-from vistok.quantizers.search import best_codes, code_bias
+from vistok.quantizers.search import best_codes, code_bias, sampled_codes
 from vistok.quantizers.soft_assignment import (
-    attention_gradient,
     entropy_penalty,
     gumbel_codes,
+    mapped_codes,
+    picked_codes,
+    soft_straight_through,
 )
 from vistok.types import QuantizerOutput
 
@@ -29,6 +32,7 @@ _CHOICES = {
     "assignment": ("nearest", "stochastic", "gumbel"),
     "revival": ("restart", "clustering", "none"),
 }
+_ROWS = 8192  # codes that are normalised at a time
 
 
 class VectorQuantizer(Quantizer):
@@ -146,11 +150,22 @@ class VectorQuantizer(Quantizer):
         if not self._is_ready():
             self._initialize_from_batch(z.detach(), keep)
 
-        table = self._table()
-        ids, surrogate = self._assign(z, table)
-        self.stats.observe(z.detach(), ids, keep, table, self.cosine)
+        soft = self.assignment == "gumbel" or "entropy" in self.loss_weights
+        table = self._soft_table() if soft else self._table()
+        ids, noise = self._assign(z.detach(), table.detach())
+        self.stats.observe(z.detach(), ids, keep, table.detach(), self.cosine)
+        if soft:
+            q, table = picked_codes(table, ids)
+        else:
+            del table  # a copy as large as the codebook
+            q = self._rows(ids)
 
-        q = self._rows(ids)
+        if noise is None:
+            quantized = self._estimate(z, q)
+        else:
+            quantized, table = soft_straight_through(
+                z, q, table, not self.cosine, 1 / self.temperature, noise
+            )
         losses, metrics = {}, {}
         for name, errors in zip(
             ("commitment", "codebook"), estimators.squared_errors(z, q), strict=True
@@ -158,26 +173,21 @@ class VectorQuantizer(Quantizer):
             if name in self.loss_weights:
                 losses[name] = token_mean(errors, keep)
         if "entropy" in self.loss_weights:
-            table = self._soft_table()
             # |z − e|² / T: the distance is twice the score, up to a term that all codes share.
             losses["entropy"], metrics = entropy_penalty(
-                z, table, self._bias(table), 2 / self.entropy_temperature, keep
+                z, table, not self.cosine, 2 / self.entropy_temperature, keep
             )
-        quantized = self._estimate(z, q) if surrogate is None else q + surrogate
         indices = ids.view(*codes.shape[:-1], 1)
         return QuantizerOutput(quantized.view_as(codes), indices, losses, metrics)
 
     def _assign(self, z: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Indices `(M,)` of the training forward, and the gradient of a Gumbel assignment."""
+        """Indices `(M,)` of the training forward, and what Gumbel noise was made from."""
         if self.assignment == "gumbel":
-            # The noise of the forward is drawn again in the backward, from this seed.
-            seed = int(torch.randint(2**62, ()))
-            scale = 1 / self.temperature
-            ids = gumbel_codes(z.detach(), table, self._bias(table), scale, seed)
-            table = self._soft_table()
-            return ids, attention_gradient(z, table, self._bias(table), scale, seed)
-        temperature = self.temperature if self.assignment == "stochastic" else None
-        return best_codes(z.detach(), table, self._bias(table), temperature), None
+            noise = integers(-(2**31), 2**31, (len(z),), z.device).int()
+            return gumbel_codes(z, table, not self.cosine, 1 / self.temperature, noise), noise
+        if self.assignment == "stochastic":
+            return sampled_codes(z, table, self._bias(table), self.temperature), None
+        return best_codes(z, table, self._bias(table)), None
 
     def _search(self, codes: Tensor) -> Tensor:
         z = self._metric(codes.reshape(-1, self.codebook_dim))
@@ -205,9 +215,20 @@ class VectorQuantizer(Quantizer):
             if self.cosine:
                 # The gradient of a unit code is tangential: without this a learned code would
                 # grow longer, and its effective step smaller, with every step.
-                self.embedding.copy_(self._metric(self.embedding))
+                for rows in self.embedding.split(_ROWS):  # a whole copy would be as large again
+                    rows.copy_(self._metric(rows))
             revived = self.stats.revive(self.embedding, optimizers, self._metric)
         return {"dead_codes_revived": revived}
+
+    @property
+    def against_collapse(self) -> str:
+        """Revival, k-means and narrower codes, as far as they are not set yet."""
+        advice = ["quantizer.revival=restart"]
+        if self.revival == "restart":
+            advice = ["a higher quantizer.dead_code_threshold"]
+        if not self.kmeans_init:
+            advice.append("quantizer.kmeans_init=true")
+        return f"{', '.join(advice)}, a smaller codebook_dim or codebook_size, or quantizer=simvq"
 
     # ------------------------------------------------------------------ its parts
 
@@ -229,7 +250,9 @@ class VectorQuantizer(Quantizer):
 
     def _soft_table(self) -> Tensor:
         """All effective codes, with a gradient to a learned codebook; for soft assignments."""
-        return self._metric(self.embedding) if self.learns else self.embedding
+        if not (self.learns and self.cosine):
+            return self.embedding
+        return mapped_codes(self.embedding, self._metric)
 
     def _bias(self, table: Tensor) -> Tensor | None:
         return None if self.cosine else code_bias(table)
