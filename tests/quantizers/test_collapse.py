@@ -1,9 +1,12 @@
 """A stream built to collapse a codebook: few clusters, then a shift to many."""
 
+import re
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from quantizers.conftest import total_loss
+from quantizers.conftest import NAMES, build, load_config, total_loss
 from vistok.quantizers.usage import CodeUsage, collapse_advice
 from vistok.quantizers.vq import VectorQuantizer
 
@@ -28,7 +31,11 @@ def run(steps=200, **options):
             loss.backward()
             optimizer.step()
         quantizer.after_step(optimizers)
-    return quantizer.usage
+    return quantizer
+
+
+def advice_of(usage):
+    return collapse_advice(usage, "this and that")
 
 
 RULES = [("ema", "euclidean"), ("ema", "cosine"), ("gradient", "euclidean")]
@@ -36,18 +43,26 @@ RULES = [("ema", "euclidean"), ("ema", "cosine"), ("gradient", "euclidean")]
 
 @pytest.mark.parametrize(("codebook", "metric"), RULES)
 def test_the_alarm_fires_with_advice(codebook, metric):
-    usage = run(revival="none", codebook=codebook, metric=metric)
-    assert usage.compute()["codebook_usage"] < 0.3
-    advice = collapse_advice(usage)
+    quantizer = run(revival="none", codebook=codebook, metric=metric)
+    assert quantizer.usage.compute()["codebook_usage"] < 0.3
+    advice = collapse_advice(quantizer.usage, quantizer.against_collapse)
     assert advice is not None and "\n" not in advice
     assert "quantizer.revival=restart" in advice and f"of {CODES} codes" in advice
 
 
 @pytest.mark.parametrize(("codebook", "metric"), [*RULES, ("gradient", "cosine")])
 def test_restart_recovers(codebook, metric):
-    usage = run(revival="restart", codebook=codebook, metric=metric)
+    usage = run(revival="restart", codebook=codebook, metric=metric).usage
     assert usage.compute()["codebook_usage"] > 0.8
-    assert collapse_advice(usage) is None
+    assert advice_of(usage) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_advice_names_keys_that_the_config_has(name):
+    advice = build(name).against_collapse
+    for key in re.findall(r"quantizer\.(\S+?)(?:=\S+)?(?:[, ]|$)", advice):
+        assert OmegaConf.select(load_config(name), key) is not None, key
+    assert "quantizer=" in advice or "lower optimizer.lr" in advice
 
 
 def window(*histograms):
@@ -58,15 +73,15 @@ def window(*histograms):
 
 def test_advice_looks_at_usage_perplexity_and_the_length_of_the_window():
     even = [10] * 100
-    assert collapse_advice(window(even)) is None
-    assert "used 5 of 100" in collapse_advice(window([200] * 5 + [0] * 95))
+    assert advice_of(window(even)) is None
+    assert "used 5 of 100" in advice_of(window([200] * 5 + [0] * 95))
     # All codes in use, but one does the work.
-    assert "perplexity 1.0" in collapse_advice(window([1_000_000] + [1] * 99))
+    assert "perplexity 1.0" in advice_of(window([1_000_000] + [1] * 99))
     # The worst slot is the one that is named.
-    assert collapse_advice(window(even, [1000] + [0] * 99)).startswith("codebook 1 ")
+    assert advice_of(window(even, [1000] + [0] * 99)).startswith("codebook 1 ")
     # A short window cannot have used more, and an empty one says nothing.
-    assert collapse_advice(window([1] * 10 + [0] * 990)) is None
-    assert collapse_advice(window([0] * 50)) is None
+    assert advice_of(window([1] * 10 + [0] * 990)) is None
+    assert advice_of(window([0] * 50)) is None
 
 
 def test_usage_statistics():

@@ -172,6 +172,11 @@ class Quantizer(nn.Module, ABC):
         """
         return {}
 
+    @property
+    def against_collapse(self) -> str:
+        """What to change when few codes do all the work, for the alarm; ends its line."""
+        return "a lower optimizer.lr, or quantizer=simvq"
+
     # ------------------------------------------------------------------ what everyone calls
 
     @property

@@ -51,6 +51,11 @@ class Composite(Quantizer):
         """What the most demanding book wants."""
         return max(book.num_init_latents for book in self.books)
 
+    @property
+    def against_collapse(self) -> str:
+        """What the first book advises; the books are alike."""
+        return self.books[0].against_collapse
+
     def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
         """Step every book; the scalars are means over the books."""
         optimizers = list(optimizers)

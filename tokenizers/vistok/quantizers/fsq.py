@@ -169,6 +169,11 @@ class FSQ(Quantizer):
     def _lookup(self, indices: Tensor) -> Tensor:
         return self._values(unpack_digits(indices, self.levels)).flatten(-2)
 
+    @property
+    def against_collapse(self) -> str:
+        """The grid is fixed: only the latents can spread."""
+        return "fewer or smaller quantizer.levels, or a lower optimizer.lr"
+
     def codebooks(self) -> list[Tensor]:
         """The same table `(prod(levels), len(levels))` in [-1, 1] for each slot."""
         ids = torch.arange(self.codebook_sizes[0], device=self.levels.device)

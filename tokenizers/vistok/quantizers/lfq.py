@@ -136,6 +136,11 @@ class LFQ(Quantizer):
         bits = unpack_digits(indices, binary_radices(self.bits, indices.device))
         return self._signs(bits.flatten(-2) > 0)
 
+    @property
+    def against_collapse(self) -> str:
+        """Its entropy term is what spreads the use of codes."""
+        return "a higher quantizer.entropy_weight, fewer codes or a lower optimizer.lr"
+
     def codebooks(self) -> list[Tensor]:
         """The same table `(2^bits, bits)` for each slot; a token concatenates its rows."""
         device = self.usage.counts.device

@@ -156,6 +156,11 @@ class Perturb(Quantizer):
         """What the inner quantizer wants."""
         return self.inner.num_init_latents
 
+    @property
+    def against_collapse(self) -> str:
+        """What the inner quantizer advises, whose keys are one level down."""
+        return self.inner.against_collapse.replace("quantizer.", "quantizer.inner.")
+
     def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
         """Step the inner quantizer and, after a training forward, the schedule."""
         self.steps.add_(int(self._trained))

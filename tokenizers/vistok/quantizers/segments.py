@@ -91,6 +91,11 @@ class Segments(Quantizer):
         """Which quantizer each id `(B, N, Q)` belongs to, int64 of the same shape."""
         return (indices[..., None] >= self.offsets.T).sum(dim=-1) - 1
 
+    @property
+    def against_collapse(self) -> str:
+        """What the first quantizer advises."""
+        return self.books[0].against_collapse
+
     def codebooks(self) -> list[Tensor]:
         """The joint tables of all slots, narrower ones filled up with zeros."""
         joint = []

@@ -88,7 +88,11 @@ class CodeUsage(nn.Module):
 
 
 def collapse_advice(
-    usage: CodeUsage, min_usage: float = 0.3, min_perplexity: float = 0.1, min_tokens: int = 4
+    usage: CodeUsage,
+    remedies: str,
+    min_usage: float = 0.3,
+    min_perplexity: float = 0.1,
+    min_tokens: int = 4,
 ) -> str | None:
     """What to do about a codebook that collapses, in one line; None if all is well.
 
@@ -99,6 +103,7 @@ def collapse_advice(
 
     Args:
         usage: a window of training or validation batches.
+        remedies: the quantizer's `against_collapse`.
         min_usage: share of the codes, 0 to 1.
         min_perplexity: share of the codes, 0 to 1.
         min_tokens: tokens per code that make a window long.
@@ -116,9 +121,7 @@ def collapse_advice(
             continue
         message = (
             f"codebook {slot} is collapsing: {tokens} tokens used {used} of {size} codes, "
-            f"perplexity {perplexity:.1f}; try quantizer.revival=restart with a higher "
-            "quantizer.dead_code_threshold, quantizer.kmeans_init=true, a smaller codebook_dim "
-            "or codebook_size, or quantizer=simvq"
+            f"perplexity {perplexity:.1f}; try {remedies}"
         )
         health = min(used, perplexity) / reachable
         if worst is None or health < worst[0]:

@@ -80,11 +80,12 @@ class CodebookWatch(L.Callback):
         if trainer.global_step == self._step or trainer.global_step % self.every:
             return
         self._step = trainer.global_step
-        usage = module.tokenizer.quantizer.usage
+        quantizer = module.tokenizer.quantizer
+        usage = quantizer.usage
         self._read(usage)
         for name, value in self.last.items():
             module.log(f"train/{name}", value)
-        advice = collapse_advice(usage)
+        advice = collapse_advice(usage, quantizer.against_collapse)
         if advice and trainer.is_global_zero:
             say(f"[yellow]step {trainer.global_step}: {advice}[/yellow]")
         usage.reset()
