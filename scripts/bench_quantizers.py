@@ -1,20 +1,23 @@
 """Time and memory of the quantizers, beside other implementations of the same methods.
 
-    python scripts/bench_quantizers.py                                   # all; half an hour or so
+    python scripts/bench_quantizers.py                                   # all; an hour and a half
     python scripts/bench_quantizers.py methods=vq,simvq sizes=8192x32 out=bench.json
+    python scripts/bench_quantizers.py methods=peaks                     # memory of all configs
 
 Keys: `methods` (of METHODS below), `sizes` (codes x channels, for the codebook methods), `tokens`,
-`rounds`, `threads`, `memory_gb` (limit per process; what needs more is "out of memory") and `out`
-(a JSON file; its other cases are kept). `vqp` is vector-quantize-pytorch, `textbook` the usual few
-lines with a distance matrix and one-hots, `matmul` the product that an exact search cannot avoid,
-`matmul_reused` the same into memory that is there already.
+`codes` (for `peaks`), `rounds`, `threads`, `memory_gb` (limit per process; what needs more is "out
+of memory") and `out` (a JSON file; its other cases are kept). `vqp` is vector-quantize-pytorch,
+`textbook` the usual few lines with a distance matrix and one-hots, `matmul` the product that an
+exact search cannot avoid, `matmul_reused` the same into memory that is there already.
 
 A train step is forward, backward and `after_step`; encode is eval mode, ids only. Every
 contender of a case lives in a process of its own, and the processes take turns, one step each
 per round (or as many as take 0.1 s), so that a busy machine disturbs all alike. Figures are the
 best of the rounds, ratios those of processor time, which other work disturbs least; `threads=1`
 leaves out the threads' waiting for each other. Memory is the peak of the first full step above
-what the process held before it, gradients included.
+what the process held before it, gradients included. `peaks` is that of a train step of every
+shipped config that takes a `codebook_size`, set to `codes` (65536): at the width of its codes, and
+at 256 channels where it has one codebook.
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tokenizers"))
 
 SIZES = [f"{k}x{d}" for d in (8, 32, 256) for k in (1024, 8192, 16384, 65536, 262144)]
+SOME_SIZES = ["1024x8", "8192x32", "16384x256"]  # for the variants of one method
 SHORTEST_TURN = 0.1  # seconds; shorter steps are repeated, or waking up would be most of them
 TURN_BUDGET = 20.0  # seconds that one contender may use in a case before its rounds end
 
@@ -127,12 +132,9 @@ def vqp(name: str, **options: object) -> tuple[Step, Step]:
 
 def ours(name: str, dim: int, **overrides: object) -> tuple[Step, Step]:
     """The shipped config, on a tokenizer of width `dim`."""
-    from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose(overrides=[f"+quantizer={name}", f"+tokenizer.latent_dim={dim}"])
-    module = instantiate(config.quantizer, **overrides)
+    module = instantiate(shipped(name, dim), **overrides)
 
     def train(z: Tensor) -> None:
         module.train()
@@ -149,6 +151,15 @@ def ours(name: str, dim: int, **overrides: object) -> tuple[Step, Step]:
         return module.encode(z[None])
 
     return train, encode
+
+
+def shipped(name: str, dim: int) -> DictConfig:
+    """The config of `quantizer=name` on a tokenizer of width `dim`."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        overrides = [f"+quantizer={name}", f"+tokenizer.latent_dim={dim}"]
+        return compose(overrides=overrides).quantizer
 
 
 def matmul(dim: int, codes: int, tokens: int, reuse: bool, layers: int = 1) -> tuple[Step, Step]:
@@ -179,15 +190,14 @@ def contenders(method: str, dim: int, codes: int, tokens: int) -> dict[str, tupl
     if method == "ema_vq":
         return {
             "ours": (ours, ("ema_vq", dim), book | plain),
-            "vqp": (vqp, ("VectorQuantize",), library | {"decay": 0.99}),
+            "vqp": (vqp, ("VectorQuantize",), library | EMA),
             "textbook": (textbook, (dim, codes, "ema"), {}),
             **products,
         }
     if method == "vq":
-        learnable = {"learnable_codebook": True, "ema_update": False}
         return {
             "ours": (ours, ("vq", dim), book | plain),
-            "vqp": (vqp, ("VectorQuantize",), library | learnable),
+            "vqp": (vqp, ("VectorQuantize",), library | LEARNED),
             "textbook": (textbook, (dim, codes, "gradient"), {}),
             **products,
         }
@@ -203,6 +213,12 @@ def contenders(method: str, dim: int, codes: int, tokens: int) -> dict[str, tupl
             "ours+entropy": (ours, ("ibq", dim), book),
             "textbook": (textbook, (dim, codes, "ibq"), {}),
             **products,
+        }
+    if method in VARIANTS:
+        config, overrides, options = VARIANTS[method]
+        return {
+            "ours": (ours, (config, dim), book | {"kmeans_init": False} | overrides),
+            "vqp": (vqp, ("VectorQuantize",), library | options),
         }
     if method in ("lfq", "bsq"):
         spherical = {"spherical": method == "bsq"}
@@ -232,10 +248,31 @@ def contenders(method: str, dim: int, codes: int, tokens: int) -> dict[str, tupl
     }
 
 
-CODEBOOK_METHODS = ("ema_vq", "vq", "simvq", "ibq")
+EMA = {"decay": 0.99}
+LEARNED = {"learnable_codebook": True, "ema_update": False}
+PLAIN = {"metric": "euclidean"}
+# The rest of what both libraries have: our config, its overrides, the library's options.
+VARIANTS: dict[str, tuple[str, dict, dict]] = {
+    "cosine": ("ema_vq", {"metric": "cosine"}, EMA | {"use_cosine_sim": True}),
+    "rotation": ("vq_rotation", PLAIN, EMA | {"rotation_trick": True}),
+    "diveq": (
+        "vq_diveq",
+        PLAIN,
+        LEARNED | {"directional_reparam": True, "threshold_ema_dead_code": 2},
+    ),
+    "synchronous": ("vq_synchronous", PLAIN, LEARNED | {"sync_update_v": 1.0}),
+    "stochastic": ("vq_stochastic", PLAIN, EMA | {"stochastic_sample_codes": True}),
+    "gumbel": (
+        "vq_gumbel",
+        PLAIN,
+        EMA | {"stochastic_sample_codes": True, "straight_through": True},
+    ),
+}
+CODEBOOK_METHODS = ("ema_vq", "vq", "simvq", "ibq", *VARIANTS)
 FIXED = {"lfq": "2^18", "bsq": "2^18", "fsq_64k": "64000", "residual_vq": "8x1024x128"}
 WIDTHS = {"lfq": 18, "bsq": 18, "fsq_64k": 6, "residual_vq": 128}
 METHODS = (*CODEBOOK_METHODS, *FIXED)
+ONE_CODEBOOK = ("vq", "ema_vq", "simvq", "ibq")  # how the names of their configs begin
 
 
 # ---------------------------------------------------------------------- measuring
@@ -286,27 +323,33 @@ def serve(connection, build, args, options, width, tokens, threads, memory_gb) -
                 steps += 1
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             answer = wall / steps, cpu / steps
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         known = "memory" in str(error) or isinstance(error, MemoryError)
         connection.send("out of memory" if known else f"failed: {error}")
+
+
+def launch(contender: tuple, width: int, options: dict) -> tuple:
+    """Start a process that serves a contender; its first answer is the memory of a step."""
+    context = mp.get_context("forkserver")
+    here, there = context.Pipe()
+    shared = (width, options["tokens"], options["threads"], options["memory_gb"])
+    process = context.Process(target=serve, args=(there, *contender, *shared))
+    process.start()
+    there.close()
+    return here, process
 
 
 def measure(method: str, size: str, options: dict) -> dict:
     """One case: every contender in its own process, steps in turn."""
     codes, dim = (int(part) for part in size.split("x")) if method in CODEBOOK_METHODS else (0, 0)
-    tokens, context = options["tokens"], mp.get_context("forkserver")
     results: dict[str, dict] = {}
     alive = {}
-    for name, (build, args, extra) in contenders(method, dim, codes, tokens).items():
-        here, there = context.Pipe()
-        shared = (WIDTHS.get(method, dim), tokens, options["threads"], options["memory_gb"])
-        process = context.Process(target=serve, args=(there, build, args, extra, *shared))
-        process.start()
-        there.close()
-        answer = receive(here)
+    for name, contender in contenders(method, dim, codes, options["tokens"]).items():
+        connection, process = launch(contender, WIDTHS.get(method, dim), options)
+        answer = receive(connection)
         if isinstance(answer, dict):
             results[name] = answer
-            alive[name] = here, process
+            alive[name] = connection, process
         else:
             results[name] = {"error": str(answer)}
     times: dict = {name: {"train": [], "encode": []} for name in alive}
@@ -330,6 +373,32 @@ def measure(method: str, size: str, options: dict) -> dict:
                 results[name][f"{kind}_ms"] = 1e3 * min(wall for wall, _ in pairs)
                 results[name][f"{kind}_cpu_ms"] = 1e3 * min(cpu for _, cpu in pairs)
     return results
+
+
+def peaks(options: dict) -> dict[str, str]:
+    """Config and width -> MB of a train step with many codes, or an error."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "configs" / "quantizer").glob("*.yaml")):
+        config = shipped(path.stem, 256)
+        if "codebook_size" not in config or path.stem.startswith("token_bridge"):
+            continue  # a grid, or levels of single channels
+        overrides: dict = {"codebook_size": options["codes"]}
+        if "kmeans_init" in config:
+            overrides["kmeans_init"] = False
+        widths = [config.get("codebook_dim")]
+        if path.stem.startswith(ONE_CODEBOOK):
+            widths.append(256)
+        for width in widths:
+            extra = overrides | ({"codebook_dim": width} if width else {})
+            connection, process = launch((ours, (path.stem, 256), extra), 256, options)
+            answer = receive(connection)
+            if isinstance(answer, dict):
+                connection.send("stop")
+                answer = f"{answer['memory_mb']:.0f}"
+            process.join()
+            found[f"{path.stem} {width or ''}".strip()] = str(answer)
+            print(f"| {path.stem} | {width or ''} | {answer} |", flush=True)
+    return found
 
 
 def receive(connection) -> object:
@@ -391,8 +460,14 @@ def main() -> None:
     mp.get_context("forkserver").set_forkserver_preload(
         ["torch", "hydra", "vector_quantize_pytorch"]
     )
-    options: dict = {"tokens": 8192, "rounds": 5, "threads": os.cpu_count(), "memory_gb": 10.0}
-    chosen = {"methods": ",".join(METHODS), "sizes": ",".join(SIZES), "out": ""}
+    options: dict = {
+        "tokens": 8192,
+        "codes": 65536,
+        "rounds": 5,
+        "threads": os.cpu_count(),
+        "memory_gb": 10.0,
+    }
+    chosen = {"methods": ",".join(METHODS), "sizes": "", "out": ""}
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
         if key in chosen:
@@ -402,19 +477,27 @@ def main() -> None:
         else:
             sys.exit(f"unknown key {key!r}; known: {', '.join([*chosen, *options])}")
     out = Path(chosen["out"]) if chosen["out"] else None
-    cases: dict[str, dict] = {}
+    report: dict = {"cases": {}}
     if out and out.exists():
-        cases = json.loads(out.read_text())["cases"]
-    for method in chosen["methods"].split(","):
-        if method not in METHODS:
-            sys.exit(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-        sizes = chosen["sizes"].split(",") if method in CODEBOOK_METHODS else [FIXED[method]]
+        report = json.loads(out.read_text())
+    report["machine"] = machine(options)
+    methods = chosen["methods"].split(",")
+    for method in methods:
+        if method not in (*METHODS, "peaks"):
+            sys.exit(f"unknown method {method!r}; known: {', '.join((*METHODS, 'peaks'))}")
+    for method in methods:
+        sizes = [FIXED.get(method)]
+        if method in CODEBOOK_METHODS:
+            some = SOME_SIZES if method in VARIANTS else SIZES
+            sizes = chosen["sizes"].split(",") if chosen["sizes"] else some
         for size in sizes:
-            results = measure(method, size, options)
-            cases[f"{method} {size}"] = results
-            print(table({f"{method} {size}": results}), flush=True)
+            if method == "peaks":
+                report[f"peaks {options['codes']}"] = peaks(options)
+            else:
+                results = measure(method, size, options)
+                report["cases"][f"{method} {size}"] = results
+                print(table({f"{method} {size}": results}), flush=True)
             if out:
-                report = {"machine": machine(options), "cases": cases}
                 out.write_text(json.dumps(report, indent=1) + "\n")
 
 
