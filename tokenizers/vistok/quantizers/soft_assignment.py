@@ -25,6 +25,7 @@ from vistok.quantizers.search import code_bias
 
 _CPU_SCORES = 1 << 22  # logits per block; two blocks are alive: 16 MiB of float32 each
 _GPU_SCORES = 1 << 25
+_NOISE = 1 << 18  # logits that get their noise at a time
 _MIN_ROWS = 32  # smaller blocks would read the codebook more often than they compute
 _MAPPED_ROWS = 8192  # codes whose gradient is computed at a time
 
@@ -164,12 +165,21 @@ def _logit_blocks(
         beta = scale if euclidean else 0.0
         torch.addmm(bias, z[block], codebook.t(), beta=beta, alpha=scale, out=logits)
         if noise is not None:
-            words = torch.bitwise_xor(noise[block, None], code_words, out=scratch.view(torch.int32))
-            logits.sub_(_to_unit(_scrambled(words), scratch).log_().neg_().log_())
+            _add_gumbel(logits, scratch, noise[block, None], code_words)
         # exp(−60) is nothing beside a sum of at least 1, but below exp(−87) floats are denormal,
         # and arithmetic on those is many times slower.
         logits.clamp_(min=logits.amax(dim=1, keepdim=True) - 60)
         yield block, logits, scratch
+
+
+def _add_gumbel(logits: Tensor, scratch: Tensor, tokens: Tensor, codes: Tensor) -> None:
+    """Add −log(−log u) to `(R, K)` logits, u from the words `(R, 1)` and `(K,)`, int32."""
+    # A few rows at a time stay in the cache, and so do the copies that mixing makes.
+    rows = len(logits) if torch.compiler.is_compiling() else max(1, _NOISE // len(codes))
+    pieces = zip(logits.split(rows), scratch.split(rows), tokens.split(rows), strict=True)
+    for logits, scratch, tokens in pieces:
+        words = torch.bitwise_xor(tokens, codes, out=scratch.view(torch.int32))
+        logits.sub_(_to_unit(_scrambled(words), scratch).log_().neg_().log_())
 
 
 def _scrambled(words: Tensor) -> Tensor:
