@@ -126,8 +126,10 @@ class ImageDataset(Dataset):
         skipped: list[Skip] = []
         transform = self._transform_of(requests)
         shape = len(requests), *transform.size, self.channels
-        in_worker = self.memory is not None and get_worker_info() is not None
-        images = self.memory.take(shape) if in_worker else torch.empty(shape, dtype=torch.uint8)
+        if self.memory is not None and get_worker_info() is not None:
+            images = self.memory.take(shape)
+        else:
+            images = torch.empty(shape, dtype=torch.uint8)
         rows: list[Row | None] = []
         for epoch, number in requests:
             row = None
@@ -355,9 +357,10 @@ class ImageLoader(DataLoader):
     def _lend_memory(self) -> None:
         """Give each worker that is about to start slots: for what is under way, and two more."""
         dataset: Any = self.dataset
-        size = dataset.largest_image * self.batch_sampler.batch_size
+        sampler: Any = self.batch_sampler
+        slots, size = (self.prefetch_factor or 0) + 2, dataset.largest_image * sampler.batch_size
         try:
-            dataset.memory = BatchMemory(self.num_workers, self.prefetch_factor + 2, size)
+            dataset.memory = BatchMemory(self.num_workers, slots, size)
         except RuntimeError:  # there is less shared memory than that; it is taken batch by batch
             dataset.memory = None
 
