@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vistok
-from helpers import TINY, losses_of
+from helpers import SIZES, TINY, losses_of, tiny_tokenizer
 from test_distributed_training import TWO, ended, floats, plan, start
 from test_pipeline import assert_same_training, state_of
 from test_sudden_death import content_of, flip
@@ -20,6 +20,26 @@ from vistok.training import checkpoints, sharding
 from vistok.training.checkpoints import newest_whole
 from vistok.training.optimizers import clip_by_norm
 from vistok.training.sharding import ShardWriter, pieces_of
+
+# ---------------------------------------------------------------------- what is gathered singly
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_block_with_attention_is_gathered_by_itself(name):
+    """None is left in the part that is gathered for the whole step."""
+    tokenizer = tiny_tokenizer(tokenizer=name)
+    blocks = [
+        block
+        for module in tokenizer.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+        if any("Attention" in type(part).__name__ for part in block.modules())
+    ]
+    assert blocks or name == "vqgan_tiny"
+    for block in blocks:
+        if type(block).__name__ != "AttentionBlock":  # of CNNs, which are gathered whole
+            assert isinstance(block, sharding.BLOCKS), type(block)
+
 
 # ---------------------------------------------------------------------- folders
 
@@ -245,6 +265,20 @@ def test_two_sharded_ranks_train_as_one_process(runs, tmp_path):
     assert export([f"run={folder / 'two'}", f"out={tmp_path / 'out'}"]) == 0
     assert torch.equal(vistok.load(tmp_path / "out").tokenize(images), ids[0])
     assert evaluate([f"run={folder / 'two'}", f"out={tmp_path / 'eval'}"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_rotary_blocks_train_as_one_process(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [w for w in TINY if w not in SIZES["titok_tiny"]]
+    words += ["tokenizer=restok_tiny", *SIZES["restok_tiny"], "data=folder", f"data.train={photos}"]
+    words += ["data.val_fraction=0.3", "data.eval_batch_size=2", "trainer.max_steps=4"]
+    two = start([*words, *TWO, *SHARDED, "hydra.run.dir=two"])
+    assert train([*words, "hydra.run.dir=one"]) == 0
+    assert_ended(two, 0)
+    first, second = (list(floats(tmp_path / run, "loss/total").values()) for run in ("two", "one"))
+    assert len(first) == 4 and first == pytest.approx(second, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -115,6 +115,8 @@ def test_errors_are_one_line(whole, tmp_path, capsys):
         ([tmp_path / "empty"], "no shards in this folder"),
         ([tmp_path / "odd"], "manifest.json: is damaged"),
         ([tmp_path / "nowhere-*.tar"], "matches no file"),
+        ([tmp_path / "nowhere"], "nowhere: no such folder or shard"),
+        ([tmp_path / "nowhere" / "a.tar"], "a.tar: no such folder or shard"),
         ([whole, "decod=true"], "unknown option decod= (did you mean 'decode'?)"),
         ([whole, "decode=maybe"], "decode=maybe: must be true or false"),
         ([whole, whole], "name one folder or pattern of shards; found 2"),

@@ -85,7 +85,7 @@ def test_bad_images_are_left_out_and_named(photos, tmp_path, capsys):
     (photos / "birds" / "wrong.jpg").write_bytes(encode(picture(77)))  # a PNG by its bytes
     assert run(photos, f"out={tmp_path / 'o'}") == 0
     said = capsys.readouterr().out
-    assert "left out: 2 that do not decode" in said and "birds/text.jpg: not an image" in said
+    assert "left out: 2 that cannot be used" in said and "birds/text.jpg: not an image" in said
     manifest = json.loads((tmp_path / "o" / "manifest.json").read_text())
     assert manifest["left_out"] == ["birds/text.jpg", "cats/cut.png"]
     assert manifest["splits"]["train"]["samples"] == 25
@@ -117,7 +117,7 @@ def test_a_continued_run_still_counts_what_was_left_out(photos, tmp_path, capsys
     (photos / "cats" / "cut.png").write_bytes(encode(picture(0))[:400])
     for _ in range(2):
         assert run(photos, f"out={tmp_path / 'o'}") == 0
-        assert "left out: 1 that do not decode" in capsys.readouterr().out
+        assert "left out: 1 that cannot be used" in capsys.readouterr().out
     assert json.loads((tmp_path / "o" / "manifest.json").read_text())["left_out"] == [
         "cats/cut.png"
     ]

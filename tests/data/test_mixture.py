@@ -174,6 +174,7 @@ def test_batches_are_of_one_shape_the_nearest(shapes, monkeypatch):
         for begin in range(0, len(flat), length):
             assert len(set(flat[begin : begin + length])) == length
     assert bucketed(shapes).init_batches(10).shape == (10, 3, 16, 16)
+    assert rows(take(bucketed(shapes, num_workers=2), 20)) == rows(batches[:20])
 
 
 def test_buckets_resume_exactly_with_other_ranks(shapes, monkeypatch):

@@ -9,10 +9,11 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vistok.errors import CheckpointError, ConfigError, nearest
@@ -95,33 +96,72 @@ def compose(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = hydra_compose(name, arguments)
-            _refuse_words_for_numbers(config, lambda words: hydra_compose(name, words), arguments)
+            compose_with = partial(hydra_compose, name)
+            _refuse_nulls(compose_with, arguments)
+            config = compose_with(arguments)
+            _refuse_misfits(config, compose_with, arguments)
             return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, name, overrides, extra_dirs)) from error
 
 
-def _refuse_words_for_numbers(
+def _refuse_misfits(
     config: DictConfig, compose_with: Callable[[list[str]], DictConfig], overrides: list[str]
 ) -> None:
-    """A number or flag that was set to a word fails here, by its key, not deep in a library."""
-    words = {
+    """What was set to something of another kind fails here, by its key, not deep in a library.
+
+    That is a number or flag anywhere, and a list or a group of keys on the top level.
+    """
+    misfits = {
         key: override
         for override in overrides
-        if "." in (key := override.partition("=")[0])
-        and key[0] not in "+~"
+        if (key := override.partition("=")[0]).replace(".", "").isidentifier()
         and not key.startswith("hydra.")
-        and isinstance(OmegaConf.select(config, key, throw_on_missing=False), str)
+        and ("." in key or not options(key))
+        and (
+            isinstance(now := OmegaConf.select(config, key, throw_on_missing=False), str)
+            or ("." not in key and isinstance(now, (bool, int, float)))
+        )
     }
-    if not words:
+    if not misfits:
         return
-    before = compose_with([o for o in overrides if o.partition("=")[0] not in words])
-    for key, override in words.items():
-        own = OmegaConf.select(before, key, throw_on_missing=False)
-        if isinstance(own, (bool, int, float)):
+    before = compose_with([o for o in overrides if o.partition("=")[0] not in misfits])
+    for key, override in misfits.items():
+        own, now = (OmegaConf.select(c, key, throw_on_missing=False) for c in (before, config))
+        if isinstance(own, (bool, int, float)) and isinstance(now, str):
             what = "true or false" if isinstance(own, bool) else "a number"
             raise ConfigError(f"{override}: expected {what}, such as {str(own).lower()}")
+        if "." not in key and isinstance(own, (DictConfig, ListConfig)):
+            raise ConfigError(f"{override}: {_wanted(key, own)}")
+
+
+def _refuse_nulls(compose_with: Callable[[list[str]], DictConfig], overrides: list[str]) -> None:
+    """A top level key set to null fails here, unless null is what it may be (resume, init_from)."""
+    nulls = {key: o for o in overrides if (key := _set_to_null(o)) and key.isidentifier()}
+    if not nulls:
+        return
+    before = compose_with([o for o in overrides if o not in nulls.values()])
+    for key, override in nulls.items():
+        own = before.get(key)
+        if own is not None or options(key):
+            raise ConfigError(f"{override}: {_wanted(key, own)}")
+
+
+def _set_to_null(override: str) -> str:
+    """The key that an override sets to null; "" if it does something else."""
+    key, _, value = override.partition("=")
+    return key if value.strip().lower() == "null" else ""
+
+
+def _wanted(key: str, own: Any) -> str:
+    """What a top level key takes, whose present value is `own`."""
+    if (choices := options(key)) and isinstance(own, DictConfig | None):
+        return f"null is no choice of it; there are: {', '.join(choices)}"
+    if isinstance(own, DictConfig):
+        return f"it holds keys of its own; set {' or '.join(f'{key}.{part}' for part in own)}"
+    if isinstance(own, ListConfig):
+        return f"expected a list, such as {key}={list(own)}"
+    return f"null cannot be; such as {key}={str(own).lower() if isinstance(own, bool) else own}"
 
 
 def _explain(
@@ -192,6 +232,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             present = missing
         if present is missing and not override.is_add():
             raise ConfigError(f"{key}: no such key{nearest_key(key, all_keys(config))}")
+        if _set_to_null(text) and "." not in key and present not in (missing, None):
+            raise ConfigError(f"{text}: {_wanted(key, present)}")
         if isinstance(present, DictConfig) and isinstance(override.value(), str):
             raise ConfigError(f"{text}: a resumed run keeps its own {key}; start a new run instead")
         with open_dict(config):

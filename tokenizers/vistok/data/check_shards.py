@@ -106,6 +106,8 @@ def _jobs_of_names(place: str) -> list[Job]:
         if isinstance(path, RemoteShard):
             jobs.append(Job(path, path.in_manifest() or None))
             continue
+        if not path.exists() and not (path.parent / "manifest.json").exists():
+            raise DataError(f"{path}: no such folder or shard")
         jobs += [job for job in _jobs_of_folder(path.parent) if job.tar == path] or [
             Job(path, None)
         ]

@@ -43,10 +43,10 @@ KINDS = ("sample", "folder", "shards", "mixture")
 class VistokDataModule(L.LightningDataModule):
     """Images for training and validation, from one kind of source or several mixed.
 
-    A batch is a dict: `image` (B, C, H, W) uint8, `key` list of str, `label` (B,) int64 with -1
-    for none, `index` (B,) int64, `valid` (B,) bool, False for padding, and `skipped`, a list of
-    (key, reason, cause), and each of `fields`. Training batches are always full; in validation
-    every image comes exactly once.
+    A batch is a dict: `image` (B, C, H, W) uint8 (channels last in memory until the trainer has
+    it on the device), `key` list of str, `label` (B,) int64 with -1 for none, `index` (B,) int64,
+    `valid` (B,) bool, False for padding, and `skipped`, a list of (key, reason, cause), and each
+    of `fields`. Training batches are always full; in validation every image comes exactly once.
 
     The position in the data is `samples_seen`. The training loop moves it by `advance()` after
     each step, so it counts what was consumed, not what was fetched ahead; it is in the state dict.
@@ -354,6 +354,10 @@ class VistokDataModule(L.LightningDataModule):
         self._train_loader = weakref.ref(loader)  # its processes end with its user
         return loader
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """On the device: pixels come as they were decoded, the model takes them plane by plane."""
+        return batch | {"image": batch["image"].contiguous()}
+
     @property
     def wait_seconds(self) -> float:
         """How long training has waited for batches of its present loader."""
@@ -502,7 +506,7 @@ class VistokDataModule(L.LightningDataModule):
         order = self.order
         batch = dataset.__getitems__([order(p) for p in range(num_samples)])
         self.record(batch)
-        return batch["image"]
+        return batch["image"].contiguous()
 
     def val_images(self, num_images: int) -> Tensor:
         """Validation images for pictures, `(n, C, H, W)` uint8: always the same, spread evenly.
@@ -520,7 +524,7 @@ class VistokDataModule(L.LightningDataModule):
                 batch = self.val_set.__getitems__([(0, number)])
                 self._record_val(batch, counted=False)
                 if bool(batch["valid"][0]):
-                    images.append(batch["image"])
+                    images.append(batch["image"].contiguous())
                     break
         return torch.cat(images)
 

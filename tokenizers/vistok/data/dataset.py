@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from vistok import distributed
 from vistok.data.decode import DecodeError, decode
 from vistok.data.fields import Field
+from vistok.data.memory import BatchMemory
 from vistok.data.order import Order, sample_rng
 from vistok.data.skipped import Skip
 from vistok.data.sources import Source
-from vistok.data.transforms import Transform, copy_planes
+from vistok.data.transforms import Transform
 from vistok.errors import DataError, VistokError
 
 Batch = dict[str, Any]
@@ -79,9 +82,16 @@ class ImageDataset(Dataset):
         self.source, self.members, self.transform = source, members, transform
         self.channels, self.seed, self.substitute = channels, seed, substitute
         self.scaled, self.fields, self.buckets = scaled, fields, buckets
+        self.memory: BatchMemory | None = None  # that a worker writes to
 
     def __len__(self) -> int:
         return len(self.source) if self.members is None else len(self.members)
+
+    @property
+    def largest_image(self) -> int:
+        """Bytes of the largest image in a batch."""
+        transforms = [self.transform, *(self.buckets[0] if self.buckets else ())]
+        return max(math.prod(transform.size) for transform in transforms) * self.channels
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -98,10 +108,11 @@ class ImageDataset(Dataset):
         """Load a batch.
 
         Returns:
-            `image` (B, C, H, W) uint8, `key` list of str, `label` (B,) int64 with -1 for none,
-            `index` (B,) int64 into the source, `valid` (B,) bool, False for padding (black), and
-            `skipped`, a list of `Skip` (key, reason, cause) of the images met that cannot be used;
-            and each field by its name, list of str or tensor (B, ...).
+            `image` (B, C, H, W) uint8, channels last in memory, as images are decoded; `key` list
+            of str, `label` (B,) int64 with -1 for none, `index` (B,) int64 into the source, `valid`
+            (B,) bool, False for padding (black), and `skipped`, a list of `Skip` (key, reason,
+            cause) of the images met that cannot be used; and each field by its name, list of str
+            or tensor (B, ...).
 
         Raises:
             StreamError: if there are only bad images for long, or a shard cannot be read.
@@ -114,7 +125,11 @@ class ImageDataset(Dataset):
     def _load(self, requests: Sequence[Request]) -> Batch:
         skipped: list[Skip] = []
         transform = self._transform_of(requests)
-        images = _empty((len(requests), self.channels, *transform.size))
+        shape = len(requests), *transform.size, self.channels
+        if self.memory is not None and get_worker_info() is not None:
+            images = self.memory.take(shape)
+        else:
+            images = torch.empty(shape, dtype=torch.uint8)
         rows: list[Row | None] = []
         for epoch, number in requests:
             row = None
@@ -134,7 +149,7 @@ class ImageDataset(Dataset):
             for i, field in enumerate(self.fields)
         }
         return {
-            "image": images,
+            "image": images.permute(0, 3, 1, 2),
             "key": ["" if row is None else row.key for row in rows],
             "label": torch.tensor([-1 if row is None else row.label for row in rows]),
             "index": torch.tensor([-1 if row is None else row.index for row in rows]),
@@ -157,7 +172,7 @@ class ImageDataset(Dataset):
         target: torch.Tensor,
         skipped: list[Skip],
     ) -> Row | None:
-        """A member, or the next good one; its pixels go to `target` (C, H, W) at once."""
+        """A member, or the next good one; its pixels go to `target` (H, W, C) at once."""
         tried = 0
         for member in self._candidates(number):
             tried += 1
@@ -175,7 +190,7 @@ class ImageDataset(Dataset):
                 reason = f"{self.source.locate(index)}: {error.strerror}"
                 skipped.append(Skip(key, reason, "unreadable"))
             else:
-                copy_planes(image, target.numpy())
+                np.copyto(target.numpy(), image)
                 return Row(key, -1 if label is None else label, index, fields)
         if not self.substitute:
             return None
@@ -194,14 +209,6 @@ class ImageDataset(Dataset):
         place = int(np.searchsorted(alike, number))
         for step in range(1, min(MAX_SUBSTITUTES, len(alike))):
             yield int(alike[(place + step) % len(alike)])
-
-
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Bytes to be filled; in a worker, where the main process sees them without a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)  # pyright: ignore
 
 
 class StreamSampler:
@@ -271,11 +278,18 @@ class EvalSampler:
 
 
 def _as_sent(batch: Any) -> Batch:
-    """Small tensors as arrays: pickled at once, where torch would open shared memory for each."""
-    small = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.nbytes < 2**16}
+    """What goes through the queue: pixels by their slot, small tensors as arrays.
+
+    These are pickled at once, where torch would open shared memory for each.
+    """
+    tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
     # numpy has no bfloat16; such a tensor goes as torch sends it.
-    known = {k: v for k, v in small.items() if v.dtype != torch.bfloat16}
-    return batch | {name: value.numpy() for name, value in known.items()}
+    known = (k for k, v in tensors.items() if v.nbytes < 2**16 and v.dtype != torch.bfloat16)
+    sent = batch | {name: tensors[name].numpy() for name in known}
+    worker: Any = get_worker_info()
+    if worker is not None and worker.dataset.memory is not None:
+        sent["image"] = worker.dataset.memory.sent(batch["image"])
+    return sent
 
 
 def _as_received(batch: Batch) -> Batch:
@@ -304,7 +318,7 @@ class ImageLoader(DataLoader):
         on_batch: Callable[[Batch], None],
     ):
         super().__init__(
-            dataset,
+            copy.copy(dataset),
             batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
             num_workers=num_workers,
             collate_fn=_as_sent,
@@ -317,7 +331,11 @@ class ImageLoader(DataLoader):
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Any:
+        if self.num_workers and self._iterator is None:
+            self._lend_memory()
         batches: Any = super().__iter__()
+        if self.num_workers:
+            batches._worker_queue_idx_cycle = _least_busy(weakref.proxy(batches))
         try:
             while True:
                 begun = time.perf_counter()
@@ -336,9 +354,33 @@ class ImageLoader(DataLoader):
                 self._iterator = None
             raise
 
+    def _lend_memory(self) -> None:
+        """Give each worker that is about to start slots: for what is under way, and two more."""
+        dataset: Any = self.dataset
+        sampler: Any = self.batch_sampler
+        slots, size = (self.prefetch_factor or 0) + 2, dataset.largest_image * sampler.batch_size
+        try:
+            dataset.memory = BatchMemory(self.num_workers, slots, size)
+        except RuntimeError:  # there is less shared memory than that; it is taken batch by batch
+            dataset.memory = None
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the position is the DataModule's. That it is here tells Lightning we resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take nothing; see `state_dict`."""
+
+
+def _least_busy(batches: Any) -> Iterator[int]:
+    """Which worker gets the next batch: the one with the fewest to be done.
+
+    In torch they take turns, so that all go at the pace of the slowest one. The order in which
+    batches come does not depend on it. The attributes are torch's own; if they are called otherwise
+    some day, workers take turns again.
+    """
+    while True:
+        waiting = [0] * batches._num_workers
+        for worker, *arrived in batches._task_info.values():
+            waiting[worker] += not arrived
+        yield waiting.index(min(waiting))

@@ -131,13 +131,24 @@ def _decode_jpeg(
 
 def _orientation(jpeg: bytes) -> int:
     """EXIF orientation; 1 (upright) if there is none."""
-    if b"Exif\x00" not in jpeg[:65536]:  # the header cannot lie farther in; spares the parsing
+    if not _has_exif(jpeg):  # spares the parsing
         return 1
     try:
         with Image.open(io.BytesIO(jpeg)) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a broken EXIF block does not make the picture worse
         return 1
+
+
+def _has_exif(jpeg: bytes) -> bool:
+    """Whether one of the segments before the picture is EXIF's."""
+    place = 2
+    while (head := jpeg[place : place + 10])[:1] == b"\xff" and head[1:2] != b"\xda":
+        if head[1:2] == b"\xe1" and head[4:] == b"Exif\0\0":
+            return True
+        filling = head[1:2] == b"\xff"
+        place += 1 if filling else 2 + int.from_bytes(head[2:4], "big")
+    return False
 
 
 def _decode_pillow(data: bytes, channels: int) -> tuple[np.ndarray, int]:

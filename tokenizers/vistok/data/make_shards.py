@@ -375,7 +375,7 @@ def _report(options: Options, splits: dict[str, list[Made]], train: str) -> None
             places[split] = f"{out}/{split}-*.tar"  # a shard is missing: nothing in it decodes
     if bad:
         bad.sort()
-        console.print(f"[bold]left out[/]: {len(bad)} that do not decode")
+        console.print(f"[bold]left out[/]: {len(bad)} that cannot be used")
         for name, reason in bad[:5]:
             console.print(f"  {name}: {reason}", markup=False)
         if len(bad) > 5:

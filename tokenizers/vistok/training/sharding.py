@@ -33,6 +33,7 @@ from vistok.distributed import broadcast, max_of_all, rank, world_size
 from vistok.errors import CheckpointError
 from vistok.models.tokenizer import Tokenizer
 from vistok.nn.qformer import QFormerBlock
+from vistok.nn.rotary import RotaryBlock
 from vistok.nn.transformer import Block
 from vistok.training.checkpoints import (
     TEMPORARY,
@@ -46,7 +47,7 @@ from vistok.training.checkpoints import (
 )
 
 #: Modules that are gathered one by one: those that a network repeats.
-BLOCKS = (Block, QFormerBlock)
+BLOCKS = (Block, QFormerBlock, RotaryBlock)
 
 
 class ShardedStrategy(ModelParallelStrategy):
