@@ -157,15 +157,15 @@ def _logit_blocks(
     rows = max(1, min(max(_MIN_ROWS, block_scores // num_codes), num_tokens))
     buffers = z.new_empty(2, rows, num_codes)
     bias = code_bias(codebook) if euclidean else z.new_zeros(1)
-    if noise is not None:
-        code_words = _scrambled(torch.arange(num_codes, dtype=torch.int32, device=z.device))
+    words = torch.arange(num_codes if noise is not None else 0, dtype=torch.int32, device=z.device)
+    words = _scrambled(words)  # of the codes
     for start in range(0, num_tokens, rows):
         block = slice(start, min(start + rows, num_tokens))
         logits, scratch = buffers[:, : block.stop - block.start].unbind()
         beta = scale if euclidean else 0.0
         torch.addmm(bias, z[block], codebook.t(), beta=beta, alpha=scale, out=logits)
         if noise is not None:
-            _add_gumbel(logits, scratch, noise[block, None], code_words)
+            _add_gumbel(logits, scratch, noise[block, None], words)
         # exp(−60) is nothing beside a sum of at least 1, but below exp(−87) floats are denormal,
         # and arithmetic on those is many times slower.
         logits.clamp_(min=logits.amax(dim=1, keepdim=True) - 60)
@@ -212,12 +212,12 @@ class _SoftmaxBackward:
         self,
         z: Tensor,
         codebook: Tensor,
-        euclidean: bool,
-        scale: float,
+        rule: tuple[bool, float],
         needs: tuple[bool, bool],
         d_codebook: Tensor | None = None,
     ) -> None:
-        self.z, self.codebook, self.scale = z, codebook, scale
+        euclidean, self.scale = rule
+        self.z, self.codebook = z, codebook
         self.d_z = torch.empty_like(z) if needs[0] else None
         self.d_codebook = d_codebook
         if d_codebook is None and needs[1]:
@@ -290,7 +290,7 @@ class _SoftStraightThrough(Function):
     @staticmethod
     def forward(ctx, z, q, codebook, euclidean, scale, noise):
         ctx.save_for_backward(z, codebook, noise)
-        ctx.score = euclidean, scale
+        ctx.euclidean, ctx.scale = euclidean, scale
         ctx.set_materialize_grads(False)
         return q.view_as(q), codebook.view_as(codebook)
 
@@ -302,8 +302,9 @@ class _SoftStraightThrough(Function):
             return None, None, d_codebook, None, None, None
         z, codebook, noise = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        total = _SoftmaxBackward(z, codebook, *ctx.score, needs, d_codebook)
-        for block, logits, scratch in _logit_blocks(z, codebook, *ctx.score, noise):
+        rule = ctx.euclidean, ctx.scale
+        total = _SoftmaxBackward(z, codebook, rule, needs, d_codebook)
+        for block, logits, scratch in _logit_blocks(z, codebook, *rule, noise):
             p = torch.softmax(logits, dim=1, out=scratch)
             total.add(block, p, torch.mm(gradient[block], codebook.t(), out=logits))
         d_z, d_codebook = total.gradients()
@@ -322,7 +323,7 @@ class _AssignmentEntropy(Function):
             summed.addmv_(p.t(), weight[block])
             entropy[block] = log_total - logits.mul_(p).sum(dim=1)
         ctx.save_for_backward(z, codebook, weight)
-        ctx.score = euclidean, scale
+        ctx.euclidean, ctx.scale = euclidean, scale
         return entropy, summed
 
     @staticmethod
@@ -330,8 +331,9 @@ class _AssignmentEntropy(Function):
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         d_entropy, d_summed = gradients
         z, codebook, weight = ctx.saved_tensors
-        total = _SoftmaxBackward(z, codebook, *ctx.score, ctx.needs_input_grad[:2])
-        for block, logits, scratch in _logit_blocks(z, codebook, *ctx.score, None):
+        rule = ctx.euclidean, ctx.scale
+        total = _SoftmaxBackward(z, codebook, rule, ctx.needs_input_grad[:2])
+        for block, logits, scratch in _logit_blocks(z, codebook, *rule, None):
             p = torch.softmax(logits, dim=1, out=scratch)
             # dH/dp = −l up to a constant per token, which the softmax's backward removes.
             dp = logits.mul_(-d_entropy[block, None]).addcmul_(weight[block, None], d_summed)

@@ -157,7 +157,7 @@ class VectorQuantizer(Quantizer):
         if soft:
             q, table = picked_codes(table, ids)
         else:
-            del table  # a copy as large as the codebook
+            table = table.new_empty(0)  # lets go of a copy as large as the codebook
             q = self._rows(ids)
 
         if noise is None:
