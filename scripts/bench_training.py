@@ -1,19 +1,27 @@
-"""Speed and memory of training steps and of encoding, beside a plain matrix product.
+"""Speed and memory of training steps and of encoding, beside matrix products and a textbook's step.
 
     python scripts/bench_training.py                                     # titok_s128, batch 2
     python scripts/bench_training.py experiments=titok_tiny,vqgan_tiny batch=32 out=bench.json
     python scripts/bench_training.py precisions=32,bf16 device=cuda batch=64 compile=true
 
 Keys: `experiments` (of configs/experiment), `batch`, `precisions` (32, bf16 as autocast, 16 on a
-GPU), `device`, `threads` (0: as torch has it), `seconds` (of measuring each case), `compile` and
-`out` (a JSON file). Any other `key=value` goes to the experiment's config.
+GPU), `device`, `threads` (0: as torch has it), `seconds` (of measuring each experiment), `textbook`
+(false: without), `compile` and `out` (a JSON file). Any other `key=value` goes to the experiment's
+config.
 
 A training step is forward, loss, backward, clipping, AdamW and the quantizer's `after_step` on
-images that are there already; encode is `tokenize` in eval mode. Floating-point operations are
-counted by torch, once, of the products in forward and backward alone. The matrix product is
-2048 x 2048 x 2048 in the same precision. The three take turns, so that a busy machine disturbs
-all alike, and the best time of each counts. Every case has a process of its own; memory is that
-process's peak (on a GPU, of the allocator), with the weights, moments and libraries in it.
+images that are there already; encode is `tokenize` in eval mode. Operations are counted by torch,
+once, of the products in forward and backward alone. Beside it stand
+
+- `product`: 2048 x 2048 x 2048 in the same precision;
+- `own products`: the matrix products of this very step, with its shapes and layouts, one after the
+  other and nothing between them, into memory that is there already;
+- `textbook`: a step of TiTok written down plainly, in float32, from `nn.MultiheadAttention`,
+  `nn.Conv2d` and `AdamW` without options, of the same sizes; for tokenizers of TiTok's parts.
+
+Everything has a process of its own, and all take turns, so that a busy machine disturbs all alike;
+medians over the rounds count. Memory is the process's peak (on a GPU, of the allocator), with the
+weights, moments and libraries in it.
 """
 
 from __future__ import annotations
@@ -22,9 +30,12 @@ import json
 import multiprocessing as mp
 import platform
 import resource
+import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +48,13 @@ DEFAULTS = {
     "precisions": "32,bf16",
     "device": "cpu",
     "threads": "0",
-    "seconds": "20",
+    "seconds": "40",
+    "textbook": "true",
     "compile": "false",
     "out": "",
 }
 SIDE = 2048  # of the matrix product
+REPEATS = 5  # of a product in one turn
 COLUMNS = (
     ("experiment", "{}"),
     ("precision", "{}"),
@@ -52,26 +65,45 @@ COLUMNS = (
     ("gflops", "{:.0f}"),
     ("product_gflops", "{:.0f}"),
     ("share", "{:.2f}"),
+    ("own_products_gflops", "{:.0f}"),
+    ("share_of_own", "{:.2f}"),
+    ("times_textbook", "{:.2f}"),
     ("peak_mib", "{:.0f}"),
 )
 
+Calls = dict[str, Callable[[], Any]]
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """One experiment in one precision; runs in a process of its own."""
+
+def serve(case: dict[str, Any], pipe: Connection) -> None:
+    """One contender in a process of its own: says what it is, then runs and times what is asked."""
+    import torch
+
+    if case["threads"]:
+        torch.set_num_threads(case["threads"])
+    torch.manual_seed(0)
+    calls, facts = textbook(case) if case["precision"] == "textbook" else ours(case)
+    pipe.send((list(calls), facts))
+    while (name := pipe.recv()) is not None:
+        begin = time.perf_counter()
+        calls[name]()
+        if case["device"] == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - begin)
+
+
+def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
+    """What is timed of an experiment in one precision, and its numbers."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from vistok.checkpoint import build, build_tokenizer
-    from vistok.configuration import compose, to_container
+    from vistok.training.memory import keep_freed_memory
     from vistok.training.optimizers import build_optimizer
 
-    if case["threads"]:
-        torch.set_num_threads(case["threads"])
-    device = torch.device(case["device"])
-    torch.manual_seed(0)
-    words = [f"experiment={case['experiment']}", *case["overrides"]]
-    config = to_container(compose("train", words))
+    if case["device"] == "cpu":
+        keep_freed_memory()  # as training does
+    device, config = torch.device(case["device"]), config_of(case)
     tokenizer = build_tokenizer(config).to(device).train()
     loss = build(config["loss"])
     settings = config["optimizer"]
@@ -79,13 +111,13 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         tokenizer, settings["lr"], settings["betas"], settings["weight_decay"]
     )
     images = torch.rand(case["batch"], tokenizer.channels, *tokenizer.image_size, device=device)
-    kinds = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
-    kind = kinds[case["precision"]]
-    autocast = torch.autocast(device.type, dtype=kind or torch.bfloat16, enabled=kind is not None)
+    kind = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[case["precision"]]
+    autocast = torch.autocast(
+        device.type, dtype=kind or torch.bfloat16, enabled=kind is not None, cache_enabled=False
+    )  # as Lightning's
     forward = torch.compile(tokenizer.forward) if case["compile"] else tokenizer.forward
-    a, b = torch.randn(2, SIDE, SIDE, device=device, dtype=kind or torch.float32).unbind(0)
 
-    def backward() -> None:
+    def backward(forward: Callable[..., Any]) -> None:
         with autocast:
             output = forward(images * 2 - 1)
             total = loss(output, tokenizer.quantizer.loss_weights, 0)["total"]
@@ -94,7 +126,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     def step() -> None:
         tokenizer.train()
         optimizer.zero_grad()
-        backward()
+        backward(forward)
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizer.step()
         tokenizer.quantizer.after_step([optimizer])
@@ -104,32 +136,27 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         with autocast:
             tokenizer.tokenize(images)
 
-    step()  # starts the codebook, the moments and the compiler
-    eager, forward = forward, tokenizer.forward
+    for _ in range(2):  # starts the codebook, the moments and the compiler
+        step()
+    encode()
+    peak = peak_mib(device)
+    tokenizer.train()
+    optimizer.zero_grad()
     # The fused attention kernels are not counted; the plain products of the same attention are.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        optimizer.zero_grad()
-        backward()
-    forward = eager
-    work = {"step": step, "encode": encode, "product": lambda: a @ b}
-    best = turns(work, case["seconds"], device.type == "cuda")
+    products, counter = Counter(), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), recording(products), counter:
+        backward(tokenizer.forward)
+    own, own_flops = replay(products, device)
+    a, b, c = torch.randn(3, SIDE, SIDE, device=device, dtype=kind or torch.float32).unbind(0)
+
+    def product() -> None:
+        for _ in range(REPEATS):
+            torch.mm(a, b, out=c)
+
     flops = counter.get_total_flops()
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    gflops, product = flops / best["step"] / 1e9, 2 * SIDE**3 / best["product"] / 1e9
-    return {
-        "experiment": case["experiment"],
-        "precision": case["precision"],
-        "batch": case["batch"],
-        "step_s": best["step"],
-        "images_per_s": case["batch"] / best["step"],
-        "encode_images_per_s": case["batch"] / best["encode"],
-        "gflop_per_image": flops / case["batch"] / 1e9,
-        "gflops": gflops,
-        "product_gflops": product,
-        "share": gflops / product,
+    return {"step": step, "encode": encode, "product": product, "own": own}, {
+        "flops": flops,
+        "own_flops": own_flops,
         "peak_mib": peak,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -137,30 +164,229 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def turns(
-    work: dict[str, Callable[[], None]], seconds: float, synchronize: bool
-) -> dict[str, float]:
-    """Best time of each piece of work in seconds, one call each per round, at least three."""
+def config_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The experiment's config."""
+    from vistok.configuration import compose, to_container
+
+    return to_container(compose("train", [f"experiment={case['experiment']}", *case["overrides"]]))
+
+
+def peak_mib(device: Any) -> float:
+    """Most memory so far: of this process, or of the GPU's allocator."""
     import torch
 
-    best = dict.fromkeys(work, float("inf"))
-    start, rounds = time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - start < seconds:
-        for name, call in work.items():
-            begin = time.perf_counter()
-            call()
-            if synchronize:
-                torch.cuda.synchronize()
-            best[name] = min(best[name], time.perf_counter() - begin)
-        rounds += 1
-    return best
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# ---------------------------------------------------------------------- the step's own products
+
+
+def recording(products: Counter) -> Any:
+    """A context that counts matrix products by operation, shapes and layouts."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+    kinds = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func in kinds:
+                operands = tuple((a.shape, a.stride(), a.dtype) for a in args)
+                products[func, operands, tuple((kwargs or {}).items())] += 1
+            return func(*args, **(kwargs or {}))
+
+    return Recording()
+
+
+def replay(products: Counter, device: Any) -> tuple[Callable[[], float], int]:
+    """A call that does the products again, in proportion to their number, and their operations."""
+    import torch
+
+    work, flops = [], 0
+    for (func, operands, options), count in products.items():
+        tensors = [
+            torch.zeros(shape, dtype=dtype, device=device)
+            if 0 in stride
+            else torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+            for shape, stride, dtype in operands
+        ]
+        result = func(*tensors, **dict(options))
+        work += [(func.overloadpacket, tensors, {**dict(options), "out": result})] * count
+        flops += 2 * count * result.numel() * tensors[-1].shape[-2]
+
+    def own() -> None:
+        for func, tensors, options in work:
+            func(*tensors, **options)
+
+    return own, flops
+
+
+# ---------------------------------------------------------------------- a textbook's TiTok
+
+
+def textbook(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
+    """A training step of TiTok (Yu et al. 2024) as one would write it down, in float32."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = config_of(case)
+    sizes, codebook = config["tokenizer"], config["quantizer"]
+    encoder, decoder = sizes["encoder"], sizes["decoder"]
+    side, patch, channels = encoder["image_size"], encoder["patch_size"], encoder["channels"]
+    length, grid, dim = encoder["num_latent_tokens"], side // patch, codebook["codebook_dim"]
+    prefix = int(encoder["class_token"])
+
+    class Block(nn.Module):
+        def __init__(self, width: int, heads: int) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+            hidden = 4 * width
+            self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm1(x)
+            x = x + self.attention(y, y, y, need_weights=False)[0]
+            return x + self.mlp(self.norm2(x))
+
+    class Tower(nn.Module):
+        def __init__(self, width: int, depth: int, num_heads: int, tokens: int) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(0.02 * torch.randn(prefix + grid**2 + length, width))
+            self.tokens = nn.Parameter(0.02 * torch.randn(prefix + tokens, width))
+            self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
+
+        def forward(self, *parts: Tensor) -> Tensor:
+            x = torch.cat(parts, dim=1) + self.positions
+            return self.norm_out(self.blocks(self.norm_in(x)))
+
+        def learned(self, batch: int) -> tuple[Tensor, Tensor]:
+            tokens = self.tokens.expand(batch, -1, -1)
+            return tokens[:, :prefix], tokens[:, prefix:]
+
+    class TiTok(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            w, v = encoder["width"], decoder["width"]
+            self.patches = nn.Conv2d(channels, w, patch, stride=patch)
+            self.encoder = Tower(w, encoder["depth"], encoder["num_heads"], length)
+            self.decoder = Tower(v, decoder["depth"], decoder["num_heads"], grid**2)
+            self.narrow, self.widen = nn.Linear(w, dim), nn.Linear(dim, v)
+            self.codes = nn.Embedding(codebook["codebook_size"], dim)
+            self.pixels = nn.Conv2d(v, patch * patch * channels, 1)
+            self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            batch = len(images)
+            first, latents = self.encoder.learned(batch)
+            x = self.encoder(first, self.patches(images).flatten(2).transpose(1, 2), latents)
+            z = F.normalize(self.narrow(x[:, -length:]), dim=-1)
+            codes = F.normalize(self.codes.weight, dim=-1)
+            q = codes[torch.cdist(z.flatten(0, 1), codes).argmin(dim=1)].view_as(z)
+            loss = 0.25 * F.mse_loss(z, q.detach()) + F.mse_loss(q, z.detach())
+            first, masks = self.decoder.learned(batch)
+            x = self.decoder(first, masks, self.widen(z + (q - z).detach()))
+            x = x[:, prefix : prefix + grid**2].transpose(1, 2).unflatten(2, (grid, grid))
+            x = self.smooth(F.pixel_shuffle(self.pixels(x), patch))
+            return loss + F.mse_loss(x, images)
+
+    device = torch.device(case["device"])
+    model = TiTok().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.rand(case["batch"], channels, side, side, device=device) * 2 - 1
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(images).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return {"step": step}, {"flops": counter.get_total_flops()}
+
+
+# ---------------------------------------------------------------------- turns
+
+
+def measure(cases: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Numbers of each case; all of them take turns."""
+    context = mp.get_context("spawn")
+    pipes, names, facts = [], [], []
+    for case in cases:
+        pipe, other = context.Pipe()
+        context.Process(target=serve, args=(case, other), daemon=True).start()
+        other.close()
+        pipes.append(pipe)
+    for pipe in pipes:
+        said = pipe.recv()
+        names.append(said[0])
+        facts.append(said[1])
+    times: list[dict[str, list[float]]] = [{name: [] for name in calls} for calls in names]
+    start = time.perf_counter()
+    while len(times[0]["step"]) < 3 or time.perf_counter() - start < seconds:
+        for pipe, own in zip(pipes, times, strict=True):
+            for name, list_ in own.items():
+                pipe.send(name)
+                list_.append(pipe.recv())
+    for pipe in pipes:
+        pipe.send(None)
+    medians = [{name: statistics.median(ts) for name, ts in own.items()} for own in times]
+    plain = next(
+        (m["step"] for c, m in zip(cases, medians, strict=True) if c["precision"] == "textbook"),
+        None,
+    )
+    return [row(*each, plain) for each in zip(cases, medians, facts, strict=True)]
+
+
+def row(
+    case: dict[str, Any], spent: dict[str, float], facts: dict[str, Any], plain: float | None
+) -> dict[str, Any]:
+    """One line of the table."""
+    batch, flops = case["batch"], facts["flops"]
+    values = {
+        "experiment": case["experiment"],
+        "precision": case["precision"],
+        "batch": batch,
+        "step_s": spent["step"],
+        "images_per_s": batch / spent["step"],
+        "gflop_per_image": flops / batch / 1e9,
+        "gflops": flops / spent["step"] / 1e9,
+        **facts,
+    }
+    if plain is not None:
+        values["times_textbook"] = plain / spent["step"]
+    if "product" in spent:
+        values["encode_images_per_s"] = batch / spent["encode"]
+        values["product_gflops"] = 2 * REPEATS * SIDE**3 / spent["product"] / 1e9
+        values["own_products_gflops"] = facts["own_flops"] / spent["own"] / 1e9
+        values["share"] = values["gflops"] / values["product_gflops"]
+        values["share_of_own"] = values["gflops"] / values["own_products_gflops"]
+    return values
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS)]
-    lines += [[form.format(row[name]) for name, form in COLUMNS] for row in rows]
+    lines += [
+        [form.format(row[name]) if name in row else "" for name, form in COLUMNS] for row in rows
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def is_titok(experiment: str, overrides: list[str]) -> bool:
+    """Whether an experiment's tokenizer is one that `textbook` can be built in the sizes of."""
+    sizes = config_of({"experiment": experiment, "overrides": overrides})["tokenizer"]
+    return sizes["_target_"].endswith(".TiTok")
 
 
 def main(argv: list[str]) -> int:
@@ -177,19 +403,22 @@ def main(argv: list[str]) -> int:
             return 2
     rows = []
     for experiment in values["experiments"].split(","):
-        for precision in values["precisions"].split(","):
-            case = {
+        precisions = values["precisions"].split(",")
+        if values["textbook"] == "true" and is_titok(experiment, overrides):
+            precisions.append("textbook")
+        cases = [
+            {
                 "experiment": experiment,
                 "precision": precision,
                 "batch": int(values["batch"]),
                 "device": values["device"],
                 "threads": int(values["threads"]),
-                "seconds": float(values["seconds"]),
                 "compile": values["compile"] == "true",
                 "overrides": overrides,
             }
-            with mp.get_context("spawn").Pool(1) as pool:
-                rows.append(pool.apply(measure, (case,)))
+            for precision in precisions
+        ]
+        rows += measure(cases, float(values["seconds"]))
     print(table(rows))
     if values["out"]:
         Path(values["out"]).write_text(json.dumps(rows, indent=2) + "\n")

@@ -95,3 +95,71 @@ def test_compiled_flex_equals_dense():
     with torch.no_grad():
         fused = transformer._flex_attention(True)(q, k, v, block_mask=in_blocks(mask, 160))
         assert torch.allclose(fused, attend(q, k, v, mask), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [None, "causal", "each"])
+def test_attention_in_training_equals_its_definition(which, dtype):
+    """Values and gradients, against float64."""
+    mask = None if which is None else masks(3, 20)[which]
+    torch.manual_seed(1)
+    parts = torch.randn(3, 3, 2, 20, 8).to(dtype)
+    slope = torch.randn(3, 2, 20, 8)
+    ours, exact = (parts.to(kind, copy=True).requires_grad_() for kind in (dtype, torch.float64))
+    value = attend(*ours, mask)
+    (value * slope).sum().backward()
+    scores = exact[0] @ exact[1].mT / 8**0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    expected = scores.softmax(-1) @ exact[2]
+    (expected * slope).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert value.dtype == dtype
+    assert torch.allclose(value.double(), expected, atol=tolerance)
+    assert torch.allclose(ours.grad.double(), exact.grad, atol=tolerance, rtol=tolerance)
+
+
+# ---------------------------------------------------------------------- tokens that are kept
+
+
+@pytest.mark.parametrize("style", ["vit", "flextok"])
+@pytest.mark.parametrize("attention", ["dense", "flex"])
+@pytest.mark.parametrize("keep", [slice(-6, None), slice(1, 15)])
+@pytest.mark.parametrize("which", [None, "causal", "each"])
+def test_kept_tokens_are_those_of_the_whole_sequence(which, keep, attention, style):
+    mask = None if which is None else masks(3, 20)[which]
+    torch.manual_seed(0)
+    net = Transformer(16, 2, 2, block=style, attention=attention)
+    x = torch.randn(3, 20, 16)
+    with torch.no_grad():
+        assert torch.allclose(net(x, mask, keep), net(x, mask)[:, keep], atol=1e-5)
+    gradients = []
+    for checkpointing in (None, False, True):
+        net.activation_checkpointing = bool(checkpointing)
+        out = net(x, mask)[:, keep] if checkpointing is None else net(x, mask, keep)
+        net.zero_grad()
+        out.square().sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    for whole, kept, again in zip(*gradients, strict=True):
+        assert torch.allclose(whole, kept, atol=1e-4) and torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("name", ["titok_tiny", "one_d_piece_tiny"])
+def test_the_last_block_computes_what_is_read(name):
+    """The encoder's its latent tokens, the decoder's its patches; the others all of them."""
+    tok = tiny_tokenizer(
+        "tokenizer.encoder.depth=2", "tokenizer.decoder.depth=2", tokenizer=name
+    ).train()
+    rows = {}
+    for part in ("encoder", "decoder"):
+        for number, block in enumerate(getattr(tok, part).transformer.blocks):
+
+            def hook(module, inputs, output, key=(part, number)):
+                rows[key] = inputs[0].shape[1]
+
+            block.mlp.register_forward_hook(hook)
+    tok(tok.to_model_range(images_of(2)))
+    patches = len(tok.decoder.patch_positions)
+    assert (rows["encoder", 0], rows["encoder", 1]) == (patches + 4, 4)
+    # One-D-Piece leaves out a tail, here of a random length.
+    assert rows["decoder", 0] > patches == rows["decoder", 1]

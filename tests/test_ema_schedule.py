@@ -134,6 +134,48 @@ def test_nothing_to_train_is_an_error():
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), 1e-3, (0.9, 0.99), 0.0)
 
 
+def steps_of(optimizer, net, count):
+    torch.manual_seed(count)
+    for _ in range(count):
+        optimizer.zero_grad()
+        net(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+
+
+def test_the_fused_step_is_adamw():
+    """One pass over memory or one per operation: the same weights, also by a resumed state."""
+    nets = [nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)) for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    ours = [build_optimizer(net, 1e-2, (0.9, 0.95), 0.1) for net in nets[::2]]
+    plain = torch.optim.AdamW(
+        parameter_groups(nets[1], 0.1), lr=1e-2, betas=(0.9, 0.95), foreach=False, fused=False
+    )
+    assert all(group["fused"] for group in ours[0].param_groups)
+    steps_of(ours[0], nets[0], 20)
+    steps_of(plain, nets[1], 20)
+    # A run that was made parameter by parameter goes on fused.
+    nets[2].load_state_dict(nets[1].state_dict())
+    ours[1].load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert all(group["fused"] for group in ours[1].param_groups)
+    assert not any(group["fused"] for group in plain.state_dict()["param_groups"])
+    for optimizer, net in zip((ours[0], plain, ours[1]), nets, strict=True):
+        steps_of(optimizer, net, 5)
+    for a, b, c in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and torch.allclose(b, c, atol=1e-5)
+
+
+def test_only_a_cpu_steps_fused():
+    """On a GPU a fused step would unscale the gradients of fp16 after they are clipped."""
+    here = build_optimizer(nn.Linear(6, 2), 1e-2, (0.9, 0.95), 0.1)
+    with torch.device("meta"):
+        there = build_optimizer(nn.Linear(6, 2), 1e-2, (0.9, 0.95), 0.1)
+    assert [group["fused"] for group in there.param_groups] == [None, None]
+    there.load_state_dict(here.state_dict())
+    assert [group["fused"] for group in there.param_groups] == [None, None]
+    assert not getattr(here, "_step_supports_amp_scaling", False)  # what Lightning asks
+
+
 # ---------------------------------------------------------------------- schedule
 
 

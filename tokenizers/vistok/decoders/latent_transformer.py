@@ -125,12 +125,19 @@ class LatentTransformerDecoder(Decoder):
             visible = mask.new_ones(batch, x.shape[1])
             visible[:, before : before + length] = mask
             visible = visible[:, None, None, :]
-        return self.norm_out(self.patch_tokens(self.transformer(self.norm_in(x), visible)))
+        return self.norm_out(self.transformer(self.norm_in(x), visible, keep=self._patches))
+
+    @property
+    def _patches(self) -> slice:
+        """Where they lie in the sequence."""
+        start = 0 if self.class_token is None else 1
+        return slice(start, start + len(self.patch_positions))
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:
         """The patches `(B, rows * columns, W)` in the sequence behind any block."""
-        start = 0 if self.class_token is None else 1
-        return sequence[:, start : start + self.patch_positions.shape[0]]
+        if sequence.shape[1] == len(self.patch_positions):  # behind the last nothing else is left
+            return sequence
+        return sequence[:, self._patches]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

@@ -101,8 +101,9 @@ class LatentTransformerEncoder(Encoder):
         parts = [x, latents.to(x.dtype)]
         if self.class_token is not None:
             parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
-        x = self.transformer(self.norm_in(torch.cat(parts, dim=1)), self.mask)
-        return self.norm_out(x[:, -self.num_tokens :]) - self.latent_means
+        x = self.norm_in(torch.cat(parts, dim=1))
+        latents = self.transformer(x, self.mask, keep=slice(-self.num_tokens, None))
+        return self.norm_out(latents) - self.latent_means
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:

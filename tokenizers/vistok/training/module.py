@@ -19,6 +19,7 @@ from vistok.models.tokenizer import Tokenizer
 from vistok.nn.draws import drawing
 from vistok.training.adversary import Adversary, build_adversary
 from vistok.training.ema import EMA
+from vistok.training.memory import keep_freed_memory
 from vistok.training.optimizers import (
     build_optimizer,
     clip_by_norm,
@@ -286,9 +287,11 @@ class TokenizerModule(L.LightningModule):
             self.adversary.load_state_dict(checkpoint["adversary"])
 
     def on_fit_start(self) -> None:
-        """Bring what is no submodule to where the tokenizer is."""
+        """Bring what is no submodule to where the tokenizer is; keep memory between steps."""
         if self.adversary is not None:
             self.adversary.to(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
 
 def check_fields(tokenizer: Tokenizer, fields: Sequence[str]) -> None:

@@ -1,0 +1,32 @@
+"""Memory that is freed stays with a process that trains on a CPU."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, sys
+import torch
+from vistok.training.memory import keep_freed_memory
+
+assert sys.argv[1] == "default" or keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pieces = [torch.ones(1 << 20) for _ in range(20)]  # 4 MiB each
+    del pieces
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_the_next_step_takes_what_the_last_one_freed():
+    """80 MiB are 20480 pages: the kernel hands them out once, or in every round."""
+
+    def faults(which):
+        command = [sys.executable, "-c", CODE, which]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < 200 < 10000 < faults("default")
