@@ -21,6 +21,35 @@ def decoder(**options):
     return awake(FlowDecoder([16, 24], 3, 8, 6, 12, 16, 2, 2, **settings)).eval()
 
 
+# ---------------------------------------------------------------------- the start
+
+
+def test_registers_reach_the_patches_from_the_first_step():
+    """Otherwise Adam would make steps of full size out of an encoder's gradients of chance."""
+    torch.manual_seed(0)
+    net = FlowDecoder([16, 24], 3, 8, 6, 12, 16, 2, 2, null_probability=0.0)
+    noisy, time = torch.randn(2, 3, 16, 24), torch.tensor([0.3, 0.9])
+    quantized = torch.randn(2, 6, 12, requires_grad=True)
+    features = net.features(noisy, time, net.registers(quantized))
+    (gradient,) = torch.autograd.grad((features * torch.randn_like(features)).sum(), quantized)
+    assert gradient.abs().mean() > 1e-3
+    x, condition = torch.randn(2, 12, 16), torch.randn(2, 16)
+    assert torch.equal(net.blocks[1](x, condition, 6), x)  # AdaLN-Zero
+    opened = x + net.blocks[0].attn(net.blocks[0].norm1(x))
+    assert torch.allclose(net.blocks[0](x, condition, 6), opened, atol=1e-6)
+
+
+def test_content_decides_how_much_of_the_latents_differs_between_images():
+    images = images_of(32).float() / 127.5 - 1
+    spreads = []
+    for content in (0.125, 1.0):
+        torch.manual_seed(0)
+        net = LatentTransformerEncoder(16, 3, 8, 4, 32, 1, 2, content=content)
+        net.initialize(images)
+        spreads.append(net(images).std(dim=0).mean().item())
+    assert spreads[1] > 2 * spreads[0], spreads
+
+
 # ---------------------------------------------------------------------- who sees whom
 
 

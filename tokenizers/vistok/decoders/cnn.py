@@ -19,7 +19,10 @@ from vistok.nn.cnn import (
     Upsample,
     group_norm,
 )
+from vistok.nn.linear_start import pixels, start_block_, start_conv_, start_upsampling_
 from vistok.nn.patches import grid_of, least_squares
+
+_ROWS = 20000  # pixels that the last layer is fitted to
 
 
 class CNNDecoder(Decoder):
@@ -96,16 +99,27 @@ class CNNDecoder(Decoder):
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
-        """Start the last convolution at the linear map that reconstructs `images` best."""
+        """Start as a map that hands on what latents say of `images`; see `linear_start`.
+
+        The last convolution is the linear map that reconstructs them best.
+        """
+        few = max(8, 2**18 // images[0, 0].numel())
+        latents = quantized[:few].transpose(1, 2).unflatten(2, self.grid)
+        start_conv_(self.conv_in, latents)
+        x = self.conv_in(latents)
+        for layer in self.layers:
+            start_block_(layer, x)
+            if isinstance(layer, (Upsample, DepthToSpace)):
+                factor = images.shape[2] // (2 * x.shape[2])
+                start_upsampling_(layer, x, F.pixel_unshuffle(images[:few], factor))
+            x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
         rows, targets = [], []
-        # The last level is as large as the image over the stem: a few images are enough.
+        # A few images are enough.
         for latents, chunk in zip(quantized[:64].split(8), images[:64].split(8), strict=True):
-            windows = F.unfold(self.features(latents), 3, padding=1).transpose(1, 2)
-            rows.append(windows.flatten(0, 1))
-            target = F.pixel_unshuffle(chunk, self.stem).flatten(2).transpose(1, 2)
-            targets.append(target.flatten(0, 1))
-        keep = torch.linspace(0, sum(map(len, rows)) - 1, 20000).long().unique()
-        weight, bias = least_squares(torch.cat(rows)[keep], torch.cat(targets)[keep])
+            count = _ROWS * len(chunk) // min(64, len(images))
+            rows.append(pixels(self.features(latents), 3, count=count))
+            targets.append(pixels(F.pixel_unshuffle(chunk, self.stem), count=count))
+        weight, bias = least_squares(torch.cat(rows), torch.cat(targets))
         self.conv_out.weight.copy_(weight.view_as(self.conv_out.weight))
         assert self.conv_out.bias is not None
         self.conv_out.bias.copy_(bias)

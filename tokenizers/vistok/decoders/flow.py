@@ -105,6 +105,11 @@ class FlowDecoder(Decoder):
         zeros += [layer for name, layer in self.named_modules() if "modulations." in name]
         for parameter in (p for layer in zeros for p in layer.parameters()):
             nn.init.zeros_(parameter)
+        # But the first attention is open, so that the registers reach the patches at once. With
+        # all gates shut the encoder would get gradients of pure chance, which Adam makes as large
+        # as any, and its latents would be at the ends of FSQ's range before they mean anything.
+        for modulation in self.blocks[0].modulations:  # type: ignore[union-attr]
+            nn.init.ones_(modulation.bias[:width])
         nn.init.orthogonal_(self.embed.weight)
         points = grid_points(self.grid)
         self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))

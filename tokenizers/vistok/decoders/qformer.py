@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vistok.decoders.base import Decoder
 from vistok.decoders.cnn import CNNDecoder
 from vistok.errors import ConfigError
+from vistok.nn.linear_start import start_conv_
 from vistok.nn.patches import grid_points, position_table
 from vistok.nn.qformer import QFormer, read_by_position_, token_positions
 from vistok.nn.transformer import init_transformer_
@@ -72,13 +73,16 @@ class QFormerDecoder(Decoder):
 
     def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)`, raster order."""
+        return self.conv_out(self.maps(quantized, mask)).flatten(2).transpose(1, 2)
+
+    def maps(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the Q-Former makes of the code: `(B, W, rows, columns)`."""
         memory = self.norm_in(self.embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
         x = self.transformer(
             queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]], mask
         )
-        grid = self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
-        return self.conv_out(grid).flatten(2).transpose(1, 2)
+        return self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:
         """The cells `(B, rows * columns, W)` in the sequence behind any block: all of it."""
@@ -86,7 +90,8 @@ class QFormerDecoder(Decoder):
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
-        """Start the CNN's last layer at the linear map that reconstructs `images` best."""
+        """Start the CNN as a map that hands on what the code says of `images`."""
+        start_conv_(self.conv_out, self.maps(quantized[:64]))
         self.cnn.initialize(
             torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.encoders.base import Encoder
 from vistok.nn.cnn import Downsample, ResBlock, SpatialAttention, group_norm
+from vistok.nn.linear_start import start_block_, start_conv_
 from vistok.nn.patches import grid_of
 
 
@@ -70,3 +72,16 @@ class CNNEncoder(Encoder):
         x = F.pixel_unshuffle(images, self.stem) if self.stem > 1 else images
         x = self.norm_out(self.layers(self.conv_in(x)))
         return F.silu(x).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start as a map that keeps the principal components; see `linear_start`."""
+        few = images[: max(8, 2**18 // images[0, 0].numel())]
+        x = F.pixel_unshuffle(few, self.stem)
+        start_conv_(self.conv_in, x)
+        x = self.conv_in(x)
+        for layer in self.layers:
+            start_block_(layer, x)
+            if isinstance(layer, Downsample):
+                start_conv_(layer.conv, x)
+            x = layer(x)

@@ -43,6 +43,10 @@ class LatentTransformerEncoder(Encoder):
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
         attention: "dense" or "flex" under the causal mask; see `Transformer`.
+        content: strength of the patches' content at the start, over that of the positions. A
+            codebook follows latents that training moves about as a whole, so there an eighth
+            serves, which the norms hardly bend. FSQ's range stays where it is: with less than
+            about 1 the latents would leave it before they are of use.
     """
 
     def __init__(
@@ -60,10 +64,12 @@ class LatentTransformerEncoder(Encoder):
         block: str = "vit",
         nested: bool = False,
         attention: str = "dense",
+        content: float = 0.125,
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
+        self.content = content
         self.dim = width
         self.num_tokens = num_latent_tokens
         self.patch_embed = nn.Linear(patch_size * patch_size * channels, width)
@@ -110,13 +116,13 @@ class LatentTransformerEncoder(Encoder):
         """Start the patch embedding at the principal components of the patches.
 
         In the dimensions that positions leave free, all on one scale, so that distances between
-        latents begin as distances between patches; and at an eighth of the positions' strength,
-        so that the norms, which see both, hardly bend them. Then take the latents' means off.
+        latents begin as distances between patches; and at `content` times the positions'
+        strength. Then take the latents' means off.
         """
         patches = patchify(images, self.patch_size).flatten(0, 1)
         count = min(self.dim - self.num_position_dims, patches.shape[1])
         mean, components, deviations = principal_components(patches, count)
-        strength = (self.num_position_dims / deviations.square().sum()).sqrt() / 8
+        strength = (self.num_position_dims / deviations.square().sum()).sqrt() * self.content
         weight = components * strength
         self.patch_embed.weight.zero_()
         self.patch_embed.bias.zero_()

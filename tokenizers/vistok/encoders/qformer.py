@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vistok.encoders.base import Encoder
 from vistok.encoders.cnn import CNNEncoder
+from vistok.nn.linear_start import start_conv_
 from vistok.nn.patches import grid_points, position_table, start_at_components_
 from vistok.nn.qformer import QFormer, pooling_pyramid, token_positions
 from vistok.nn.transformer import init_transformer_
@@ -99,6 +100,8 @@ class QFormerEncoder(Encoder):
         """Start the embedding and the projection at the principal components of what they see."""
         self.cnn.initialize(images)
         chunks = images.split(32)
+        maps = torch.cat([self.cnn(chunk).float() for chunk in chunks[:4]])
+        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.grid))
         cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
         start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
         latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
