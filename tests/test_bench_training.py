@@ -9,6 +9,7 @@ from helpers import ROOT
 SIZES = [
     *("data.image_size=16", "quantizer.codebook_size=16", "quantizer.codebook_dim=8"),
     *("tokenizer.encoder.num_latent_tokens=4", "tokenizer.encoder.class_token=true"),
+    "tokenizer.decoder.class_token=true",
     *(f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in ("width=32", "num_heads=2")),
 ]  # fmt: skip
 
@@ -46,7 +47,7 @@ def test_the_textbook_is_titok(bench):
         whole[depth] = plain["flops"], bench.ours(case("32", *words))[1]["flops"]
     theirs, ours = (b - a for a, b in zip(whole[1], whole[2], strict=True))
     assert theirs == pytest.approx(ours, rel=1e-6)  # one block more on each side
-    assert 0.7 * whole[1][0] < whole[1][1] < whole[1][0]
+    assert 0.6 * whole[1][0] < whole[1][1] < whole[1][0]
     assert bench.is_titok("titok_tiny", []) and not bench.is_titok("gigatok_tiny", [])
 
 
