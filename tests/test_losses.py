@@ -52,6 +52,22 @@ def test_psnr_loss_moves_as_psnr_does():
     )  # dB
 
 
+def test_the_log_of_a_batch_weighs_steps_alike_and_images_as_the_mse_does():
+    target = torch.zeros(2, 3, 4, 4)
+    for scale in (1.0, 10.0):
+        prediction = (scale * torch.tensor([0.1, 0.3])).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+        prediction = prediction.clone().requires_grad_()
+        value = LogMSELoss(0.0, per="batch")(output(prediction, target), 0)
+        assert value.item() == pytest.approx(math.log(scale**2 * 0.05), rel=1e-5)
+        value.backward()
+        assert prediction.grad is not None
+        # 2 x / (M mean x^2): by the image's error, as of the MSE, and whole by 1 / scale.
+        expected = 2 * prediction.detach() / (prediction.numel() * scale**2 * 0.05)
+        assert torch.allclose(prediction.grad, expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"loss\.terms\.reconstruction\.per=image"):
+        LogMSELoss(per="image")
+
+
 def test_composite_sums_terms_and_the_quantizers_own():
     loss = CompositeLoss({"a": MSELoss(), "b": L1Loss()}, {"a": 2, "b": 0.5})
     o = output(torch.full((1, 1, 2, 2), 3.0), torch.zeros(1, 1, 2, 2), commitment=4.0, entropy=-1.0)
