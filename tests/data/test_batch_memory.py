@@ -74,6 +74,17 @@ def test_a_fork_that_drops_a_batch_does_not_free_it(monkeypatch):
     assert not memory._taken[0]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_memory_of_a_loader_that_was_made_for_inference_is_freed_in_training():
+    with torch.inference_mode():
+        memory = BatchMemory(1, 1, 10)
+        memory._taken[0] = 1
+        tensor = memory.received(0, (10,), (1,))
+    del tensor
+    gc.collect()
+    assert not memory._taken[0]
+
+
 def test_a_slow_worker_holds_nobody_back(shards):
     """One of two workers takes four times as long; batches still come in order."""
     expected = first(stream(shards, 0), 40)

@@ -34,9 +34,11 @@ class BatchMemory:
     def __init__(self, workers: int, slots: int, size: int):
         self.slots, self.size = slots, -(-size // _PAGE) * _PAGE
         self.name = uuid.uuid4().hex
-        # A slot's state is one byte: only its worker sets it, only the main process clears it.
-        self._taken = torch.zeros(workers * slots, dtype=torch.uint8).share_memory_()
-        self._bytes = _shared((workers * slots * self.size,))
+        # A slot's state is one byte: only its worker sets it, only the main process clears it, and
+        # that may be after the inference mode in which a loader was made.
+        with torch.inference_mode(False):
+            self._taken = torch.zeros(workers * slots, dtype=torch.uint8).share_memory_()
+            self._bytes = _shared((workers * slots * self.size,))
         _MEMORIES[self.name] = self
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
