@@ -8,6 +8,7 @@ import torch
 from helpers import CONFIGS, config_of, needs_lite0
 from vistok.checkpoint import build
 from vistok.errors import ConfigError
+from vistok.losses import reconstruction
 from vistok.losses.composite import CompositeLoss
 from vistok.losses.reconstruction import L1Loss, LogMSELoss, MSELoss
 from vistok.types import QuantizerOutput, TokenizerOutput
@@ -66,6 +67,23 @@ def test_the_log_of_a_batch_weighs_steps_alike_and_images_as_the_mse_does():
         assert torch.allclose(prediction.grad, expected, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"loss\.terms\.reconstruction\.per=image"):
         LogMSELoss(per="image")
+
+
+def test_the_log_of_a_batch_is_that_of_all_ranks(monkeypatch):
+    """The mean over ranks of their gradients is the gradient of the log of the mean error."""
+    whole = torch.tensor([[0.1, 0.3], [0.5, 0.9]]).requires_grad_()
+    target = torch.zeros(4, 1, 1, 1)
+    LogMSELoss(0.0, per="batch")(output(whole.view(4, 1, 1, 1), target), 0).backward()
+    parts = [whole.detach()[rank].clone().requires_grad_() for rank in range(2)]
+    other = {0: parts[1].detach().square().mean(), 1: parts[0].detach().square().mean()}
+    for rank, part in enumerate(parts):
+        # What all-reduce's backward pass does: it sums the ranks' slopes, and each is 1/2 here.
+        reduced = lambda mine, rank=rank: mine + ((other[rank] - mine.detach()) / 2)  # noqa: E731
+        monkeypatch.setattr(reconstruction, "all_reduce_mean_with_grad", reduced)
+        LogMSELoss(0.0, per="batch")(output(part.view(2, 1, 1, 1), target[:2]), 0).backward()
+    assert whole.grad is not None
+    averaged = torch.stack([part.grad / 2 for part in parts if part.grad is not None])
+    assert torch.allclose(averaged, whole.grad, rtol=1e-5)
 
 
 def test_composite_sums_terms_and_the_quantizers_own():

@@ -29,7 +29,8 @@ class LogMSELoss(nn.Module):
     Args:
         floor: added to the error, in squared units of [-1, 1]. Below it (46 dB for the default)
             an image counts as done.
-        per: "sample" or "batch".
+        per: "sample" or "batch", of all ranks. Batches that are accumulated to one step have a
+            logarithm each, so with "batch" the split of a step matters.
     """
 
     def __init__(self, floor: float = 1e-4, per: str = "sample") -> None:
