@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import picture
 from PIL import Image
+from torch.nn import functional as F
 
+from vistok.data.crops import CROPS, random_box
 from vistok.data.decode import DecodeError
 from vistok.data.order import sample_rng
-from vistok.data.transforms import CROPS, Transform, _random_box, hflip
+from vistok.data.transforms import Transform, hflip, take
 from vistok.errors import ConfigError
 
 SHAPES = [(40, 56), (57, 40), (33, 33), (16, 90), (131, 97), (300, 200), (20, 21)]
@@ -73,7 +76,7 @@ def test_adm_random_scales_between_one_and_five_quarters():
 
 def boxes(height, width, size=(32, 32), scale=(0.08, 1.0), count=400):
     """Where random_resized cuts, read off an image of coordinates that is not resized after."""
-    return [_random_box((height, width), size, rng(i), scale) for i in range(count)]
+    return [random_box((height, width), size, rng(i), scale) for i in range(count)]
 
 
 def test_random_resized_has_torchvisions_distribution():
@@ -112,8 +115,8 @@ def test_random_resized_falls_back_to_the_middle():
 def test_random_resized_takes_the_same_part_at_any_scale():
     far = 0
     for number in range(300):
-        large = np.array(_random_box((803, 1207), (32, 32), rng(number), (0.08, 1.0)))
-        small = np.array(_random_box((402, 604), (32, 32), rng(number), (0.08, 1.0)))
+        large = np.array(random_box((803, 1207), (32, 32), rng(number), (0.08, 1.0)))
+        small = np.array(random_box((402, 604), (32, 32), rng(number), (0.08, 1.0)))
         far += np.abs(large / 2 - small).max() > 2
     assert far <= 6  # where a window only just fits at one of the scales, another draw is taken
 
@@ -124,6 +127,24 @@ def test_sizes_that_are_not_square(crop, channels):
     for shape in [(80, 60), (60, 200), (49, 66)]:
         image = picture(4, *shape, channels)
         assert Transform((48, 24), crop)(image, rng()).shape == (48, 24, channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (32, 48), (48, 32), (20, 30), (32, 32)])
+def test_what_is_cut_is_the_window_of_the_whole_image_resized(shape, channels):
+    """To the bit, though columns outside the window are dropped half way, wherever it goes."""
+    image = picture(9, *shape, channels)
+    for number in range(6):
+        cut = CROPS["resize_random"](shape, (32, 32), rng(number))
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+        whole = F.interpolate(pixels, cut.resized, mode="bicubic", antialias=True)
+        top, left = cut.window
+        window = whole[0].permute(1, 2, 0).numpy()[top : top + 32, left : left + 32]
+        for mirrored, expected in ((False, window), (True, window[:, ::-1])):
+            assert np.array_equal(take(image, cut, (32, 32), mirrored), expected)
+            out = torch.zeros(32, 32, channels, dtype=torch.uint8)
+            assert take(image, cut, (32, 32), mirrored, out) is None
+            assert np.array_equal(out, expected)
 
 
 def test_images_that_a_policy_cannot_take():

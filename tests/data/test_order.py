@@ -9,6 +9,7 @@ from vistok.data.order import (
     RenumberedOrder,
     ResampledOrder,
     SampleOrder,
+    SampleRandom,
     sample_rng,
 )
 
@@ -56,6 +57,15 @@ def test_full_shuffle_is_uniform_enough():
         for place in range(6):
             counts[place, order(epoch * 6 + place)[1]] += 1
     assert np.abs(counts / 3000 - 1 / 6).max() < 0.035  # five standard deviations
+
+
+def test_one_generator_for_all_samples_is_that_of_each():
+    random = SampleRandom()
+    for number in range(50):
+        key = (number % 3, 2**40 + number, 7 * number)
+        fresh, again = sample_rng(*key), random(*key)
+        for draw in (lambda g: g.integers(7), lambda g: g.random(), lambda g: g.permutation(9)):
+            assert np.array_equal(draw(fresh), draw(again))
 
 
 def test_sample_rng_depends_on_each_part():

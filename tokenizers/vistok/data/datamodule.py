@@ -66,7 +66,7 @@ class VistokDataModule(L.LightningDataModule):
             most one per shard; 0 loads in the main process.
         shuffle_buffer: samples per shuffling window; None shuffles all of an epoch.
         seed: of order, crops and augmentations.
-        train_crop: crop policy, see `vistok.data.transforms.CROPS`.
+        train_crop: crop policy, see `vistok.data.crops.CROPS`.
         val_crop: crop policy of validation.
         augment: names of `vistok.data.transforms.AUGMENTS`, for training.
         split_shards: let more workers than there are shards share them.

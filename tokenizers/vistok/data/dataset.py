@@ -18,7 +18,7 @@ from vistok import distributed
 from vistok.data.decode import DecodeError, decode
 from vistok.data.fields import Field
 from vistok.data.memory import BatchMemory
-from vistok.data.order import Order, sample_rng
+from vistok.data.order import Order, SampleRandom
 from vistok.data.skipped import Skip
 from vistok.data.sources import Source
 from vistok.data.transforms import Transform
@@ -83,6 +83,7 @@ class ImageDataset(Dataset):
         self.channels, self.seed, self.substitute = channels, seed, substitute
         self.scaled, self.fields, self.buckets = scaled, fields, buckets
         self.memory: BatchMemory | None = None  # that a worker writes to
+        self._random = SampleRandom()
 
     def __len__(self) -> int:
         return len(self.source) if self.members is None else len(self.members)
@@ -177,26 +178,28 @@ class ImageDataset(Dataset):
         for member in self._candidates(number):
             tried += 1
             index = member if self.members is None else int(self.members[member])
-            key = self.source.keys[index].decode(errors="replace")
             try:
                 key, data, label = self.source.read(index)
                 fields = [field.read(self.source, index) for field in self.fields]
-                seeded = partial(sample_rng, self.seed, epoch, index)
+                seeded = partial(self._random, self.seed, epoch, index)
                 smaller = transform.reduction(seeded) if self.scaled else None
-                image = transform.apply(decode(data, self.channels, smaller), seeded())
+                transform.write(decode(data, self.channels, smaller), seeded(), target)
             except DecodeError as error:
-                skipped.append(Skip(key, f"{self.source.locate(index)}: {error}", error.cause))
+                reason = f"{self.source.locate(index)}: {error}"
+                skipped.append(Skip(self._key(index), reason, error.cause))
             except OSError as error:
                 reason = f"{self.source.locate(index)}: {error.strerror}"
-                skipped.append(Skip(key, reason, "unreadable"))
+                skipped.append(Skip(self._key(index), reason, "unreadable"))
             else:
-                np.copyto(target.numpy(), image)
                 return Row(key, -1 if label is None else label, index, fields)
         if not self.substitute:
             return None
         what = "no image" if tried < MAX_SUBSTITUTES else f"none of {tried} images in a row"
         last = skipped[-1]
         raise DataError(f"{self.source.name}: {what} can be used; {last.key}: {last.reason}")
+
+    def _key(self, index: int) -> str:
+        return self.source.keys[index].decode(errors="replace")
 
     def _candidates(self, number: int) -> Iterator[int]:
         """A member and those that may take its place: the next ones (of its size), in a circle."""

@@ -11,7 +11,7 @@ whole state of each draw, and nothing has to be replayed to reach it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,21 @@ def _philox(seed: int, epoch: int, purpose: int, number: int) -> np.random.Philo
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Random numbers for one sample in one epoch (crop, flip), the same in whatever process."""
     return np.random.Generator(_philox(seed, epoch, _SAMPLE, index))
+
+
+class SampleRandom:
+    """As `sample_rng`, at a fraction of the cost: one generator, which each call sets anew."""
+
+    def __init__(self) -> None:
+        self._generator = sample_rng(0, 0, 0)
+        self._state: Any = self._generator.bit_generator.state  # as it is before the first number
+
+    def __call__(self, seed: int, epoch: int, index: int) -> np.random.Generator:
+        """The sample's generator, until the next call."""
+        self._state["state"]["counter"][2:] = index, _SAMPLE
+        self._state["state"]["key"][:] = seed, epoch
+        self._generator.bit_generator.state = self._state
+        return self._generator
 
 
 def _permutation(length: int, generator: np.random.Philox) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +127,7 @@ class ShardSource:
             if others is None or extension in others
             if (places := [_places(index, extension) for index in indexes])
         }
-        self._ends = np.cumsum(self.shard_sizes)
+        self._ends = np.cumsum(self.shard_sizes).tolist()
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -156,7 +157,7 @@ class ShardSource:
         return int(self._others[extension][1][index])
 
     def _bytes(self, index: int, offset: int, size: int) -> bytes:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        shard = bisect_right(self._ends, index)
         try:
             data = os.pread(self._file(shard), size, offset)
         except FileNotFoundError:
@@ -171,7 +172,7 @@ class ShardSource:
 
     def locate(self, index: int) -> str:
         """Say in which tar a sample is."""
-        return self.paths[int(np.searchsorted(self._ends, index, side="right"))].name
+        return self.paths[bisect_right(self._ends, index)].name
 
     def _file(self, shard: int) -> int:
         """File descriptor of a shard; `pread` moves no offset, so forked workers may share it."""
@@ -331,15 +332,15 @@ class MixedSource:
         self.shapes = np.concatenate([part.shapes for part in parts])
         self.shard_sizes = np.concatenate([part.shard_sizes for part in parts])
         self.others: Sequence[str] = sorted({other for part in parts for other in part.others})
-        self._ends = np.cumsum([len(part) for part in parts])
+        self._ends = np.cumsum([len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def _at(self, index: int) -> tuple[str, Source, int]:
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = bisect_right(self._ends, index)
         name, source = list(self.sources.items())[number]
-        return name, source, index - int(self._ends[number]) + len(source)
+        return name, source, index - self._ends[number] + len(source)
 
     def read(self, index: int) -> tuple[str, bytes, int | None]:
         """Return key, image bytes and label of a sample; see `Source.read`."""

@@ -1,154 +1,106 @@
-"""Crops and augmentations, by name: `(H, W, C)` uint8 in, `(h, w, C)` uint8 out.
+"""An image to one of the batch's size: `(H, W, C)` uint8 in, `(h, w, C)` uint8 out.
 
-A policy never draws from a global generator; it is handed the sample's own.
+Random numbers are the sample's own; nothing here draws from a global generator.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
-from vistok.data.decode import DecodeError, Reduction
+from vistok.data.crops import CROPS, Cut, Size, random_box, text
+from vistok.data.decode import Reduction
 from vistok.errors import ConfigError, nearest
 
-Size = tuple[int, int]  # height, width
+# How much larger than needed an image must come out of a scaled decode, for the resize that
+# follows to hide how it was made.
+MARGIN = 1.5
 
 
-def resize(image: np.ndarray, size: Size) -> np.ndarray:
-    """Bicubic and antialiased; within 2 of 255 levels of Pillow's, at half its cost."""
-    if image.shape[:2] == size:
-        return image
-    # Channels last, in the strides of the batch's axis too: torch's fast path.
-    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+def take(
+    image: np.ndarray, cut: Cut, size: Size, mirrored: bool = False, out: Tensor | None = None
+) -> np.ndarray | None:
+    """Cut a picture out of an image; bicubic and antialiased.
+
+    Resized pixels are within 2 of 255 levels of Pillow's, at half its cost. Lines are resized
+    first, then columns, as `F.interpolate` does it; between the two only the window's columns are
+    kept, and mirrored, and the last step writes to the batch.
+
+    Args:
+        image: `(H, W, C)` uint8.
+        cut: where.
+        size: height and width of the result.
+        mirrored: left to right, at last.
+        out: `(h, w, C)` uint8, contiguous: where the result goes.
+
+    Returns:
+        `(h, w, C)` uint8 of whatever layout, perhaps a view of the image; None if it is in `out`.
+    """
+    top, left, height, width = cut.box
+    image = image[top : top + height, left : left + width]
+    for _ in range(cut.halvings):
+        image = _halved(image)
+    pixels, (tall, wide), (top, left) = _pixels(torch.from_numpy(image)), cut.resized, cut.window
+    if pixels.shape[3] != wide:
+        pixels = _bicubic(pixels.contiguous(memory_format=_LAST), (pixels.shape[2], wide))
+    if wide != size[1]:
+        pixels = pixels[..., left : left + size[1]]
+    if mirrored:
+        pixels = _mirrored(pixels)
+    if pixels.shape[2] != tall:
+        pixels = pixels.contiguous(memory_format=_LAST)
+        if out is not None and tall == size[0]:
+            # `F.interpolate` cannot be told where to put its result.
+            torch.ops.aten._upsample_bicubic2d_aa.out(
+                pixels, size, False, None, None, out=_pixels(out)
+            )
+            return None
+        pixels = _bicubic(pixels, (tall, size[1]))
+    if tall != size[0]:
+        pixels = pixels[..., top : top + size[0], :]
+    if out is None:
+        return _array(pixels)
+    _pixels(out).copy_(pixels)
+    return None
+
+
+_LAST = torch.channels_last  # torch's fast path for resizing and mirroring
+
+
+def _pixels(image: Tensor) -> Tensor:
+    return image[None].permute(0, 3, 1, 2)
+
+
+def _array(pixels: Tensor) -> np.ndarray:
     return pixels[0].permute(1, 2, 0).numpy()
 
 
-def _covering(image: np.ndarray, size: Size, long_side: Callable[[int, int, int], int]) -> Size:
-    """The smallest size of the image's own shape that covers `size`."""
-    (height, width), (h, w) = image.shape[:2], size
-    if height * w <= width * h:
-        return h, max(w, long_side(width, h, height))
-    return max(h, long_side(height, w, width)), w
+def _bicubic(pixels: Tensor, size: Size) -> Tensor:
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True)
 
 
-# The long side when the short one goes to `target`; the formulas of the originals, to the bit.
-def _tv_long(long: int, target: int, short: int) -> int:
-    return int(target * long / short)
+def _mirrored(pixels: Tensor) -> Tensor:
+    # A fifth of what copying a view with a negative stride would cost.
+    return pixels.contiguous(memory_format=_LAST).flip(3)
 
 
-def _adm_long(long: int, target: int, short: int) -> int:
-    return round(long * (target / short))
-
-
-def _halved(image: np.ndarray, size: Size) -> np.ndarray:
-    """ADM's first step: box-filtered halving while twice the target still fits."""
-    while image.shape[0] >= 2 * size[0] and image.shape[1] >= 2 * size[1]:
-        picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-        half = (picture.width // 2, picture.height // 2)
-        halved = np.array(picture.resize(half, Image.Resampling.BOX))
-        image = halved.reshape(*halved.shape[:2], image.shape[2])
-    return image
-
-
-def _window(image: np.ndarray, size: Size, top: int, left: int) -> np.ndarray:
-    return image[top : top + size[0], left : left + size[1]]
-
-
-def _random_window(image: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
-    top = int(rng.integers(image.shape[0] - size[0] + 1))
-    left = int(rng.integers(image.shape[1] - size[1] + 1))
-    return _window(image, size, top, left)
-
-
-def tv_center(image: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
-    """Torchvision's Resize (the long side rounded down) and CenterCrop."""
-    image = resize(image, _covering(image, size, _tv_long))
-    top = round((image.shape[0] - size[0]) / 2)
-    left = round((image.shape[1] - size[1]) / 2)
-    return _window(image, size, top, left)
-
-
-def adm_center(image: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
-    """ADM's center_crop_arr: box halving, bicubic, sizes rounded, offsets rounded down."""
-    image = _halved(image, size)
-    image = resize(image, _covering(image, size, _adm_long))
-    return _window(image, size, (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2)
-
-
-def resize_random(image: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
-    """Short side to the target, then a random window."""
-    return _random_window(resize(image, _covering(image, size, _tv_long)), size, rng)
-
-
-def adm_random(image: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
-    """ADM's random_crop_arr: scaled to 1 to 1.25 times the target, then a random window."""
-    short = min(size)
-    target = int(rng.integers(short, math.ceil(short * 1.25) + 1))
-    larger = (round(size[0] * target / short), round(size[1] * target / short))
-    image = _halved(image, larger)
-    return _random_window(resize(image, _covering(image, larger, _adm_long)), size, rng)
-
-
-def random_resized(
-    image: np.ndarray, size: Size, rng: np.random.Generator, scale: tuple[float, float]
-) -> np.ndarray:
-    """Torchvision's RandomResizedCrop: a window of random area and shape, to the target.
-
-    For a target that is not square the shape is relative to the target's.
-    """
-    top, left, height, width = _random_box((image.shape[0], image.shape[1]), size, rng, scale)
-    return resize(_window(image, (height, width), top, left), size)
-
-
-def _random_box(
-    shape: Size, size: Size, rng: np.random.Generator, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width. Equal draws give the same part of an image at any scale."""
-    draws = rng.random((10, 4))
-    for area, ratio, down, right in draws:
-        wanted = shape[0] * shape[1] * (scale[0] + area * (scale[1] - scale[0]))
-        aspect = math.exp((2 * ratio - 1) * math.log(4 / 3)) * size[1] / size[0]
-        height, width = round(math.sqrt(wanted / aspect)), round(math.sqrt(wanted * aspect))
-        if 0 < height <= shape[0] and 0 < width <= shape[1]:
-            top, left = int(down * (shape[0] - height + 1)), int(right * (shape[1] - width + 1))
-            return top, left, height, width
-    # The image is far longer than any window: the largest that fits, in the middle.
-    height = min(shape[0], round(shape[1] * size[0] / size[1] * 4 / 3))
-    width = min(shape[1], round(shape[0] * size[1] / size[0] * 4 / 3))
-    return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width
-
-
-def random(image: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
-    """A random window at the image's own resolution, which must be at least the target's."""
-    if image.shape[0] < size[0] or image.shape[1] < size[1]:
-        raise DecodeError(f"is {_text(image.shape)}, smaller than {_text(size)} (crop 'random')")
-    return _random_window(image, size, rng)
-
-
-def none(image: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
-    """The image as it is, which must have the target's size."""
-    if image.shape[:2] != size:
-        raise DecodeError(f"is {_text(image.shape)}, not {_text(size)} (crop 'none')")
-    return image
-
-
-def _text(shape: Sequence[int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
+def _halved(image: np.ndarray) -> np.ndarray:
+    picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+    half = (picture.width // 2, picture.height // 2)
+    halved = np.array(picture.resize(half, Image.Resampling.BOX))
+    return halved.reshape(*halved.shape[:2], image.shape[2])
 
 
 def hflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirrored left to right, half of the time."""
     if rng.random() >= 0.5:
         return image
-    # A fifth of what copying a view with a negative stride would cost.
-    pixels = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
-    return pixels.flip(3)[0].permute(1, 2, 0).numpy()
+    return _array(_mirrored(_pixels(torch.from_numpy(np.ascontiguousarray(image)))))
 
 
 def vflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -177,13 +129,6 @@ def color(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([table[picture], image[:, :, colours:]], axis=2)
 
 
-CROPS: dict[str, Callable[..., np.ndarray]] = {
-    f.__name__: f
-    for f in (tv_center, adm_center, resize_random, adm_random, random_resized, random, none)
-}
-# How much larger than needed an image must come out of a scaled decode, for the resize that
-# follows to hide how it was made.
-MARGIN = 1.5
 AUGMENTS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     f.__name__: f for f in (hflip, vflip, rot90, color)
 }
@@ -227,7 +172,7 @@ class Transform:
             )
         if "rot90" in augment and size[0] != size[1]:
             raise ConfigError(
-                f"data.augment=rot90 needs a square data.image_size, not {_text(size)}"
+                f"data.augment=rot90 needs a square data.image_size, not {text(size)}"
             )
         self.size, self.crop, self.augment = size, crop, tuple(augment)
         self.scale = scale
@@ -238,15 +183,22 @@ class Transform:
         Raises:
             DecodeError: if the policy cannot take an image of this size.
         """
-        return np.ascontiguousarray(self.apply(image, rng))
+        out = torch.empty(*self.size, image.shape[2], dtype=torch.uint8)
+        self.write(image, rng, out)
+        return out.numpy()
 
-    def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """As `__call__`, but a view of whatever layout."""
+    def write(self, image: np.ndarray, rng: np.random.Generator, out: Tensor) -> None:
+        """As `__call__`, to `out` `(h, w, C)` uint8, contiguous."""
         more = (self.scale,) if self.crop == "random_resized" else ()
-        image = CROPS[self.crop](image, self.size, rng, *more)
-        for name in self.augment:
-            image = AUGMENTS[name](image, rng)
-        return image
+        cut = CROPS[self.crop]((image.shape[0], image.shape[1]), self.size, rng, *more)
+        augment, mirrored = self.augment, False
+        if augment[:1] == ("hflip",):  # half way through the resize it is cheaper
+            augment, mirrored = augment[1:], rng.random() < 0.5
+        picture = take(image, cut, self.size, mirrored, None if augment else out)
+        if picture is not None:
+            for name in augment:
+                picture = AUGMENTS[name](picture, rng)
+            np.copyto(out.numpy(), picture)
 
     def reduction(self, rng: Callable[[], np.random.Generator]) -> Reduction:
         """How many times smaller an image may be decoded for a result that hardly differs.
@@ -260,7 +212,7 @@ class Transform:
             if self.crop in ("random", "none"):
                 return 1
             if self.crop == "random_resized":
-                taken = _random_box(taken, self.size, rng(), self.scale)[2:]
+                taken = random_box(taken, self.size, rng(), self.scale)[2:]
             larger = MARGIN * (1.25 if self.crop == "adm_random" else 1)
             spare = min(taken[0] / h, taken[1] / w) / larger
             return next((f for f in (8, 4, 2) if spare >= f), 1)
