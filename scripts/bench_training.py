@@ -2,12 +2,14 @@
 
     python scripts/bench_training.py                                     # titok_s128, batch 2
     python scripts/bench_training.py experiments=titok_tiny,vqgan_tiny batch=32 out=bench.json
-    python scripts/bench_training.py precisions=32,bf16 device=cuda batch=64 compile=true
+    python scripts/bench_training.py precisions=32,32+compile,bf16,bf16+compile
+    python scripts/bench_training.py precisions=32 parts=true            # where a step's time goes
 
 Keys: `experiments` (of configs/experiment), `batch`, `precisions` (32, bf16 as autocast, 16 on a
-GPU), `device`, `threads` (0: as torch has it), `seconds` (of measuring each experiment), `textbook`
-(false: without), `compile` and `out` (a JSON file). Any other `key=value` goes to the experiment's
-config.
+GPU; each with `+compile`, as `compile=true` trains), `device`, `threads` (0: as torch has it),
+`seconds` (of measuring each experiment), `textbook` (false: without), `parts` (true: also the time
+of each operator, by torch's profiler, and of each product by itself) and `out` (a JSON file). Any
+other `key=value` goes to the experiment's config.
 
 A training step is forward, loss, backward, clipping, AdamW and the quantizer's `after_step` on
 images that are there already; encode is `tokenize` in eval mode. Operations are counted by torch,
@@ -50,11 +52,12 @@ DEFAULTS = {
     "threads": "0",
     "seconds": "40",
     "textbook": "true",
-    "compile": "false",
+    "parts": "false",
     "out": "",
 }
 SIDE = 2048  # of the matrix product
 REPEATS = 5  # of a product in one turn
+SHOWN = 16  # operators, products: the longest
 COLUMNS = (
     ("experiment", "{}"),
     ("precision", "{}"),
@@ -85,10 +88,10 @@ def serve(case: dict[str, Any], pipe: Connection) -> None:
     pipe.send((list(calls), facts))
     while (name := pipe.recv()) is not None:
         begin = time.perf_counter()
-        calls[name]()
+        parts = calls[name]()
         if case["device"] == "cuda":
             torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - begin)
+        pipe.send((time.perf_counter() - begin, parts))
 
 
 def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
@@ -153,9 +156,17 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
         for _ in range(REPEATS):
             torch.mm(a, b, out=c)
 
-    flops = counter.get_total_flops()
-    return {"step": step, "encode": encode, "product": product, "own": own}, {
-        "flops": flops,
+    def operators() -> dict[str, float]:
+        with torch.profiler.profile() as profiler:
+            step()
+        kind = f"self_{device.type}_time_total".replace("cuda", "device")
+        return {event.key: getattr(event, kind) / 1e6 for event in profiler.key_averages()}
+
+    calls: Calls = {"step": step, "encode": encode, "product": product, "own": own}
+    if case["parts"]:
+        calls["operators"] = operators
+    return calls, {
+        "flops": counter.get_total_flops(),
         "own_flops": own_flops,
         "peak_mib": peak,
         "threads": torch.get_num_threads(),
@@ -203,8 +214,11 @@ def recording(products: Counter) -> Any:
     return Recording()
 
 
-def replay(products: Counter, device: Any) -> tuple[Callable[[], float], int]:
-    """A call that does the products again, in proportion to their number, and their operations."""
+def replay(products: Counter, device: Any) -> tuple[Callable[[], dict[str, float]], int]:
+    """A call that does the products again, as often as the step does, and their operations.
+
+    The call returns the seconds of each: name, rows x inner x columns, how often.
+    """
     import torch
 
     work, flops = [], 0
@@ -216,12 +230,24 @@ def replay(products: Counter, device: Any) -> tuple[Callable[[], float], int]:
             for shape, stride, dtype in operands
         ]
         result = func(*tensors, **dict(options))
-        work += [(func.overloadpacket, tensors, {**dict(options), "out": result})] * count
-        flops += 2 * count * result.numel() * tensors[-1].shape[-2]
+        *batch, rows, columns = result.shape
+        inner = tensors[-1].shape[-2]
+        layout = "".join("NT"[t.stride(-1) > 1] for t in tensors[-2:])  # T: read transposed
+        size = " x ".join(str(n) for n in (*batch, rows, inner, columns))
+        name = f"{func.overloadpacket.__name__} {layout} {size}, {count} times"
+        work.append((name, count, func.overloadpacket, tensors, {**dict(options), "out": result}))
+        flops += 2 * count * result.numel() * inner
 
-    def own() -> None:
-        for func, tensors, options in work:
-            func(*tensors, **options)
+    def own() -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        for name, count, func, tensors, options in work:
+            begin = time.perf_counter()
+            for _ in range(count):
+                func(*tensors, **options)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+        return seconds
 
     return own, flops
 
@@ -332,12 +358,16 @@ def measure(cases: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]
         names.append(said[0])
         facts.append(said[1])
     times: list[dict[str, list[float]]] = [{name: [] for name in calls} for calls in names]
+    parts: list[dict[str, list[dict[str, float]]]] = [{"own": [], "operators": []} for _ in cases]
     start = time.perf_counter()
     while len(times[0]["step"]) < 3 or time.perf_counter() - start < seconds:
-        for pipe, own in zip(pipes, times, strict=True):
+        for pipe, own, inside in zip(pipes, times, parts, strict=True):
             for name, list_ in own.items():
                 pipe.send(name)
-                list_.append(pipe.recv())
+                spent, each = pipe.recv()
+                list_.append(spent)
+                if name in inside:
+                    inside[name].append(each)
     for pipe in pipes:
         pipe.send(None)
     medians = [{name: statistics.median(ts) for name, ts in own.items()} for own in times]
@@ -345,7 +375,17 @@ def measure(cases: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]
         (m["step"] for c, m in zip(cases, medians, strict=True) if c["precision"] == "textbook"),
         None,
     )
-    return [row(*each, plain) for each in zip(cases, medians, facts, strict=True)]
+    rows = [row(*each, plain) for each in zip(cases, medians, facts, strict=True)]
+    for case, line, inside in zip(cases, rows, parts, strict=True):
+        if case["parts"]:
+            line["parts"] = {
+                name: {
+                    key: statistics.median(turn.get(key, 0.0) for turn in turns) for key in turns[0]
+                }
+                for name, turns in inside.items()
+                if turns
+            }
+    return rows
 
 
 def row(
@@ -355,7 +395,7 @@ def row(
     batch, flops = case["batch"], facts["flops"]
     values = {
         "experiment": case["experiment"],
-        "precision": case["precision"],
+        "precision": case["precision"] + "+compile" * case["compile"],
         "batch": batch,
         "step_s": spent["step"],
         "images_per_s": batch / spent["step"],
@@ -381,6 +421,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         [form.format(row[name]) if name in row else "" for name, form in COLUMNS] for row in rows
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def longest(parts: dict[str, float]) -> str:
+    """Markdown: milliseconds of what takes longest, and of the rest together."""
+    order = sorted(parts.items(), key=lambda part: -part[1])
+    order = [*order[:SHOWN], ("the rest", sum(spent for _, spent in order[SHOWN:]))]
+    return "\n".join(["| | ms |", "|---|---|", *(f"| {k} | {1e3 * s:.1f} |" for k, s in order)])
 
 
 def is_titok(experiment: str, overrides: list[str]) -> bool:
@@ -409,17 +456,22 @@ def main(argv: list[str]) -> int:
         cases = [
             {
                 "experiment": experiment,
-                "precision": precision,
+                "precision": precision.removesuffix("+compile"),
+                "compile": precision.endswith("+compile"),
                 "batch": int(values["batch"]),
                 "device": values["device"],
                 "threads": int(values["threads"]),
-                "compile": values["compile"] == "true",
+                "parts": values["parts"] == "true" and precision != "textbook",
                 "overrides": overrides,
             }
             for precision in precisions
         ]
         rows += measure(cases, float(values["seconds"]))
     print(table(rows))
+    for line in rows:
+        for name, parts in line.get("parts", {}).items():
+            what = {"own": "own products", "operators": "operators of a step"}[name]
+            print(f"\n{line['experiment']}, {line['precision']}: {what}\n\n{longest(parts)}")
     if values["out"]:
         Path(values["out"]).write_text(json.dumps(rows, indent=2) + "\n")
     return 0

@@ -1,6 +1,7 @@
 """The benchmark of training steps counts what is done, and its textbook is the same network."""
 
 import importlib.util
+import math
 
 import pytest
 
@@ -24,17 +25,23 @@ def bench():
 
 def case(precision, *words):
     keys = {"experiment": "titok_tiny", "precision": precision, "batch": 3, "device": "cpu"}
-    return {**keys, "compile": False, "overrides": [*SIZES, *words]}
+    return {**keys, "compile": False, "parts": True, "overrides": [*SIZES, *words]}
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_the_step_consists_of_the_products_that_are_timed_by_themselves(bench, precision):
     calls, facts = bench.ours(case(precision))
-    for call in calls.values():
-        call()
+    parts = {name: call() for name, call in calls.items()}
     # All but the convolution over the seams: three channels, 3 x 3, forward and both gradients.
     smooth = 3 * 2 * 3 * 16 * 16 * 3 * 3 * 9
     assert 0 < facts["flops"] - facts["own_flops"] < 1.02 * smooth  # edges count a little more
+    # The names of the parts say what was multiplied, and how often.
+    flops = 0
+    for name in parts["own"]:
+        size, _, count = name.split(" ", 2)[2].removesuffix(" times").rpartition(", ")
+        flops += 2 * int(count) * math.prod(int(n) for n in size.split(" x "))
+    assert flops == facts["own_flops"]
+    assert {"aten::mm", "aten::addmm", "aten::gelu"} < set(parts["operators"])
 
 
 def test_the_textbook_is_titok(bench):
@@ -57,5 +64,12 @@ def test_the_table_has_a_line_for_each_contender(bench, capsys):
         for p, s in (("32", 0.5), ("textbook", 2.0))
     ]
     lines = bench.table(rows).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["32", "textbook"]
+    compiled = bench.row({**case("32"), "compile": True}, {"step": 1.0}, {"flops": 1e9}, None)
+    assert compiled["precision"] == "32+compile"
+    assert bench.longest({"a": 0.001, "b": 0.002}).splitlines()[2:4] == [
+        "| b | 2.0 |",
+        "| a | 1.0 |",
+    ]
     assert len(lines) == 4 and "| 4.00 |" in lines[2] and "| 1.00 |" in lines[3]
     assert bench.main(["nonsense"]) == 2 and "expected key=value" in capsys.readouterr().err
