@@ -29,6 +29,8 @@ def law(distribution, n):
         levels = sorted({min(2**i, n) for i in range(20)})
         for k in levels:
             p[k] += 1 / len(levels)
+    elif distribution == "full":
+        p[n] = 1.0
     else:  # a uniform draw, rounded up
         for k in range(1, n + 1):
             p[min(2 ** math.ceil(math.log2(k)), n)] += 1 / n
@@ -36,7 +38,7 @@ def law(distribution, n):
 
 
 @pytest.mark.parametrize("n", [1, 8, 12, 256])
-@pytest.mark.parametrize("distribution", ["uniform", "powers_of_two", "rounded_up"])
+@pytest.mark.parametrize("distribution", ["uniform", "powers_of_two", "rounded_up", "full"])
 def test_lengths_follow_their_definition(distribution, n):
     """Chi-square at 5 standard deviations of its statistic, about 1e-6."""
     torch.manual_seed(1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vistok.errors import ConfigError, nearest
 from vistok.nn.draws import integers, shared_integer, uniform
 
-_DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up")
+_DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up", "full")
 
 
 class LengthPolicy(nn.Module):
@@ -25,7 +25,8 @@ class LengthPolicy(nn.Module):
         distribution: of k. "uniform": each of 1..N alike (One-D-Piece's tail token drop; nested
             dropout). "powers_of_two": each of 1, 2, 4, ..., N alike. "rounded_up": uniform,
             then up to the next power of two, so P(N) = 1/2, P(N/2) = 1/4 and so on, which keeps
-            the tail from starving. If N is no power of two it stands in for the next one.
+            the tail from starving. If N is no power of two it stands in for the next one. "full":
+            always N, the tokenizer of one length beside which the others are measured.
         per: "sample" draws one k for each image, "batch" one for all images of an optimizer step,
             on all ranks and in all batches that it accumulates: their shapes agree.
     """
@@ -46,6 +47,8 @@ class LengthPolicy(nn.Module):
         self, batch: int, num_tokens: int, device: torch.device | str | None = None
     ) -> Tensor:
         """Lengths `(B,)` int64 in 1..N; all the same with per="batch"."""
+        if self.distribution == "full":
+            return torch.full((batch,), num_tokens, device=device)
         levels = power_levels(num_tokens).to(device)
         powers = self.distribution == "powers_of_two"
         low, high = (0, len(levels)) if powers else (1, num_tokens + 1)
