@@ -302,7 +302,7 @@ def test_dropped_registers_become_one_learned_vector():
 def test_nested_dropout_draws_a_length_per_image():
     tok = tiny_tokenizer(tokenizer="flextok_tiny").train()
     output = tok(tok.to_model_range(images_of(40)))
-    assert output.mask.shape == (40, 4) and len(output.mask.sum(1).unique()) == 4
+    assert output.mask.shape == (40, 4) and output.mask.sum(1).unique().tolist() == [1, 2, 4]
     assert tok.eval()(tok.to_model_range(images_of(2))).mask is None
 
 
