@@ -30,6 +30,7 @@ assert not heavy, heavy
         ("train.py", "experiment=vqgan_tiny"),
         ("eval.py", "run=runs/<run>"),
         ("scripts/export.py", "out="),
+        ("scripts/import_weights.py", "maskgit_vqgan"),
         ("scripts/make_shards.py", "shard_size"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: train, eval, export, and shards. Light until there is something to compute."""
+"""The command line. Light until there is something to compute."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train,
         "eval": evaluate,
         "export": export,
+        "import-weights": import_weights,
         "make-shards": make_shards,
         "check-shards": check_shards,
         "bench-data": bench_data,
@@ -55,6 +56,11 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 def export(argv: Sequence[str] | None = None) -> int:
     """Export a run; returns the exit code."""
     return _guarded(_export, argv)
+
+
+def import_weights(argv: Sequence[str] | None = None) -> int:
+    """Make an export of released weights; returns the exit code."""
+    return _guarded(_import_weights, argv)
 
 
 def make_shards(argv: Sequence[str] | None = None) -> int:
@@ -222,6 +228,26 @@ def _export(argv: list[str]) -> None:
     from vistok.export.exporter import export_run
 
     export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
+
+
+def _import_weights(argv: list[str]) -> None:
+    if _wants_help(argv):
+        from vistok.help import import_help
+
+        return import_help()
+    from vistok import configuration as c
+
+    overrides, folders, _ = _split(argv)
+    config = c.compose("import", overrides, folders)
+    for key in ("source", "weights", "out"):
+        if not _value(overrides, key):
+            raise ConfigError(
+                f"{key} is missing; use: import_weights.py source=titok weights=FILE "
+                "out=exported/<name>"
+            )
+    from vistok.export.importer import import_weights as run
+
+    run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)
 
 
 # ---------------------------------------------------------------------- words and errors

@@ -15,12 +15,13 @@ def overview() -> None:
   vistok train [key=value ...]               train a tokenizer, or resume=runs/<run>
   vistok eval run=runs/<run>                 metrics, metrics.json, pictures
   vistok export run=runs/<run> out=FOLDER    codebooks and weights for other programs
+  vistok import-weights source=titok ...     released weights (TiTok's family, MaskGIT's VQGAN)
   vistok make-shards IMAGES out=FOLDER       images of any source to WebDataset shards
   vistok check-shards FOLDER                 are they whole, and as their manifest says?
   vistok bench-data [SHARDS]                 images per second of the data stream
 
 Each takes --help. In a checkout the same are: uv run train.py, eval.py, and scripts/export.py,
-make_shards.py, check_shards.py and bench_data.py."""
+import_weights.py, make_shards.py, check_shards.py and bench_data.py."""
     )
 
 
@@ -109,6 +110,28 @@ def export_help() -> None:
 usage: export.py run=runs/<run> out=exported/my_tokenizer [weights=ema] [overwrite=true]
 
 It is read back with vistok.load("exported/my_tokenizer"); the codebooks need safetensors alone.
+"""
+    )
+
+
+def import_help() -> None:
+    """`import_weights.py --help`."""
+    print(
+        """Make an export of weights that others released, under our names.
+
+usage: import_weights.py source=titok weights=FILE out=exported/titok_l32
+
+keys
+  source        maskgit_vqgan, titok, one_d_piece or ta_titok
+  weights       a .safetensors, .bin or .pth file; it is read without running code
+  out           folder to write
+  image_size    for maskgit_vqgan, whose weights take any (published: 256)
+  overwrite     replace an export that is there
+
+then
+  train.py experiment=titok_l32 stage=proxy stage.proxy=exported/maskgit_vqgan
+  train.py experiment=titok_l32 stage=decoder stage.weights=exported/titok_l32
+  eval.py run=exported/titok_l32 data=shards data.val=/sets/val-000000.tar
 """
     )
 

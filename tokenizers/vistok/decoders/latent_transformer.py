@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
+from vistok.errors import ConfigError
 from vistok.nn.patches import (
     grid_of,
     grid_points,
@@ -42,6 +44,8 @@ class LatentTransformerDecoder(Decoder):
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
         attention: "dense" or "flex" where tokens are masked; see `Transformer`.
+        borders: what the last convolution sees beyond the image, its edges "repeated" or "black",
+            as in the released models.
     """
 
     def __init__(
@@ -58,8 +62,12 @@ class LatentTransformerDecoder(Decoder):
         activation_checkpointing: bool = False,
         nested: bool = False,
         attention: str = "dense",
+        borders: str = "repeated",
     ) -> None:
         super().__init__()
+        if borders not in ("repeated", "black"):
+            raise ConfigError(f"tokenizer.decoder.borders={borders}: must be repeated or black")
+        self.borders = borders
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.dim = latent_dim
@@ -98,7 +106,10 @@ class LatentTransformerDecoder(Decoder):
     def paint(self, features: Tensor) -> Tensor:
         """Images `(B, C, H, W)` of what `features` returns."""
         patches = unpatchify(self.head(features), self.grid, self.patch_size)
-        return self.smooth(pad_edges(patches))
+        black = self.borders == "black"
+        return self.smooth(
+            F.pad(patches, (1, 1, 1, 1), value=-1.0) if black else pad_edges(patches)
+        )
 
     def features(
         self, quantized: Tensor, mask: Tensor | None = None, context: Tensor | None = None

@@ -41,6 +41,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
         attention: "dense" or "flex" where tokens are masked; see `Transformer`.
+        borders: as in TiTok's decoder.
     """
 
     conditions = ("text",)
@@ -62,6 +63,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         activation_checkpointing: bool = False,
         nested: bool = False,
         attention: str = "dense",
+        borders: str = "repeated",
     ) -> None:
         super().__init__(
             image_size,
@@ -76,6 +78,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
             activation_checkpointing,
             nested,
             attention,
+            borders,
         )
         if not 0 <= text_dropout <= 1:
             raise ConfigError(f"tokenizer.decoder.text_dropout={text_dropout}: must be 0 to 1")

@@ -47,6 +47,8 @@ class LatentTransformerEncoder(Encoder):
             codebook follows latents that training moves about as a whole, so there an eighth
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
             about 1 the latents would leave it before they are of use.
+        legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
+            two-stage TiTok and One-D-Piece do: each token gets channels of every latent.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class LatentTransformerEncoder(Encoder):
         nested: bool = False,
         attention: str = "dense",
         content: float = 0.125,
+        legacy_reshape: bool = False,
     ) -> None:
         super().__init__()
+        self.legacy_reshape = legacy_reshape
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.content = content
@@ -109,7 +113,10 @@ class LatentTransformerEncoder(Encoder):
             parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
         x = self.norm_in(torch.cat(parts, dim=1))
         latents = self.transformer(x, self.mask, keep=slice(-self.num_tokens, None))
-        return self.norm_out(latents) - self.latent_means
+        latents = self.norm_out(latents)
+        if self.legacy_reshape:
+            latents = latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
+        return latents - self.latent_means
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:

@@ -38,25 +38,10 @@ def export_run(run: Path, out: Path, weights: str = "ema", overwrite: bool = Fal
     Raises:
         ConfigError: if `out` is there already and `overwrite` is off, or is not an export.
     """
-    if out.exists():
-        if not overwrite:
-            raise ConfigError(f"out={out}: is there already; use overwrite=true or another folder")
-        if not (out / "model.safetensors").exists():
-            raise ConfigError(f"out={out}: is not an export, so it is not overwritten")
+    check_out(out, overwrite)
     source = find_checkpoint(run)
     tokenizer = load(run, weights=weights)
-    config = read_config(source)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write_export(tokenizer, config, temporary, run_metrics(source))
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"out={out}: could not be written, {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    place_export(tokenizer, read_config(source), out, run_metrics(source))
     print(
         f"exported {source} to {out}\n"
         f"  {tokenizer.num_tokens} tokens per image, codebooks "
@@ -64,6 +49,40 @@ def export_run(run: Path, out: Path, weights: str = "ema", overwrite: bool = Fal
         f'  python: vistok.load("{out}")'
     )
     return out
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Check that an export may be written to `out`.
+
+    Raises:
+        ConfigError: if `out` is there already and `overwrite` is off, or is not an export.
+    """
+    if out.exists():
+        if not overwrite:
+            raise ConfigError(f"out={out}: is there already; use overwrite=true or another folder")
+        if not (out / "model.safetensors").exists():
+            raise ConfigError(f"out={out}: is not an export, so it is not overwritten")
+
+
+def place_export(
+    tokenizer: Tokenizer, config: dict[str, Any], out: Path, metrics: dict[str, Any]
+) -> None:
+    """Write an export beside `out`, then put it there, in place of one that is there already.
+
+    Raises:
+        CheckpointError: if it could not be written.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_export(tokenizer, config, temporary, metrics)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"out={out}: could not be written, {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_export(

@@ -72,6 +72,32 @@ class ResBlock(nn.Module):
         return self.skip(x) + y
 
 
+class OutputSkipBlock(ResBlock):
+    """The residual block of MaskGIT's VQGAN.
+
+    As `ResBlock`, without biases, and where channels change the 1x1 projection is of the *second
+    convolution's output*: nothing of the input is added there. The weights that are in use were
+    trained this way.
+
+    Args:
+        channels_in: C of the input.
+        channels_out: C of the output.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.keeps_channels = channels_in == channels_out
+        if not self.keeps_channels:
+            self.skip = nn.Conv2d(channels_out, channels_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C_in, H, W)` to `(B, C_out, H, W)`."""
+        y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return y + (x if self.keeps_channels else self.skip(y))
+
+
 class SpatialAttention(nn.Module):
     """Single-head self-attention over the positions of a feature map.
 

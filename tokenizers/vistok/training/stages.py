@@ -117,8 +117,9 @@ def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
             f"{tokenizer['decoder'].get('_target_')}"
         )
     patch = math.isqrt(size[0] * size[1] // cells)
+    kept = {key: value for key, value in tokenizer["decoder"].items() if key != "borders"}
     decoder = {
-        **tokenizer["decoder"],
+        **kept,
         "_target_": _PROXY_DECODER,
         "patch_size": patch,
         "num_codes": proxy.quantizer.codebook_sizes[0],

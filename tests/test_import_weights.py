@@ -1,0 +1,384 @@
+"""Released weights: ids and pictures are those of the published architecture, written down here.
+
+The oracles know the published names, shapes and ranges alone ([0, 1] images), and compute in
+float64 by torch's functions. Sizes are small; heads are 64 wide, as in all published ones.
+"""
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import vistok
+from helpers import TINY, images_of
+from vistok.cli import evaluate, train
+from vistok.cli import import_weights as command
+from vistok.errors import CheckpointError, ConfigError
+from vistok.export.importer import import_weights
+
+CODES = 24
+
+
+# ---------------------------------------------------------------------- published tensors
+
+
+class Names:
+    """Random tensors by name."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tensors = {}
+
+    def add(self, name, *shape, scale=None):
+        fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
+        scale = fan_in**-0.5 if scale is None else scale
+        self.tensors[name] = torch.randn(shape, generator=self.generator) * scale
+
+    def layer(self, name, *shape, bias=True):
+        self.add(f"{name}.weight", *shape)
+        if bias:
+            self.add(f"{name}.bias", shape[0], scale=0.1)
+
+    def norm(self, name, width):
+        self.add(f"{name}.weight", width, scale=0.1)
+        self.tensors[f"{name}.weight"] += 1
+        self.add(f"{name}.bias", width, scale=0.1)
+
+
+WIDTHS = (64, 64, 128)
+
+
+def res_block(names, name, width_in, width_out):
+    names.norm(f"{name}.norm1", width_in)
+    names.layer(f"{name}.conv1", width_out, width_in, 3, 3, bias=False)
+    names.norm(f"{name}.norm2", width_out)
+    names.layer(f"{name}.conv2", width_out, width_out, 3, 3, bias=False)
+    if width_in != width_out:
+        names.layer(f"{name}.nin_shortcut", width_out, width_out, 1, 1, bias=False)
+
+
+def maskgit_decoder(names, prefix, dim):
+    width = WIDTHS[-1]
+    names.layer(f"{prefix}.conv_in", width, dim, 3, 3)
+    for n in range(2):
+        res_block(names, f"{prefix}.mid.{n}", width, width)
+    for level in reversed(range(len(WIDTHS))):
+        for n in range(2):
+            res_block(names, f"{prefix}.up.{level}.block.{n}", width, WIDTHS[level])
+            width = WIDTHS[level]
+        if level:
+            names.layer(f"{prefix}.up.{level}.upsample_conv", width, width, 3, 3)
+    names.norm(f"{prefix}.norm_out", width)
+    names.layer(f"{prefix}.conv_out", 3, width, 3, 3)
+
+
+def maskgit(seed=0, dim=12):
+    names = Names(seed)
+    names.layer("encoder.conv_in", WIDTHS[0], 3, 3, 3, bias=False)
+    width = WIDTHS[0]
+    for level, out in enumerate(WIDTHS):
+        for n in range(2):
+            res_block(names, f"encoder.down.{level}.block.{n}", width, out)
+            width = out
+    for n in range(2):
+        res_block(names, f"encoder.mid.{n}", width, width)
+    names.norm("encoder.norm_out", width)
+    names.layer("encoder.conv_out", dim, width, 1, 1)
+    maskgit_decoder(names, "decoder", dim)
+    names.add("quantize.embedding.weight", CODES, dim, scale=1.0)
+    return names.tensors
+
+
+def titok(seed=0, two_stages=True, text=False, tokens=8, dim=6, widths=(64, 128), patch=4, side=16):
+    names = Names(seed)
+    cells = (side // patch) ** 2
+    for part, width in zip(("encoder", "decoder"), widths, strict=True):
+        names.add(f"{part}.class_embedding", 1, width, scale=0.5)
+        names.add(f"{part}.positional_embedding", cells + 1, width, scale=0.5)
+        names.add(f"{part}.latent_token_positional_embedding", tokens, width, scale=0.5)
+        names.norm(f"{part}.ln_pre", width)
+        names.norm(f"{part}.ln_post", width)
+        for n in range(2):
+            block = f"{part}.transformer.{n}"
+            names.norm(f"{block}.ln_1", width)
+            names.norm(f"{block}.ln_2", width)
+            names.add(f"{block}.attn.in_proj_weight", 3 * width, width, scale=2 * width**-0.5)
+            names.add(f"{block}.attn.in_proj_bias", 3 * width, scale=0.1)
+            names.layer(f"{block}.attn.out_proj", width, width)
+            names.layer(f"{block}.mlp.c_fc", 4 * width, width)
+            names.layer(f"{block}.mlp.c_proj", width, 4 * width)
+    width, wide = widths
+    names.layer("encoder.patch_embed", width, 3, patch, patch)
+    names.layer("encoder.conv_out", dim, width, 1, 1)
+    names.add("latent_tokens", tokens, width, scale=0.5)
+    names.add("quantize.embedding.weight", CODES, dim, scale=1.0)
+    names.layer("decoder.decoder_embed", wide, dim)
+    names.add("decoder.mask_token", 1, 1, wide, scale=0.5)
+    if two_stages:
+        names.layer("decoder.ffn.0", 2 * wide, wide, 1, 1)
+        names.layer("decoder.ffn.2", 10, 2 * wide, 1, 1)
+        names.add("pixel_quantize.embedding.weight", 10, 5, scale=1.0)
+        maskgit_decoder(names, "pixel_decoder", 5)
+    else:
+        names.layer("decoder.ffn.0", patch * patch * 3, wide, 1, 1)
+        names.layer("decoder.conv_out", 3, 3, 3, 3)
+    if text:
+        names.layer("decoder.text_guidance_proj", wide, 7)
+        names.add("decoder.text_guidance_positional_embedding", 3, wide, scale=0.5)
+        names.add("quantize.embed_prob", CODES, scale=0.1)
+    return names.tensors
+
+
+# ---------------------------------------------------------------------- oracles
+
+
+def oracle_res_block(p, name, x):
+    def part(y, n):
+        weight, bias = p[f"{name}.norm{n}.weight"], p[f"{name}.norm{n}.bias"]
+        y = F.silu(F.group_norm(y, 32, weight, bias, eps=1e-6))
+        return F.conv2d(y, p[f"{name}.conv{n}.weight"], padding=1)
+
+    y = part(part(x, 1), 2)
+    shortcut = p.get(f"{name}.nin_shortcut.weight")
+    return y + (x if shortcut is None else F.conv2d(y, shortcut))
+
+
+def oracle_conv(p, name, x, padding=1):
+    return F.conv2d(x, p[f"{name}.weight"], p.get(f"{name}.bias"), padding=padding)
+
+
+def oracle_end(p, prefix, x, padding):
+    x = F.group_norm(x, 32, p[f"{prefix}.norm_out.weight"], p[f"{prefix}.norm_out.bias"], 1e-6)
+    return oracle_conv(p, f"{prefix}.conv_out", F.silu(x), padding)
+
+
+def oracle_maskgit_decoder(p, prefix, x):
+    x = oracle_conv(p, f"{prefix}.conv_in", x)
+    for n in range(2):
+        x = oracle_res_block(p, f"{prefix}.mid.{n}", x)
+    for level in (2, 1, 0):
+        for n in range(2):
+            x = oracle_res_block(p, f"{prefix}.up.{level}.block.{n}", x)
+        if level:
+            x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            x = oracle_conv(p, f"{prefix}.up.{level}.upsample_conv", x)
+    return oracle_end(p, prefix, x, 1)
+
+
+def oracle_maskgit(p, images):
+    x = oracle_conv(p, "encoder.conv_in", images)
+    for level in range(3):
+        for n in range(2):
+            x = oracle_res_block(p, f"encoder.down.{level}.block.{n}", x)
+        if level < 2:
+            x = F.avg_pool2d(x, 2)
+    for n in range(2):
+        x = oracle_res_block(p, f"encoder.mid.{n}", x)
+    x = oracle_end(p, "encoder", x, 0).permute(0, 2, 3, 1)
+    codes = p["quantize.embedding.weight"]
+    ids = torch.cdist(x.flatten(0, 2), codes).argmin(1)
+    quantized = codes[ids].view(x.shape).permute(0, 3, 1, 2)
+    return ids.view(len(images), -1), oracle_maskgit_decoder(p, "decoder", quantized)
+
+
+def oracle_transformer(p, part, x):
+    def norm(y, name):
+        return F.layer_norm(y, y.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+    x = norm(x, f"{part}.ln_pre").transpose(0, 1)
+    for n in range(2):
+        block = f"{part}.transformer.{n}"
+        y = norm(x, f"{block}.ln_1")
+        y, _ = F.multi_head_attention_forward(
+            y, y, y, y.shape[-1], y.shape[-1] // 64,
+            p[f"{block}.attn.in_proj_weight"], p[f"{block}.attn.in_proj_bias"], None, None, False,
+            0.0, p[f"{block}.attn.out_proj.weight"], p[f"{block}.attn.out_proj.bias"],
+        )  # fmt: skip
+        x = x + y
+        y = F.linear(norm(x, f"{block}.ln_2"), p[f"{block}.mlp.c_fc.weight"], p[f"{block}.mlp.c_fc.bias"])  # fmt: skip
+        x = x + F.linear(F.gelu(y), p[f"{block}.mlp.c_proj.weight"], p[f"{block}.mlp.c_proj.bias"])
+    return norm(x.transpose(0, 1), f"{part}.ln_post")
+
+
+def oracle_titok(p, images, keep=None, text=None):
+    two_stages = "pixel_quantize.embedding.weight" in p
+    batch = len(images)
+
+    def rows(name):
+        return p[name].expand(batch, *p[name].shape[-2:])
+
+    x = F.conv2d(images, p["encoder.patch_embed.weight"], p["encoder.patch_embed.bias"], stride=4)
+    x = torch.cat([rows("encoder.class_embedding"), x.flatten(2).transpose(1, 2)], 1)
+    x = x + p["encoder.positional_embedding"]
+    latents = rows("latent_tokens") + p["encoder.latent_token_positional_embedding"]
+    x = oracle_transformer(p, "encoder", torch.cat([x, latents], 1))[:, 17:]
+    count, width = x.shape[1:]
+    if two_stages:  # memory read in another shape
+        x = x.reshape(batch, width, count).permute(0, 2, 1)
+    x = F.linear(x, p["encoder.conv_out.weight"][:, :, 0, 0], p["encoder.conv_out.bias"])
+    codes = p["quantize.embedding.weight"]
+    if two_stages:
+        x, codes = F.normalize(x, dim=-1), F.normalize(codes, dim=-1)
+    ids = torch.cdist(x.flatten(0, 1), codes).argmin(1).view(batch, count)
+
+    x = F.linear(codes[ids[:, :keep]], p["decoder.decoder_embed.weight"], p["decoder.decoder_embed.bias"])  # fmt: skip
+    x = x + p["decoder.latent_token_positional_embedding"][: x.shape[1]]
+    masks = p["decoder.mask_token"].expand(batch, 16, -1)
+    masks = torch.cat([rows("decoder.class_embedding"), masks], 1)
+    parts = [masks + p["decoder.positional_embedding"], x]
+    if text is not None:
+        text = F.linear(text, p["decoder.text_guidance_proj.weight"], p["decoder.text_guidance_proj.bias"])  # fmt: skip
+        parts.append(text + p["decoder.text_guidance_positional_embedding"])
+    x = oracle_transformer(p, "decoder", torch.cat(parts, 1))[:, 1:17]
+    x = x.transpose(1, 2).unflatten(2, (4, 4))
+    x = oracle_conv(p, "decoder.ffn.0", x, 0)
+    if two_stages:
+        logits = oracle_conv(p, "decoder.ffn.2", x.tanh(), 0)
+        vectors = torch.einsum("bkhw,kd->bdhw", logits.softmax(1), p["pixel_quantize.embedding.weight"])  # fmt: skip
+        return ids, oracle_maskgit_decoder(p, "pixel_decoder", vectors)
+    x = x.view(batch, 4, 4, 3, 4, 4).permute(0, 3, 4, 1, 5, 2).reshape(batch, 3, 16, 16)
+    return ids, oracle_conv(p, "decoder.conv_out", x)
+
+
+# ---------------------------------------------------------------------- tests
+
+TEXT = torch.randn(6, 3, 7, generator=torch.Generator().manual_seed(3))
+CASES = {
+    "maskgit_vqgan": (maskgit, oracle_maskgit, {}),
+    "titok": (titok, oracle_titok, {}),
+    "titok, one stage": (lambda: titok(two_stages=False), oracle_titok, {}),
+    "one_d_piece": (titok, oracle_titok, {}),
+    "ta_titok": (lambda: titok(two_stages=False, text=True), oracle_titok, {"text": TEXT}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
+    make, oracle, given = CASES[case]
+    tensors, source = make(), case.partition(",")[0]
+    file = tmp_path / f"weights{suffix}"
+    save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
+    size = 16 if source == "maskgit_vqgan" else None
+    tok = vistok.load(import_weights(source, file, tmp_path / "out", image_size=size))
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    p = {k: v.double() for k, v in tensors.items()}
+    ids, pictures = oracle(p, images.double(), **{k: v.double() for k, v in given.items()})
+    assert torch.equal(tok.tokenize(images)[..., 0], ids) and ids.unique().numel() > 3
+    found = tok.detokenize(ids[..., None], **given)
+    assert torch.allclose(found, pictures.clamp(0, 1).float(), atol=1e-5)
+    assert found.std() > 0.05
+    raw = tok.decode(
+        tok.quantizer.decode(ids[..., None]), **given
+    )  # not clamped: all of them count
+    assert torch.allclose((raw + 1) / 2, pictures.float(), atol=1e-4)
+
+
+def test_one_d_piece_decodes_prefixes_as_published(tmp_path):
+    tensors = titok()
+    save_file(tensors, tmp_path / "weights.safetensors")
+    tok = vistok.load(
+        import_weights("one_d_piece", tmp_path / "weights.safetensors", tmp_path / "o")
+    )
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    p = {k: v.double() for k, v in tensors.items()}
+    for count in (1, 3, 8):
+        ids, pictures = oracle_titok(p, images.double(), keep=count)
+        found = tok.tokenize(images, num_tokens=count)
+        assert torch.equal(found[..., 0], ids[:, :count])
+        assert torch.allclose(tok.detokenize(found), pictures.clamp(0, 1).float(), atol=1e-5)
+
+
+def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):
+    """The commands that a user gives: a proxy for stage 1, a released TiTok for stage 2."""
+    torch.save(maskgit(), tmp_path / "vqgan.bin")
+    save_file(titok(), tmp_path / "titok.safetensors")
+    proxy, start = tmp_path / "proxy", tmp_path / "start"
+    assert command(["source=maskgit_vqgan", f"weights={tmp_path / 'vqgan.bin'}", f"out={proxy}", "image_size=16"]) == 0  # fmt: skip
+    assert command(["source=titok", f"weights={tmp_path / 'titok.safetensors'}", f"out={start}"]) == 0  # fmt: skip
+    words = [w for w in TINY if w != "loss=mse"]
+    words += ["data=folder", f"data.train={photos}", "data.val_fraction=0.2", "data.image_size=16"]
+    words += ["trainer.max_steps=2", "trainer.val_check_interval=2", "experiment=titok_tiny"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train([*words, "stage=proxy", f"stage.proxy={proxy}", f"hydra.run.dir={first}"]) == 0
+    images = images_of(5)
+    targets = vistok.load(proxy).tokenize(images)[..., 0]
+    assert vistok.load(first).decoder.code_vectors.weight.shape == (CODES, 12)
+    assert torch.equal(vistok.load(first).decoder.pixel_decoder.conv_out.weight, vistok.load(proxy).decoder.conv_out.weight)  # fmt: skip
+    assert targets.unique().numel() > 3
+    assert (
+        train([*words, "stage=decoder", f"stage.weights={start}", f"hydra.run.dir={second}"]) == 0
+    )
+    before, after = vistok.load(start), vistok.load(second, weights="last")
+    assert torch.equal(before.tokenize(images), after.tokenize(images))  # encoder and codes stay
+    assert not torch.equal(before.decoder.head[0].weight, after.decoder.head[0].weight)
+    assert not torch.equal(before.decoder.pixel_decoder.conv_out.weight, after.decoder.pixel_decoder.conv_out.weight)  # fmt: skip
+    evaluated = [f"run={start}", "data=folder", f"data.val={photos}", f"out={tmp_path / 'eval'}"]
+    assert evaluate(evaluated) == 0
+
+
+def test_a_tokenizer_config_has_the_published_shapes():
+    """tokenizer=maskgit_vqgan_f16 is what the importer finds in the released file, to the number."""
+    from vistok.checkpoint import build_tokenizer
+    from vistok.configuration import compose, to_container
+
+    words = ["tokenizer=maskgit_vqgan_f16", "quantizer=vq", "quantizer.codebook_dim=256"]
+    config = to_container(compose("train", [*words, "data.image_size=256"]))
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(config)
+    assert tokenizer.num_tokens == 256
+    counts = [
+        sum(p.numel() for p in m.parameters()) for m in (tokenizer.encoder, tokenizer.decoder)
+    ]
+    assert counts == [23_775_104, 30_478_339]  # of the published modules, counted there
+
+
+class Sneaky:
+    def __reduce__(self):
+        return print, ("never printed",)
+
+
+def test_what_is_not_as_it_says_is_refused(tmp_path, capsys):
+    good = titok()
+
+    def fails(tensors, source="titok", **more):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "w.safetensors")
+        with pytest.raises((CheckpointError, ConfigError)) as caught:
+            import_weights(source, tmp_path / "w.safetensors", tmp_path / "out", **more)
+        assert not (tmp_path / "out").exists() and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "did you mean 'titok'" in fails(good, source="titoc")
+    assert "'stranger' has no place" in fails({**good, "stranger": torch.zeros(1)})
+    assert "'decoder.mask_token' is missing" in fails({k: v for k, v in good.items() if k != "decoder.mask_token"})  # fmt: skip
+    assert "positions for 16 px" in fails(good, image_size=32)
+    assert "'encoder.conv_in.weight' is missing" in fails(good, source="maskgit_vqgan")
+    assert "'decoder.text_guidance_proj.weight' is missing" in fails(good, source="ta_titok")
+    continuous = {k: v for k, v in good.items() if not k.startswith("quantize.")}
+    assert "no ids" in fails(continuous)
+    blocks = {k: v for k, v in good.items() if "transformer.1.mlp.c_fc" not in k}
+    assert "c_fc.weight' is missing" in fails(blocks)
+
+    (tmp_path / "bad.bin").write_bytes(pickle.dumps({"a": Sneaky()}))
+    torch.save({"a": Sneaky()}, tmp_path / "sneaky.bin")
+    torch.save({"model": good}, tmp_path / "nested.bin")
+    for name, words in (
+        ("sneaky.bin", "refused"),
+        ("bad.bin", "bad.bin: "),
+        ("nested.bin", "no plain state_dict"),
+        ("nowhere.bin", "no such file"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            import_weights("titok", tmp_path / name, tmp_path / "out")
+    assert "never printed" not in capsys.readouterr().out
+    assert command(["source=titok", "out=there"]) == 2
+    assert "weights is missing" in capsys.readouterr().err
+    there = tmp_path / "there"
+    there.mkdir()
+    save_file(good, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match="is there already"):
+        import_weights("titok", tmp_path / "w.safetensors", there)
+    with pytest.raises(ConfigError, match="not an export"):
+        import_weights("titok", tmp_path / "w.safetensors", there, overwrite=True)

@@ -1,0 +1,61 @@
+"""The convolutional encoder of MaskGIT's VQGAN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.encoders.base import Encoder
+from vistok.nn.cnn import OutputSkipBlock, group_norm
+from vistok.nn.patches import grid_of
+
+
+class MaskGITEncoder(Encoder):
+    """Residual blocks with an average over 2x2 cells between levels; no attention.
+
+    The VQGAN of MaskGIT (Chang et al. 2022, https://arxiv.org/abs/2202.04200), whose released
+    weights are the proxy of TiTok's first stage. The downsampling factor is
+    `2 ** (len(channel_multipliers) - 1)`.
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of the downsampling factor.
+        channels: C of the images.
+        base_channels: channels of the first level.
+        channel_multipliers: one per level, times `base_channels`.
+        latent_dim: D of the latents.
+        num_res_blocks: residual blocks per level, and behind the last one.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        latent_dim: int,
+        num_res_blocks: int = 2,
+    ) -> None:
+        super().__init__()
+        self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.dim = latent_dim
+        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1, bias=False)
+        layers: list[nn.Module] = []
+        width = base_channels
+        for level, multiplier in enumerate(channel_multipliers):
+            if level:
+                layers.append(nn.AvgPool2d(2))
+            for _ in range(num_res_blocks):
+                layers.append(OutputSkipBlock(width, base_channels * multiplier))
+                width = base_channels * multiplier
+        layers += [OutputSkipBlock(width, width) for _ in range(num_res_blocks)]
+        self.layers = nn.Sequential(*layers)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, latent_dim, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
+        x = self.layers(self.conv_in((images + 1) / 2))  # the weights know images in [0, 1]
+        return self.conv_out(F.silu(self.norm_out(x))).flatten(2).transpose(1, 2)

@@ -1,0 +1,92 @@
+"""Released weights to a tokenizer of ours: `vistok import-weights`."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vistok.checkpoint import build_tokenizer, load_weights
+from vistok.errors import CheckpointError, ConfigError, nearest
+from vistok.export.exporter import check_out, place_export
+from vistok.export.released import SOURCES, Published
+
+_FRESH = ("quantizer.stats.", "quantizer.usage.", "quantizer.initialized", "encoder.latent_means")
+
+
+def import_weights(
+    source: str,
+    weights: Path,
+    out: Path,
+    image_size: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write released weights as an export, which `vistok.load`, `stage.*` and `init_from` take.
+
+    Args:
+        source: whose they are; one of `SOURCES`.
+        weights: a `.safetensors` file, or one of `torch.save`, which is read without running code.
+        out: folder to write; it appears whole or not at all.
+        image_size: side in pixels, for weights that take any; None for the published one.
+        overwrite: replace an export that is there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: for a source that is not known, or an `out` that is there already.
+        CheckpointError: if the file cannot be read, or holds other weights.
+    """
+    if source not in SOURCES:
+        known = ", ".join(SOURCES)
+        raise ConfigError(f"source={source}: must be one of {known}{nearest(source, SOURCES)}")
+    check_out(out, overwrite)
+    published = Published(_read(weights))
+    try:
+        released = SOURCES[source](published, image_size)
+        published.finish()
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights}: {error}") from error
+    config = {
+        "tokenizer": released.tokenizer,
+        "quantizer": released.quantizer,
+        "data": {
+            "image_size": released.tokenizer["image_size"],
+            "channels": released.tokenizer["channels"],
+            "val_crop": "adm_center",
+        },
+    }
+    tokenizer = build_tokenizer(config).eval()
+    fresh = {k: v for k, v in tokenizer.state_dict().items() if k.startswith(_FRESH)}
+    load_weights(tokenizer, fresh | released.state, str(weights))
+    place_export(tokenizer, config, out, metrics={})
+    print(
+        f"imported {weights} to {out}\n"
+        f"  {type(tokenizer).__name__}, {tokenizer.num_tokens} tokens per image of "
+        f"{tokenizer.image_size[0]}x{tokenizer.image_size[1]}\n"
+        f'  python: vistok.load("{out}")'
+    )
+    return out
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"weights={path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"weights={path}: refused, it holds more than tensors and plain values, or is damaged"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"weights={path}: cannot be read ({reason})") from error
+    if isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values()):
+        return content
+    raise CheckpointError(f"weights={path}: holds no plain state_dict (names and tensors)")

@@ -1,0 +1,360 @@
+"""Weights that other projects released, in our names.
+
+Each converter takes the tensors of a published file by their published names, and gives the config
+of a tokenizer and the state that belongs to it. All sizes are read off the tensors, and a tensor
+that is missing or left over is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vistok.errors import CheckpointError, ConfigError
+
+
+class Released(NamedTuple):
+    """What a converter gives: the parts of a config, and a state without fresh statistics."""
+
+    tokenizer: dict[str, Any]
+    quantizer: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+class Published:
+    """The tensors of a published file, each taken once.
+
+    Args:
+        tensors: by their published names.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left = dict(tensors)
+
+    def take(self, name: str) -> Tensor:
+        """The tensor `name`, float32.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        if name not in self.left:
+            raise CheckpointError(f"weights: '{name}' is missing; are they what source= says?")
+        return self.left.pop(name).detach().float()
+
+    def move(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """All tensors of some parts, `{theirs: ours}`, under our names."""
+        moved = {}
+        for theirs, ours in names.items():
+            inside = [name for name in self.left if name.startswith(f"{theirs}.")]
+            for name in inside or [f"{theirs}.weight"]:
+                moved[ours + name[len(theirs) :]] = self.take(name)
+        return moved
+
+    def count(self, prefix: str) -> int:
+        """How many parts `prefix.0`, `prefix.1`, ... there are."""
+        start = len(prefix) + 1
+        return len({k[start:].partition(".")[0] for k in self.left if k.startswith(f"{prefix}.")})
+
+    def finish(self) -> None:
+        """Check that nothing is left.
+
+        Raises:
+            CheckpointError: naming the first tensor that has no place.
+        """
+        for name in self.left:
+            raise CheckpointError(
+                f"weights: '{name}' has no place (nor have {len(self.left) - 1} more); are they "
+                "what source= says?"
+            )
+
+
+def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
+    """The VQGAN of MaskGIT (https://arxiv.org/abs/2202.04200), the proxy of TiTok's stages."""
+    size = image_size or 256  # convolutions take any
+    codes = published.take("quantize.embedding.weight")
+    encoder, encoder_state = _maskgit_encoder(published, size)
+    decoder, decoder_state = _maskgit_decoder(published, "decoder", size)
+    tokenizer = {
+        "_target_": "vistok.models.vqgan.VQGAN",
+        "image_size": size,
+        "channels": encoder["channels"],
+        "encoder": encoder,
+        "decoder": decoder,
+    }
+    state = _inside("encoder", encoder_state) | _inside("decoder", decoder_state)
+    state["quantizer.embedding"] = codes
+    return Released(tokenizer, _quantizer(codes, codes.shape[1], "euclidean"), state)
+
+
+def titok(published: Published, image_size: int | None) -> Released:
+    """TiTok (https://arxiv.org/abs/2406.07550) with a codebook, of two stages or of one."""
+    return _titok(published, image_size, "vistok.models.titok.TiTok")
+
+
+def ta_titok(published: Published, image_size: int | None) -> Released:
+    """TA-TiTok (https://arxiv.org/abs/2501.07730) with a codebook."""
+    return _titok(published, image_size, "vistok.models.ta_titok.TATiTok")
+
+
+def one_d_piece(published: Published, image_size: int | None) -> Released:
+    """One-D-Piece (https://arxiv.org/abs/2501.10064)."""
+    released = _titok(published, image_size, "vistok.models.one_d_piece.OneDPiece")
+    released.tokenizer["length"] = {
+        "_target_": "vistok.models.length.LengthPolicy",
+        "distribution": "uniform",
+        "per": "batch",
+    }
+    return released
+
+
+#: What `source=` may name.
+SOURCES: dict[str, Callable[[Published, int | None], Released]] = {
+    converter.__name__: converter for converter in (maskgit_vqgan, titok, one_d_piece, ta_titok)
+}
+
+
+# ---------------------------------------------------------------------- MaskGIT's VQGAN
+
+
+def _maskgit_encoder(
+    published: Published, image_size: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    blocks = published.count("encoder.mid")
+    layers: list[str] = []
+    for level in range(published.count("encoder.down")):
+        layers += ["an average over 2x2 cells"] * (level > 0)
+        layers += [f"encoder.down.{level}.block.{n}" for n in range(blocks)]
+    layers += [f"encoder.mid.{n}" for n in range(blocks)]
+    names = {name: f"layers.{n}" for n, name in enumerate(layers) if name.startswith("encoder.")}
+    ends = {f"encoder.{end}": end for end in ("conv_in", "norm_out", "conv_out")}
+    state = _maskgit_state(published, names | ends)
+    widths = [
+        len(state[f"{ours}.conv1.weight"])
+        for theirs, ours in names.items()
+        if ".down." in theirs and theirs.endswith(".block.0")
+    ]
+    config = {
+        "_target_": "vistok.encoders.maskgit.MaskGITEncoder",
+        "image_size": image_size,
+        "channels": state["conv_in.weight"].shape[1],
+        "base_channels": widths[0],
+        "channel_multipliers": [width // widths[0] for width in widths],
+        "latent_dim": len(state["conv_out.weight"]),
+        "num_res_blocks": blocks,
+    }
+    return config, state
+
+
+def _maskgit_decoder(
+    published: Published, prefix: str, image_size: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    blocks = published.count(f"{prefix}.mid")
+    layers = [f"{prefix}.mid.{n}" for n in range(blocks)]
+    for level in reversed(range(published.count(f"{prefix}.up"))):
+        layers += [f"{prefix}.up.{level}.block.{n}" for n in range(blocks)]
+        layers += [f"{prefix}.up.{level}.upsample_conv"] * (level > 0)
+    names = {
+        name: f"layers.{n}" + ".conv" * name.endswith("upsample_conv")
+        for n, name in enumerate(layers)
+    }
+    ends = {f"{prefix}.{end}": end for end in ("conv_in", "norm_out", "conv_out")}
+    state = _maskgit_state(published, names | ends)
+    widths = [
+        len(state[f"{ours}.conv1.weight"])
+        for theirs, ours in names.items()
+        if ".up." in theirs and theirs.endswith(".block.0")
+    ][::-1]
+    config = {
+        "_target_": "vistok.decoders.maskgit.MaskGITDecoder",
+        "image_size": image_size,
+        "channels": len(state["conv_out.weight"]),
+        "latent_dim": state["conv_in.weight"].shape[1],
+        "base_channels": widths[0],
+        "channel_multipliers": [width // widths[0] for width in widths],
+        "num_res_blocks": blocks,
+    }
+    return config, state
+
+
+def _maskgit_state(published: Published, names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {k.replace("nin_shortcut", "skip"): v for k, v in published.move(names).items()}
+
+
+# ---------------------------------------------------------------------- TiTok and its kin
+
+
+def _titok(published: Published, image_size: int | None, target: str) -> Released:
+    if "quantize.embedding.weight" not in published.left:
+        raise CheckpointError(
+            "weights: 'quantize.embedding.weight' is missing; continuous tokenizers (VAE) have "
+            "no ids, and are not imported"
+        )
+    published.left.pop("quantize.embed_prob", None)  # the usage of its codes, in training alone
+    codes = published.take("quantize.embedding.weight")
+    two_stages = "decoder.ffn.2.weight" in published.left
+    patches = published.take("encoder.patch_embed.weight")
+    width, channels, patch_size = patches.shape[:3]
+    positions = {side: published.take(f"{side}.positional_embedding") for side in _SIDES}
+    side = math.isqrt(len(positions["encoder"]) - 1) * patch_size
+    if image_size not in (None, side):
+        raise ConfigError(f"image_size={image_size}: these weights have positions for {side} px")
+    count = len(published.left["encoder.latent_token_positional_embedding"])
+    common = {"image_size": side, "channels": channels, "num_latent_tokens": count}
+
+    # Ours sees images in [-1, 1], and folds pixels as (row, column, channel).
+    state = {
+        "encoder.patch_embed.weight": patches.permute(0, 2, 3, 1).reshape(width, -1) / 2,
+        "encoder.patch_embed.bias": published.take("encoder.patch_embed.bias")
+        + patches.sum(dim=(1, 2, 3)) / 2,
+        "encoder.latent_tokens": published.take("latent_tokens")[None],
+        "quantizer.embedding": codes,
+        "quantizer.project_in.weight": published.take("encoder.conv_out.weight")[:, :, 0, 0],
+        "quantizer.project_in.bias": published.take("encoder.conv_out.bias"),
+        "decoder.mask_token": published.take("decoder.mask_token"),
+    }
+    # Theirs maps a code to the decoder's width at once, ours by way of the latents' width.
+    code_dim = codes.shape[1]
+    state["quantizer.project_out.weight"] = torch.eye(width, code_dim)
+    state["quantizer.project_out.bias"] = torch.zeros(width)
+    embed = published.take("decoder.decoder_embed.weight")
+    state["decoder.embed.weight"] = torch.cat(
+        [embed, embed.new_zeros(len(embed), width - code_dim)], 1
+    )
+    state["decoder.embed.bias"] = published.take("decoder.decoder_embed.bias")
+    for part in _SIDES:
+        place = positions[part]
+        token = published.take(f"{part}.class_embedding")
+        state[f"{part}.class_token"] = (token + place[:1])[None]
+        state[f"{part}.patch_positions"] = place[1:]
+        state[f"{part}.latent_positions"] = published.take(
+            f"{part}.latent_token_positional_embedding"
+        )
+        state |= _transformer(published, part)
+
+    grid = math.isqrt(len(positions["decoder"]) - 1)
+    encoder = {
+        "_target_": "vistok.encoders.latent_transformer.LatentTransformerEncoder",
+        **common,
+        **_sizes(state, "encoder"),
+        "patch_size": patch_size,
+        "legacy_reshape": two_stages,
+    }
+    decoder = {
+        **common,
+        **_sizes(state, "decoder"),
+        "patch_size": side // grid,
+        "latent_dim": width,
+    }
+    add_head = _two_stage_head if two_stages else _pixel_head
+    add_head(published, decoder, state)
+    if target.endswith("TATiTok"):
+        _add_text(published, decoder, state)
+    tokenizer = {
+        "_target_": target,
+        "image_size": side,
+        "channels": channels,
+        "encoder": encoder,
+        "decoder": decoder,
+    }
+    return Released(
+        tokenizer, _quantizer(codes, width, "cosine" if two_stages else "euclidean"), state
+    )
+
+
+_SIDES = ("encoder", "decoder")
+
+
+def _transformer(published: Published, part: str) -> dict[str, Tensor]:
+    names = {f"{part}.ln_pre": f"{part}.norm_in", f"{part}.ln_post": f"{part}.norm_out"}
+    state = {}
+    for n in range(published.count(f"{part}.transformer")):
+        theirs, ours = f"{part}.transformer.{n}", f"{part}.transformer.blocks.{n}"
+        for kind in ("weight", "bias"):
+            state[f"{ours}.attn.qkv.{kind}"] = published.take(f"{theirs}.attn.in_proj_{kind}")
+        names |= {
+            f"{theirs}.ln_1": f"{ours}.norm1",
+            f"{theirs}.attn.out_proj": f"{ours}.attn.proj",
+            f"{theirs}.ln_2": f"{ours}.norm2",
+            f"{theirs}.mlp.c_fc": f"{ours}.mlp.0",
+            f"{theirs}.mlp.c_proj": f"{ours}.mlp.2",
+        }
+    return state | published.move(names)
+
+
+def _sizes(state: Mapping[str, Tensor], part: str) -> dict[str, int]:
+    width = state[f"{part}.norm_in.weight"].numel()
+    depth = sum(k.startswith(f"{part}.") and k.endswith(".norm1.weight") for k in state)
+    return {"width": width, "depth": depth, "num_heads": width // 64}  # in all published sizes
+
+
+def _two_stage_head(
+    published: Published, decoder: dict[str, Any], state: dict[str, Tensor]
+) -> None:
+    """Logits over the codes of MaskGIT's VQGAN, and its decoder."""
+    for layer in (0, 2):
+        weight = published.take(f"decoder.ffn.{layer}.weight")
+        state[f"decoder.head.{layer}.weight"] = weight[:, :, 0, 0]
+        state[f"decoder.head.{layer}.bias"] = published.take(f"decoder.ffn.{layer}.bias")
+    vectors = published.take("pixel_quantize.embedding.weight")
+    pixels, pixel_state = _maskgit_decoder(published, "pixel_decoder", decoder["image_size"])
+    state["decoder.code_vectors.weight"] = vectors
+    state |= _inside("decoder.pixel_decoder", pixel_state)
+    decoder |= {
+        "_target_": "vistok.decoders.proxy.ProxyDecoder",
+        "num_codes": len(vectors),
+        "code_dim": vectors.shape[1],
+        "pixel_decoder": pixels,
+        "learns": "pixels",
+    }
+
+
+def _pixel_head(published: Published, decoder: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Patches of pixels and a convolution over their seams, from [0, 1] to [-1, 1]."""
+    decoder |= {
+        "_target_": "vistok.decoders.latent_transformer.LatentTransformerDecoder",
+        "borders": "black",  # zeros in [0, 1]
+    }
+    state["decoder.head.weight"] = 2 * published.take("decoder.ffn.0.weight")[:, :, 0, 0]
+    state["decoder.head.bias"] = 2 * published.take("decoder.ffn.0.bias") - 1
+    weight = published.take("decoder.conv_out.weight")
+    state["decoder.smooth.weight"] = weight
+    state["decoder.smooth.bias"] = (
+        weight.sum(dim=(1, 2, 3)) + 2 * published.take("decoder.conv_out.bias") - 1
+    )
+
+
+def _add_text(published: Published, decoder: dict[str, Any], state: dict[str, Tensor]) -> None:
+    state |= published.move({"decoder.text_guidance_proj": "decoder.text_embed"})
+    positions = published.take("decoder.text_guidance_positional_embedding")
+    state["decoder.text_positions"] = positions
+    # There is none: without a caption these weights are outside of what they were trained on.
+    state["decoder.no_text"] = torch.zeros(1, 1, positions.shape[1])
+    decoder |= {
+        "_target_": "vistok.decoders.text_transformer.TextTransformerDecoder",
+        "num_text_tokens": len(positions),
+        "text_dim": state["decoder.text_embed.weight"].shape[1],
+    }
+
+
+# ---------------------------------------------------------------------- shared
+
+
+def _quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:
+    return {
+        "_target_": "vistok.quantizers.vq.VectorQuantizer",
+        "dim": dim,
+        "codebook_size": len(codes),
+        "codebook_dim": codes.shape[1],
+        "codebook": "gradient",
+        "metric": metric,
+        "kmeans_init": False,
+        "revival": "none",
+    }
+
+
+def _inside(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": value for name, value in state.items()}
