@@ -160,6 +160,22 @@ def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
     return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()
 
 
+def errors_while_learning(tok, images: torch.Tensor, lr: float, steps: int) -> list[float]:
+    """Train on the same images `(B, C, H, W)` in [-1, 1]; the mean squared error of each step."""
+    optimizer = torch.optim.AdamW(tok.parameters(), lr)
+    tok.train()
+    errors = []
+    for _ in range(steps):
+        output = tok(images)
+        error = (output.prediction - images).square().mean()
+        optimizer.zero_grad()
+        (error + 0.25 * output.quantizer.losses["commitment"]).backward()
+        optimizer.step()
+        tok.quantizer.after_step([optimizer])
+        errors.append(error.item())
+    return errors
+
+
 def awake(module):
     """Give everything that starts at zero a value, so that all paths are open."""
     torch.manual_seed(3)

@@ -33,6 +33,7 @@ RANKS = {
     "export": 6,
     "help": 7,
     "cli": 8,
+    "__main__": 9,
 }
 
 

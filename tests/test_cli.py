@@ -84,6 +84,29 @@ def test_main_dispatches(capsys):
     assert "did you mean 'train'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "code", "out", "err"),
+    [
+        ("--version", 0, f"{vistok.__version__}\n", ""),
+        (
+            "trian",
+            2,
+            "",
+            "error: trian: no such command (did you mean 'train'?); try vistok --help\n",
+        ),
+    ],
+)
+def test_python_m_vistok_is_the_command(word, code, out, err):
+    result = subprocess.run(
+        [sys.executable, "-m", "vistok", word],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (code, out, err)
+
+
 def test_cfg_prints_the_whole_config(cli):
     code, _, out = cli("train", "--cfg", "job", "quantizer.codebook_size=77")
     assert code == 0 and "codebook_size: 77" in out and "warmup_samples" in out

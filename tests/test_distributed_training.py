@@ -59,9 +59,13 @@ TWO = ["trainer.devices=2", "data.batch_size=2"]
 def start(words, *launcher, **environment):
     """A training process of its own."""
     launcher = launcher or (sys.executable,)
+    return start_command([*launcher, str(ROOT / "train.py"), *words], **environment)
+
+
+def start_command(command, **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK")}
     return subprocess.Popen(
-        [*launcher, str(ROOT / "train.py"), *words],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -121,6 +125,18 @@ def test_two_ranks_train_as_one_process(words, tmp_path):
     assert_as_one_process(tmp_path / "two", tmp_path / "one", tmp_path)
     states = state_of(tmp_path / "two")["random_state"]
     assert len(states) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_the_console_command_starts_the_other_ranks_too(words, tmp_path):
+    """They are started with its words, among which `train` is no override."""
+    vistok = [sys.executable, "-m", "vistok", "train"]
+    more = [*TWO, "trainer.max_steps=2", "hydra.run.dir=two"]
+    process = start_command([*vistok, *words, *more], PYTHONPATH=str(ROOT / "tokenizers"))
+    code, out, err = ended(process)
+    assert code == 0, out + err
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["samples_seen"] == 2 * 4
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import config_of, images_of, loud, tiny_tokenizer
+from helpers import config_of, errors_while_learning, images_of, loud, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.errors import ConfigError
 from vistok.nn.cnn import AdaptiveGroupNorm, DepthToSpace, group_norm
@@ -226,15 +226,5 @@ def test_a_tiny_one_learns():
     tok = tiny_tokenizer(tokenizer="gigatok_tiny")
     x = tok.to_model_range(images_of(24))
     tok.initialize(x)
-    tok.train()
-    optimizer = torch.optim.AdamW(tok.parameters(), 1e-3)
-    errors = []
-    for _ in range(80):
-        output = tok(x)
-        error = (output.prediction - x).square().mean()
-        optimizer.zero_grad()
-        (error + 0.25 * output.quantizer.losses["commitment"]).backward()
-        optimizer.step()
-        tok.quantizer.after_step([optimizer])
-        errors.append(error.item())
+    errors = errors_while_learning(tok, x, lr=1e-3, steps=80)
     assert sum(errors[-5:]) < 0.7 * sum(errors[:5])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vistok
-from helpers import awake, config_of, images_of, tiny_tokenizer
+from helpers import awake, config_of, errors_while_learning, images_of, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.errors import ConfigError
 from vistok.export.exporter import codebook_tensors, describe
@@ -196,17 +196,7 @@ def test_a_tiny_one_learns_with_both_codebooks():
     tok.initialize(x)
     for part in tok.tokenize(images_of(24)).split([2, 4], dim=1):
         assert len(part.unique()) > 8
-    tok.train()
-    optimizer = torch.optim.AdamW(tok.parameters(), 3e-3)
-    errors = []
-    for _ in range(60):
-        output = tok(x)
-        error = (output.prediction - x).square().mean()
-        optimizer.zero_grad()
-        (error + 0.25 * output.quantizer.losses["commitment"]).backward()
-        optimizer.step()
-        tok.quantizer.after_step([optimizer])
-        errors.append(error.item())
+    errors = errors_while_learning(tok, x, lr=3e-3, steps=60)
     assert sum(errors[-5:]) < 0.8 * sum(errors[:5])
     for part in tok.eval().tokenize(images_of(24)).split([2, 4], dim=1):
         assert len(part.unique()) > 3

@@ -1,12 +1,20 @@
 """Values that a key cannot have: one line that names it, before anything is built."""
 
+import json
+
 import pytest
 from omegaconf import DictConfig
 
+from helpers import TINY
 from vistok.configuration import apply_overrides, compose
 from vistok.errors import ConfigError
+from vistok.evaluation.baseline import baseline_options
 
-MAY_BE_NULL = {"train": {"resume", "init_from"}, "eval": {"run", "out"}, "export": {"run", "out"}}
+MAY_BE_NULL = {
+    "train": {"resume", "init_from", "baseline"},
+    "eval": {"run", "out"},
+    "export": {"run", "out"},
+}
 
 
 @pytest.mark.parametrize("name", MAY_BE_NULL)
@@ -22,7 +30,8 @@ def test_null_for_every_top_level_key(name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("baseline=null", "holds keys of its own; set baseline.patch_size or baseline.num_patches"),
+        ("alignment=null", "holds keys of its own; set alignment.teacher or alignment.weights"),
+        ("baseline=none", "holds keys of its own; set baseline.patch_size or baseline.num_patches"),
         ("logger=null", "there are: csv, tensorboard, wandb"),
         ("seed=null", "null cannot be; such as seed=0"),
         ("seed=x", "expected a number, such as 0"),
@@ -46,7 +55,37 @@ def test_what_may_be_null_below_stays_so():
 
 def test_a_resumed_run_refuses_null_too():
     config = compose("train", [])
-    with pytest.raises(ConfigError, match="baseline=null: it holds keys of its own"):
-        apply_overrides(config, ["baseline=null"])
+    with pytest.raises(ConfigError, match="alignment=null: it holds keys of its own"):
+        apply_overrides(config, ["alignment=null"])
     changed = apply_overrides(config, ["baseline.patch_size=null", "init_from=null"])
     assert isinstance(changed.baseline, DictConfig)
+    assert apply_overrides(changed, ["baseline=null"]).baseline is None
+
+
+@pytest.mark.parametrize("value", [0, -8, 2.5, True, [8], "8"])
+@pytest.mark.parametrize("key", ["patch_size", "num_patches", "iterations"])
+def test_baselines_that_cannot_be_measured(key, value):
+    group = {"patch_size": 8, "num_patches": 60, "iterations": 2}
+    assert baseline_options(group) == group
+    with pytest.raises(ConfigError, match=rf"^baseline\.{key}=.*: expected a whole number"):
+        baseline_options({**group, key: value})
+    if key != "patch_size":
+        with pytest.raises(ConfigError, match=rf"^baseline\.{key}=null: expected a whole number"):
+            baseline_options({**group, key: None})
+
+
+@pytest.mark.parametrize("word", ["baseline=null", "~baseline", "baseline.patch_size=null"])
+def test_a_run_without_a_baseline(cli, photos, tmp_path, word):
+    words = [w for w in TINY if not w.startswith("baseline")]
+    words += ["data=folder", f"data.train={photos}", "data.image_size=16", "data.val_fraction=0.2"]
+    code, lines, _ = cli("train", *words, "trainer.max_steps=1", "hydra.run.dir=run", word)
+    assert code == 0, lines
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 1 and "baseline_kmeans_psnr" not in summary
+
+
+def test_a_wrong_baseline_shows_before_the_training(fails, photos, tmp_path):
+    words = [*TINY, "data=folder", f"data.train={photos}", "data.image_size=16"]
+    words += ["data.val_fraction=0.2", "hydra.run.dir=run", "baseline.patch_size=-8"]
+    fails("train", *words, words=("baseline.patch_size=-8", "baseline=null for none"))
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import SIZES, TINY, awake, config_of, images_of, tiny_tokenizer
+from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.errors import ConfigError
 from vistok.models.length import LevelPolicy
@@ -454,15 +454,5 @@ def test_a_tiny_one_learns():
     tok = small("quantizer.codebook_size=64")
     x = tok.to_model_range(images_of(24))
     tok.initialize(x)
-    tok.train()
-    optimizer = torch.optim.AdamW(tok.parameters(), 1.2e-3)
-    errors = []
-    for _ in range(60):
-        output = tok(x)
-        error = (output.prediction - x).square().mean()
-        optimizer.zero_grad()
-        (error + 0.25 * output.quantizer.losses["commitment"]).backward()
-        optimizer.step()
-        tok.quantizer.after_step([optimizer])
-        errors.append(error.item())
+    errors = errors_while_learning(tok, x, lr=1.2e-3, steps=60)
     assert sum(errors[-10:]) < 0.7 * sum(errors[:10])

@@ -53,7 +53,8 @@ def test_bytes_labels_and_sizes_come_through(photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "24 images" in said
     pattern = f"{out}/train-{{000000..{len(tars) - 1:06d}}}.tar"
-    assert f"data=shards 'data.train={pattern}'" in said
+    assert f"data=shards 'data.train={pattern}'\nor, if this is a validation set:\n" in said
+    assert said.endswith(f"data=shards 'data.train=...' 'data.val={pattern}'\n")
     datamodule = VistokDataModule("shards", pattern, num_workers=0)
     datamodule.setup()
     assert datamodule.num_train + datamodule.num_val == 24
@@ -67,8 +68,11 @@ def test_equal_input_gives_equal_bytes_with_any_workers(photos, tmp_path):
     assert tree(tmp_path / "c") != tree(tmp_path / "a")
 
 
-def test_order_of_names_and_hold_out(photos, tmp_path):
+def test_order_of_names_and_hold_out(photos, tmp_path, capsys):
     assert run(photos, f"out={tmp_path / 'o'}", "shuffle=false", "val_fraction=0.3") == 0
+    first, second = (tmp_path / "o" / f"{split}-000000.tar" for split in ("train", "val"))
+    said = capsys.readouterr().out
+    assert said.endswith(f"data=shards 'data.train={first}' 'data.val={second}'\n")
     contents = {}
     for split in ("train", "val"):
         source = ShardSource([tmp_path / "o" / f"{split}-000000.tar"])

@@ -55,6 +55,20 @@ def test_every_id_there_and_back():
     assert quantizer.codebooks()[0].shape == (512, 1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_latents_that_lie_channels_first_are_searched_without_a_warning():
+    """As an encoder of convolutions leaves them; torch's search warns of such memory, once."""
+    latents = torch.randn(2, 3, 50).transpose(1, 2)
+    quantizer = TokenBridge(3, None).eval()
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        ids = quantizer.encode(latents)
+    finally:
+        torch.set_warn_always(before)
+    assert torch.equal(ids, quantizer.encode(latents.contiguous()))
+
+
 def test_attached_after_training_it_fits_the_latents():
     """Whatever their scale, calibrated latents lose the error of the normal quantizer."""
     torch.manual_seed(0)

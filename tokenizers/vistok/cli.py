@@ -129,10 +129,14 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
     from vistok import configuration as c
 
     failures: list[BaseException] = []
+    before, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
 
     def task(config: DictConfig) -> None:
         if any(isinstance(error, (KeyboardInterrupt, Preempted)) for error in failures):
             return  # the sweep is over
+        # Lightning starts the other ranks with these words; Hydra has read its own.
+        sys.argv = [before[0], *command, *overrides, *flags]
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             _start_or_resume(c.to_container(config), _relative(folder))
@@ -147,7 +151,6 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
     search = [f"'file://{p.resolve()}'" for p in [*c.user_config_dirs(), *folders]]
     if search:
         flags = [*flags, f"hydra.searchpath=[{','.join(search)}]"]
-    before, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [before[0], *overrides, *flags]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are ours to tell; Hydra would print a traceback
     try:

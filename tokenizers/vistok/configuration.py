@@ -18,6 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vistok.errors import CheckpointError, ConfigError, nearest
 
+#: Groups of keys that a run can do without.
+_NULL_FOR_NONE = ("baseline",)
+
 
 def config_dir() -> Path:
     """The folder of vistok's own configs: a checkout's `configs/`, else the installed copy."""
@@ -136,8 +139,12 @@ def _refuse_misfits(
 
 
 def _refuse_nulls(compose_with: Callable[[list[str]], DictConfig], overrides: list[str]) -> None:
-    """A top level key set to null fails here, unless null is what it may be (resume, init_from)."""
-    nulls = {key: o for o in overrides if (key := _set_to_null(o)) and key.isidentifier()}
+    """A top level key set to null fails here, unless null is what it may be (resume, baseline)."""
+    nulls = {
+        key: o
+        for o in overrides
+        if (key := _set_to_null(o)) and key.isidentifier() and key not in _NULL_FOR_NONE
+    }
     if not nulls:
         return
     before = compose_with([o for o in overrides if o not in nulls.values()])
@@ -232,7 +239,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             present = missing
         if present is missing and not override.is_add():
             raise ConfigError(f"{key}: no such key{nearest_key(key, all_keys(config))}")
-        if _set_to_null(text) and "." not in key and present not in (missing, None):
+        refused = "." not in key and key not in _NULL_FOR_NONE
+        if _set_to_null(text) and refused and present not in (missing, None):
             raise ConfigError(f"{text}: {_wanted(key, present)}")
         if isinstance(present, DictConfig) and isinstance(override.value(), str):
             raise ConfigError(f"{text}: a resumed run keeps its own {key}; start a new run instead")

@@ -383,6 +383,10 @@ def _report(options: Options, splits: dict[str, list[Made]], train: str) -> None
     overrides = " ".join(f"'data.{split}={place}'" for split, place in places.items())
     console.print("Train with:")
     console.print(f"  {train} data=shards {overrides}", markup=False)
+    if "val" not in places:  # a set that came split has its own folder for each part
+        val = f"'data.train=...' 'data.val={places['train']}'"
+        console.print("or, if this is a validation set:")
+        console.print(f"  {train} data=shards {val}", markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

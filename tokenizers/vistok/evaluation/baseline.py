@@ -6,10 +6,35 @@ from typing import Any
 
 from torch import Tensor
 
+from vistok.errors import ConfigError
 from vistok.metrics.image import PSNR, to_uint8
 from vistok.models.tokenizer import Tokenizer
 from vistok.nn.patches import grid_of, patchify, unpatchify
 from vistok.quantizers.kmeans import kmeans
+
+
+def baseline_options(config: dict[str, Any] | None) -> dict[str, int]:
+    """What `kmeans_baseline` is to be called with; nothing if a run shall have no baseline.
+
+    Args:
+        config: the group `baseline` of a run; none without it or without a `patch_size`.
+
+    Raises:
+        ConfigError: if a value is no whole number of at least 1.
+    """
+    if not config or config.get("patch_size") is None:
+        return {}
+    options = {}
+    for key in ("patch_size", "num_patches", "iterations"):
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            found = "null" if value is None else value
+            none = "; baseline=null for none" if key == "patch_size" else ""
+            raise ConfigError(
+                f"baseline.{key}={found}: expected a whole number of at least 1{none}"
+            )
+        options[key] = value
+    return options
 
 
 def kmeans_baseline(

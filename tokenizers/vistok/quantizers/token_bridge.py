@@ -143,7 +143,8 @@ class TokenBridge(Quantizer):
     def _search(self, codes: Tensor) -> Tensor:
         # Clamping is implicit: beyond the last midpoint everything has the last level.
         midpoints = (self.levels[1:] + self.levels[:-1]) / 2
-        return torch.bucketize((codes - self.mean) / self.std, midpoints)
+        x = (codes - self.mean) / self.std
+        return torch.bucketize(x.contiguous(), midpoints)  # it warns of other memory and copies it
 
     def _lookup(self, indices: Tensor) -> Tensor:
         return self.levels[indices] * self.std + self.mean

@@ -32,7 +32,7 @@ from vistok.console import say
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.files import replacing
 from vistok.errors import ConfigError, Preempted, VistokError, nearest
-from vistok.evaluation.baseline import kmeans_baseline
+from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.training.callbacks import (
     CodebookWatch,
     DataWatch,
@@ -123,6 +123,7 @@ def _train(
         raise ConfigError("trainer.precision=16: an adversary takes bf16 or 32")
     set_batches(config, data, trainer)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
+    baseline_options(config.get("baseline"))  # and not at the end
     write_run_files(config, folder)
     announce(config, data, module, trainer, folder, resume)
     if resume is None:
@@ -510,8 +511,9 @@ def summarize(
         "steps": trainer.global_step,
         "samples_seen": data.samples_seen,
     }
-    if config["baseline"]["patch_size"] and trainer.is_global_zero:
-        summary.update(kmeans_baseline(data, module.tokenizer, **config["baseline"]))
+    options = baseline_options(config.get("baseline"))
+    if options and trainer.is_global_zero:
+        summary.update(kmeans_baseline(data, module.tokenizer, **options))
     summary["seconds"] = round(seconds, 1)
     summary["skipped_images"] = len(set().union(*distributed.gather(list(data.skipped))))
     return summary
