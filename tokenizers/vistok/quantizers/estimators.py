@@ -81,23 +81,44 @@ def rotation(z: Tensor, q: Tensor, eps: float = 1e-6) -> Tensor:
     """Rotation trick: turn and scale z onto q by a matrix that counts as a constant.
 
     With unit vectors u = z/|z|, v = q/|q| and w = (u+v)/|u+v|, the matrix is
-    |q|/|z| · (I − 2wwᵀ + 2vuᵀ). Applied elementwise, O(N·d). Where the rotation is undefined (z
-    or q near 0, or q opposite to z) the token falls back to straight-through.
+    |q|/|z| · (I − 2wwᵀ + 2vuᵀ), and its product with z is q. Its transpose is applied to the
+    gradient, elementwise, O(N·d). Where the rotation is undefined (z or q near 0, or q opposite
+    to z) the token falls back to straight-through.
 
     Paper: Fifty et al. 2024, https://arxiv.org/abs/2410.06424
     """
-    with torch.no_grad():
-        z_norm = z.norm(dim=-1, keepdim=True)
-        q_norm = q.norm(dim=-1, keepdim=True)
-        u = z / z_norm.clamp(min=eps)
-        v = q / q_norm.clamp(min=eps)
-        w = F.normalize(u + v, dim=-1, eps=eps)
-        scale = q_norm / z_norm.clamp(min=eps)
-        defined = (z_norm > eps) & (q_norm > eps) & ((u * v).sum(-1, keepdim=True) > eps - 1)
-    along_w = (z * w).sum(-1, keepdim=True)
-    along_u = (z * u).sum(-1, keepdim=True)
-    rotated = scale * (z - 2 * w * along_w + 2 * v * along_u)
-    return torch.where(defined, rotated, straight_through(z, q))
+    return _Rotation.apply(z, q, eps)  # type: ignore[return-value]
+
+
+class _Rotation(Function):
+    """Keeps z and q, which are kept anyway, and no matrix or unit vector."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, q: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(z, q)
+        ctx.eps = eps
+        return q.view_as(q)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        z, q = ctx.saved_tensors
+        z_norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        q_norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        defined = (z_norm > ctx.eps) & (q_norm > ctx.eps)
+        z_norm, q_norm = z_norm.clamp(min=ctx.eps), q_norm.clamp(min=ctx.eps)
+        cosine = (z * q).sum(-1, keepdim=True) / (z_norm * q_norm)
+        defined &= cosine > ctx.eps - 1
+        # |u + v|² = 2 + 2 u·v, and g − 2w(w·g) + 2u(v·g) is g and so much of u and of v:
+        u_g = (z * gradient).sum(-1, keepdim=True) / z_norm
+        v_g = (q * gradient).sum(-1, keepdim=True) / q_norm
+        of_v = -(u_g + v_g) / (1 + cosine).clamp(min=ctx.eps)
+        of_u = of_v + 2 * v_g
+        scale = torch.where(defined, q_norm / z_norm, 1.0)
+        turned = gradient * scale
+        turned.addcmul_(z, torch.where(defined, of_u * scale / z_norm, 0.0))
+        turned.addcmul_(q, torch.where(defined, of_v * scale / q_norm, 0.0))
+        return turned, None, None
 
 
 def diveq(z: Tensor, q: Tensor, noise_std: float = 1e-3) -> Tensor:
