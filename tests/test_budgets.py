@@ -9,7 +9,7 @@ from PIL import Image
 
 import vistok
 from helpers import TINY, images_of
-from vistok.evaluation.codecs import CODECS, best_within, codec_curves, jpeg, webp
+from vistok.evaluation.codecs import CODECS, SHRINKS, best_within, codec_curves, jpeg, webp
 from vistok.evaluation.pictures import comparison, grid
 from vistok.evaluation.plots import Panel, Series, bounds, draw, ticks
 from vistok.metrics.image import PSNR
@@ -52,6 +52,41 @@ def test_the_best_quality_within_a_limit():
         fitting = [q for q in range(96) if jpeg(image, q).payload <= limit]
         assert found.payload == jpeg(image, max(fitting)).payload <= limit
     assert best_within(lambda q: jpeg(image, q), 95, 3) is None
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_curves_take_the_best_size(name):
+    """Beside all sizes and qualities tried one by one."""
+    codec, highest = CODECS[name]
+    images = images_of(3, 48)
+    points = codec_curves(images, [40, 400])[name]
+    assert [p["max_bytes"] for p in points] == [40, 400]
+    taken = set()
+    for point in points:
+        best = []
+        for image in images:
+            psnr = {}
+            for shrink in SHRINKS:
+                fitting = [c for q in range(highest + 1) if (c := codec(image, q, shrink)).payload <= point["max_bytes"]]  # fmt: skip
+                if fitting:  # the highest quality that fits is the largest payload
+                    error = (fitting[-1].picture.double() - image).square().mean() / 255**2
+                    psnr[shrink] = -10 * error.log10().item()
+            best.append(max(psnr.values()))
+            taken.add(max(psnr, key=psnr.get))
+        assert point["psnr"] == pytest.approx(sum(best) / 3, abs=0.05)
+    assert len(taken) > 1 and max(taken) > 1
+
+
+def test_small_pictures_keep_their_place():
+    """Enlarged again, a flat half is where it was; sides that the factor does not divide too."""
+    image = flat(40, 50)
+    image[:, :, 25:] = 200
+    for shrink in SHRINKS:
+        for codec, highest in CODECS.values():
+            picture = codec(image, highest, shrink).picture
+            assert picture.shape == image.shape
+            assert (picture[:, :, :10].float().mean() - 40).abs() < 12
+            assert (picture[:, :, -10:].float().mean() - 200).abs() < 12
 
 
 def test_curves_leave_out_what_does_not_fit():
