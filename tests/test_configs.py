@@ -1,6 +1,7 @@
 """Every config composes, builds and trains; every mistyped key is refused."""
 
 import copy
+import re
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,9 @@ TOKENIZERS = names("tokenizer", "*tiny*")
 PARAMETERS = {
     "titok_s128": (50, 56),
     "titok_b64": (170, 180),
+    "titok_bl64": (387, 400),
     "titok_bl128": (387, 400),
+    "titok_sl256": (325, 340),
     "titok_l32": (604, 620),
     "vqgan_f16": (60, 90),
     "titok_tiny": (0.5, 6),
@@ -68,7 +71,9 @@ PARAMETERS = {
 TOKENS = {
     "titok_s128": 128,
     "titok_b64": 64,
+    "titok_bl64": 64,
     "titok_bl128": 128,
+    "titok_sl256": 256,
     "titok_l32": 32,
     "vqgan_f16": 256,
     "ta_titok_bl32": 32,
@@ -89,11 +94,39 @@ TOKENS = {
     "restok_l": 128,
 }
 
+#: Global batch, warm-up in steps, largest gradient norm, betas: as published with the code.
+RECIPES = {
+    "titok_(s128|b64|l32|bl64|bl128|sl256)": (256, 10_000, 1.0, [0.9, 0.99]),
+    "ta_titok_.*": (1024, 10_000, 1.0, [0.9, 0.999]),
+    "one_d_piece_.*256": (1024, 10_000, 1.0, [0.9, 0.99]),
+    "gigatok_s_s": (128, 0, 10.0, [0.9, 0.95]),
+    "gigatok_(s_b|b_l)": (256, 0, 10.0, [0.9, 0.95]),
+    "gigatok_xl_xxl": (256, 5_000, 10.0, [0.9, 0.95]),
+    "retok_s_.": (128, 0, 10.0, [0.9, 0.95]),
+    "restok_l": (256, 5_000, 10.0, [0.9, 0.95]),
+    "hita_336": (256, 4 * 1_281_000 / 256, 1.0, [0.9, 0.95]),
+}
+
 #: Pairs that make no sense, and the one line says so: ids of scales have no tokens to part.
 SCALES = ("image_folder", "token_flow_multi_scale", "var")
 REFUSED = {
     (tokenizer, quantizer) for tokenizer in ("retok_tiny", "hita_tiny") for quantizer in SCALES
 }
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if "tiny" not in n])
+def test_paper_sizes_have_the_papers_recipe(name):
+    found = [recipe for pattern, recipe in RECIPES.items() if re.fullmatch(pattern, name)]
+    if not found:
+        assert name.startswith(("flextok", "vqgan"))  # not published, and per GPU
+        return
+    batch, warmup, clip, betas = found[0]
+    config = config_of(f"experiment={name}")
+    trainer, optimizer = config["trainer"], config["optimizer"]
+    assert trainer["global_batch_size"] == batch and batch % config["data"]["batch_size"] == 0
+    assert optimizer["warmup_samples"] == pytest.approx(warmup * batch, rel=1e-3)
+    assert trainer["gradient_clip_val"] == clip and optimizer["betas"] == betas
+    assert optimizer["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -308,7 +341,12 @@ def test_titok_s128_takes_a_step_at_paper_size(cli, tmp_path):
     words = ["experiment=titok_s128", "data=folder", f"data.train={photos}", f"data.val={photos}"]
     words += ["data.batch_size=1", "data.num_workers=0", "trainer.max_steps=1", "init_images=2"]
     words += ["trainer.limit_val_batches=1", "data.eval_batch_size=1", "callbacks.num_pictures=1"]
-    words += ["trainer.precision=32", "quantizer.kmeans_iterations=1", "hydra.run.dir=run"]
+    words += [
+        "trainer.global_batch_size=null",
+        "trainer.precision=32",
+        "quantizer.kmeans_iterations=1",
+        "hydra.run.dir=run",
+    ]
     code, lines, _ = cli("train", *words)
     assert code == 0, lines
     tok = vistok.load("run")
