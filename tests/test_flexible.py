@@ -373,7 +373,10 @@ def test_an_interrupted_run_draws_the_lengths_of_a_whole_one(name, photos, tmp_p
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n.startswith("re") else ()) for n in FLEXIBLE],
+    [
+        pytest.param(n, marks=pytest.mark.slow if n.startswith("re") else ())
+        for n in [*FLEXIBLE, "gigatok_tiny", "hita_tiny", "ta_titok_tiny"]
+    ],
 )
 def test_compiling_keeps_the_numbers(name, monkeypatch):
     """The graph that torch.compile takes, run without code generation, against eager."""
@@ -389,7 +392,8 @@ def test_compiling_keeps_the_numbers(name, monkeypatch):
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
             torch.manual_seed(seed)
             eager = tok(images)
-        assert torch.equal(ours.mask, eager.mask)
+        if name in FLEXIBLE:
+            assert torch.equal(ours.mask, eager.mask)
         assert torch.allclose(ours.prediction, eager.prediction, atol=1e-4)
     torch._dynamo.reset()
 
