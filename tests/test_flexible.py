@@ -89,6 +89,14 @@ def test_lengths_come_from_torchs_generator():
     assert torch.equal(policy(100, 64), expected)
 
 
+@pytest.mark.parametrize(
+    ("official", "ours"), [("pow2", "powers_of_two"), ("uniform_pow2", "rounded_up")]
+)
+def test_names_of_the_released_flextok_lead_to_ours(official, ours):
+    with pytest.raises(ConfigError, match=rf"={official}: must be one .*did you mean '{ours}'"):
+        LengthPolicy(official)
+
+
 def test_unknown_policies_are_refused():
     with pytest.raises(ConfigError, match=r"length\.distribution=uniforn.*did you mean 'uniform'"):
         LengthPolicy("uniforn")

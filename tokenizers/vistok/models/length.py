@@ -9,6 +9,8 @@ from vistok.errors import ConfigError, nearest
 from vistok.nn.draws import integers, shared_integer, uniform
 
 _DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up", "full")
+#: What FlexTok's released code calls them.
+_OFFICIAL = {"pow2": "powers_of_two", "uniform_pow2": "rounded_up"}
 
 
 class LengthPolicy(nn.Module):
@@ -34,9 +36,10 @@ class LengthPolicy(nn.Module):
     def __init__(self, distribution: str = "uniform", per: str = "sample") -> None:
         super().__init__()
         if distribution not in _DISTRIBUTIONS:
+            meant = _OFFICIAL.get(str(distribution), str(distribution))
             raise ConfigError(
                 f"tokenizer.length.distribution={distribution}: must be one of "
-                f"{', '.join(_DISTRIBUTIONS)}{nearest(str(distribution), _DISTRIBUTIONS)}"
+                f"{', '.join(_DISTRIBUTIONS)}{nearest(meant, _DISTRIBUTIONS)}"
             )
         if per not in ("sample", "batch"):
             raise ConfigError(f"tokenizer.length.per={per}: must be sample or batch")
