@@ -342,6 +342,16 @@ def test_ids_of_scales_have_no_budget():
         tok.detokenize(ids, num_tokens=2)
 
 
+@flexible
+def test_a_decoder_for_fewer_tokens_is_refused(name):
+    with pytest.raises(ConfigError) as error:
+        tiny_tokenizer("tokenizer.decoder.num_latent_tokens=2", tokenizer=name)
+    taken = 3 if name == "retok_tiny" else 2  # one of them padding
+    expected = f"num_latent_tokens: the decoder takes {taken} tokens, but the encoder makes 4; must"
+    assert expected in str(error.value)
+    tiny_tokenizer("tokenizer.decoder.num_latent_tokens=8", tokenizer=name)
+
+
 def test_eval_forward_uses_all_tokens():
     tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
     images = images_of(3)

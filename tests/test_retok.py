@@ -112,6 +112,8 @@ def test_wrong_paddings_are_refused():
     assert str(error.value).startswith("tokenizer.encoder.padding_start=8: must be 0 to 7, or null")
     assert str(error.value).endswith("is 1")
     small("tokenizer.encoder.padding_start=1", "tokenizer.encoder.num_latent_tokens=8")
+    with pytest.raises(ConfigError, match=r"decoder\.padding_start: .* must be the encoder's 1"):
+        small("tokenizer.decoder.padding_start=null")
     assert small("tokenizer.encoder.padding_start=null").encoder.latent_positions.shape == (4, 16)
 
 

@@ -47,6 +47,11 @@ class Tokenizer(nn.Module):
                 f"tokenizer.latent_dim: encoder {encoder.dim}, quantizer {quantizer.dim} and "
                 f"decoder {decoder.dim} differ; all three must be equal"
             )
+        if (taken := getattr(decoder, "num_tokens", encoder.num_tokens)) < encoder.num_tokens:
+            raise ConfigError(
+                f"tokenizer.decoder.num_latent_tokens: the decoder takes {taken} tokens, but the "
+                f"encoder makes {encoder.num_tokens}; must be {encoder.num_tokens}"
+            )
         self.encoder = encoder
         self.quantizer = quantizer
         self.decoder = decoder
