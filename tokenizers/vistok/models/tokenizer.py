@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
+from vistok.models.arguments import as_tensor, in_words, is_whole
 from vistok.nn.patches import as_pair
 from vistok.quantizers.base import Quantizer
 from vistok.types import QuantizerOutput, TokenizerOutput
@@ -144,7 +145,10 @@ class Tokenizer(nn.Module):
         return output
 
     def encode(self, signal: Tensor) -> Tensor:
-        """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`."""
+        """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`.
+
+        In training there may be more of them, behind those of the code.
+        """
         return self.encoder(signal)
 
     def decode(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
@@ -178,8 +182,8 @@ class Tokenizer(nn.Module):
             `(B, N, Q)` int64 ids, or `(B, num_tokens, Q)`; Q is kept when it is 1.
         """
         signal = self.to_signal(self.to_model_range(images))
-        ids = self.quantizer.encode(self.encode(signal))
-        return self._budget(ids, num_tokens)[0]
+        latents = self.encode(signal)[:, : self.encoder.num_tokens]
+        return self._budget(self.quantizer.encode(latents), num_tokens)[0]
 
     @torch.no_grad()
     def detokenize(
@@ -189,8 +193,8 @@ class Tokenizer(nn.Module):
 
         Args:
             ids: `(B, N, Q)`; for a flexible tokenizer also fewer than N tokens.
-            num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)`.
-                Ids behind an image's own number are not looked at.
+            num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)` of
+                them. Ids behind an image's own number are not looked at.
             sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow)
                 or that reads more than tokens (`text`).
 
@@ -206,16 +210,16 @@ class Tokenizer(nn.Module):
     def tokenize_to_target(
         self,
         images: Tensor,
-        psnr: float | None = None,
+        psnr: float | Sequence[float] | Tensor | None = None,
         max_bytes: float | None = None,
-        budgets: Iterable[int] | None = None,
+        budgets: int | Iterable[int] | None = None,
         **sampling: Any,
     ) -> tuple[Tensor, Tensor]:
         """As few tokens as a target needs; see `FlexibleTokenizer`."""
         self._refuse_length("tokenize_to_target")
 
     def detokenize_progressive(
-        self, ids: Tensor, budgets: Iterable[int] | None = None, **sampling: Any
+        self, ids: Tensor, budgets: int | Iterable[int] | None = None, **sampling: Any
     ) -> Tensor:
         """One picture per prefix; see `FlexibleTokenizer`."""
         self._refuse_length("detokenize_progressive")
@@ -266,13 +270,21 @@ class Tokenizer(nn.Module):
 
     def _budget(self, ids: Tensor, num_tokens: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Ids of the budget and a mask `(B, n)` if budgets differ; here there is only one."""
-        if num_tokens is not None and not (
-            isinstance(num_tokens, int) and num_tokens == self.num_tokens
-        ):
+        if num_tokens is not None and (self._lengths(ids, num_tokens) != self.num_tokens).any():
             self._refuse_length("num_tokens")
         if ids.shape[1] != self.num_tokens:
             self._refuse_length(f"ids of {ids.shape[1]} tokens")
         return ids, None
+
+    def _lengths(self, ids: Tensor, num_tokens: Any) -> Tensor:
+        """What a user gave as `num_tokens`: int64, one number or `(B,)` of them."""
+        lengths = as_tensor(num_tokens)
+        if lengths is None or not is_whole(lengths) or lengths.shape not in ((), (len(ids),)):
+            raise ConfigError(
+                f"num_tokens: expected an integer or ({len(ids)},) of them, found "
+                f"{in_words(num_tokens)}"
+            )
+        return lengths.to(ids.device, torch.long)
 
     def _refuse_length(self, what: str) -> NoReturn:
         raise ConfigError(
