@@ -12,6 +12,7 @@ from vistok.errors import ConfigError
 from vistok.metrics.image import PSNR, to_uint8
 from vistok.models.flexible import prefix_mask, rounded_psnr
 from vistok.models.length import LengthPolicy, LevelPolicy
+from vistok.models.packing import pack, packed_size, unpack
 from vistok.models.tokenizer import to_unit_range
 
 FLEXIBLE = ["one_d_piece_tiny", "flextok_tiny", "retok_tiny", "restok_tiny"]
@@ -483,6 +484,77 @@ def test_a_decoder_for_fewer_tokens_is_refused(name):
     expected = f"num_latent_tokens: the decoder takes {taken} tokens, but the encoder makes 4; must"
     assert expected in str(error.value)
     tiny_tokenizer("tokenizer.decoder.num_latent_tokens=8", tokenizer=name)
+
+
+# ---------------------------------------------------------------------- ids as bytes
+
+
+def bits_of(tok, length):
+    return length * tok.quantizer.bits_per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vq", {"codebook_size": 16}),
+        ("vq", {"codebook_size": 11}),
+        ("fsq_64k", {}),
+        ("fqgan", {"codebook_size": 9}),
+    ],
+)
+def test_bytes_are_as_many_as_a_budget_counts(name, changes):
+    tok = quantized_by(name, **changes)
+    sizes = tok.quantizer.codebook_sizes
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randint(size, (6, 4)) for size in sizes], dim=2)
+    ids[0], ids[1] = torch.tensor(sizes) - 1, 0  # the last code and the first one
+    lengths = torch.tensor([4, 4, 1, 2, 3, 3])
+    packed = tok.to_bytes(ids, lengths)
+    assert [len(p) for p in packed] == [math.ceil(bits_of(tok, k) / 8 - 1e-9) for k in lengths.tolist()]  # fmt: skip
+    back = tok.from_bytes(packed, lengths)
+    kept = prefix_mask(lengths, 4)[..., None]
+    assert back.dtype == torch.int64 and torch.equal(back, torch.where(kept, ids, 0))
+    assert torch.equal(tok.from_bytes(tok.to_bytes(ids)), ids)
+    assert torch.equal(tok.from_bytes(tok.to_bytes(ids, 2), 2), ids[:, :2])
+    for size in range(math.ceil(bits_of(tok, 1) / 8), math.ceil(bits_of(tok, 4) / 8) + 2):
+        cut, given = tok.tokenize_to_target(images_of(3), max_bytes=size)
+        assert all(len(p) <= size for p in tok.to_bytes(cut, given))
+        k = int(given[0])
+        assert k == 4 or math.ceil(bits_of(tok, k + 1) / 8 - 1e-9) > size  # no more would fit
+
+
+def test_packing_numbers_the_codes():
+    """All of a small alphabet, counted through."""
+    alphabet = [(0, 3), (5, 2), (0, 50)]
+    codes = [(a, b, c) for a in range(3) for b in (5, 6) for c in range(50)]
+    assert packed_size(alphabet) == 2 and packed_size([(0, 256)]) == 1
+    for number, code in enumerate(codes):
+        assert pack(code, alphabet) == number.to_bytes(2, "big")
+        assert tuple(unpack(number.to_bytes(2, "big"), alphabet)) == code
+
+
+def test_bytes_of_fixed_codes():
+    """Hita's two codebooks are packed as what they are and not as the joint vocabulary."""
+    for name in ("titok_tiny", "hita_tiny"):
+        tok = tiny_tokenizer(tokenizer=name)
+        ids = tok.tokenize(images_of(3))
+        packed = tok.to_bytes(ids)
+        assert {len(p) for p in packed} == {math.ceil(tok.bits_per_image / 8 - 1e-9)}
+        assert torch.equal(tok.from_bytes(packed), ids)
+
+
+def test_bytes_that_are_no_code():
+    tok = tiny_tokenizer("quantizer.codebook_size=11", tokenizer="one_d_piece_tiny")
+    packed = tok.to_bytes(tok.tokenize(images_of(2)))
+    for bad, words in (
+        ([packed[0], packed[1][:1]], "image 1 is no code of 4 tokens: 1 bytes, where 2 are"),
+        ([packed[0], b"\xff\xff"], "image 1 is no code of 4 tokens: a number beyond"),
+        (packed[0], "image 0 is no code"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            tok.from_bytes(bad)
+    with pytest.raises(ConfigError, match="slot 0 holds 11"):
+        tok.to_bytes(torch.full((1, 4, 1), 11))
 
 
 def test_eval_forward_uses_all_tokens():

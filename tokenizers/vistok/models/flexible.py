@@ -97,7 +97,7 @@ class FlexibleTokenizer(Tokenizer):
         Args:
             images: `(B, C, H, W)`, uint8 or float in [0, 1].
             psnr: dB to reach, one number or one for each image.
-            max_bytes: of the ids, packed without a header or entropy coding.
+            max_bytes: of an image's ids, packed as in `to_bytes`.
             budgets: numbers of tokens to choose from; by default those that training drew, see
                 `LengthPolicy.lengths`. With `psnr` each costs a decoding of the images that have
                 not reached the target yet.

@@ -12,6 +12,7 @@ from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
 from vistok.models.arguments import as_tensor, in_words, is_whole
+from vistok.models.packing import Alphabet, pack, unpack
 from vistok.nn.patches import as_pair
 from vistok.quantizers.base import Quantizer
 from vistok.types import QuantizerOutput, TokenizerOutput
@@ -224,6 +225,56 @@ class Tokenizer(nn.Module):
         """One picture per prefix; see `FlexibleTokenizer`."""
         self._refuse_length("detokenize_progressive")
 
+    def to_bytes(self, ids: Tensor, num_tokens: int | Tensor | None = None) -> list[bytes]:
+        """Pack the ids of each image into as few bytes as all codes of its length need.
+
+        Those of k tokens are the digits of one number and take `k * bits_per_token` bits, filled
+        up to a whole byte. That is what `max_bytes` and evaluation count: there is no header, no
+        entropy coding, and the number of tokens is not among them.
+
+        Args:
+            ids: `(B, n, Q)`.
+            num_tokens: how many of them to pack, as in `detokenize`.
+
+        Returns:
+            The bytes of each image.
+        """
+        self._check_shape(ids)
+        ids, mask = self._budget(ids, num_tokens)
+        self._check_range(ids)
+        lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
+        return [
+            pack(row[:length].flatten().tolist(), self._alphabet(length))
+            for row, length in zip(ids.cpu(), lengths, strict=True)
+        ]
+
+    def from_bytes(self, packed: Sequence[bytes], num_tokens: int | Tensor | None = None) -> Tensor:
+        """Inverse of `to_bytes`.
+
+        Args:
+            packed: the bytes of B images.
+            num_tokens: tokens of all, or `(B,)` of each; None for all N.
+
+        Returns:
+            `(B, n, Q)` int64 ids, n the largest number of tokens; zeros behind the shorter codes.
+
+        Raises:
+            ConfigError: if the bytes of an image are no code of its length.
+        """
+        slots = self.quantizer.num_indices
+        ids = torch.zeros(len(packed), self.num_tokens, slots, dtype=torch.long)
+        ids, mask = self._budget(ids, num_tokens)
+        lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
+        for number, (data, length) in enumerate(zip(packed, lengths, strict=True)):
+            try:
+                found = unpack(data, self._alphabet(length))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"packed: image {number} is no code of {length} tokens: {error}"
+                ) from error
+            ids[number, :length] = torch.tensor(found).view(length, slots)
+        return ids.to(self.device)
+
     def codebooks(self) -> list[Tensor]:
         """The Q tables `(K_q, d_q)`, float32, in the space that a downstream model looks up."""
         return [table.detach().float() for table in self.quantizer.codebooks()]
@@ -285,6 +336,10 @@ class Tokenizer(nn.Module):
                 f"{in_words(num_tokens)}"
             )
         return lengths.to(ids.device, torch.long)
+
+    def _alphabet(self, length: int) -> Alphabet:
+        """The values that the ids of a code of `length` tokens can have, in their order."""
+        return [(0, size) for size in self.quantizer.codebook_sizes] * length
 
     def _refuse_length(self, what: str) -> NoReturn:
         raise ConfigError(
