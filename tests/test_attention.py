@@ -1,5 +1,9 @@
 """FlexAttention gives what the dense mask gives."""
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 
@@ -43,6 +47,56 @@ def test_hidden_blocks_are_passed_over():
     mask = (torch.arange(384) < kept[:, None])[:, None, None]
     blocks = in_blocks(mask, 384).to_dense()[:, 0]
     assert blocks[0].all() and blocks[1].tolist() == [[1, 0, 0]] * 3
+
+
+@pytest.fixture
+def created(monkeypatch):
+    """How often FlexAttention was asked for blocks."""
+    calls, create = [], flex.create_block_mask
+    monkeypatch.setattr(
+        flex, "create_block_mask", lambda *a, **k: calls.append(1) or create(*a, **k)
+    )
+    return calls
+
+
+def test_blocks_of_a_constant_mask_are_made_once(created):
+    mask, kept = torch.ones(20, 20).tril().bool(), len(transformer._BLOCKS)
+    blocks = in_blocks(mask, 20)
+    assert in_blocks(mask, 20) is blocks and len(created) == 1
+    assert in_blocks(mask.clone(), 20) is not blocks and len(created) == 2
+    mask[0] = True  # it is not constant after all
+    assert in_blocks(mask, 20) is not blocks and len(created) == 3
+    each = masks(3, 20)["each"]
+    assert in_blocks(each, 20) is not in_blocks(each, 20)
+    del mask
+    gc.collect()
+    assert len(transformer._BLOCKS) == kept
+
+
+def test_blocks_that_inference_made_serve_training():
+    with torch.inference_mode():
+        mask = torch.ones(20, 20).tril().bool()
+        assert in_blocks(mask, 20) is in_blocks(mask, 20)
+    blocks = in_blocks(mask, 20)
+    assert not blocks.kv_num_blocks.is_inference() and not blocks.kv_indices.is_inference()
+
+
+def test_a_tokenizer_with_blocks_is_copied_pickled_and_moved(created):
+    tok = tiny_tokenizer(
+        "tokenizer.encoder.attention=flex", "tokenizer.encoder.depth=2", tokenizer="flextok_tiny"
+    )
+    x = tok.to_model_range(images_of(2))
+    with torch.no_grad():
+        expected = tok.encode(x)
+        assert torch.equal(tok.encode(x), expected) and len(created) == 1
+        copied = copy.deepcopy(tok)
+        pickled = pickle.loads(pickle.dumps(tok))
+        for other in (copied, pickled):
+            assert torch.equal(other.encode(x), expected)
+        assert len(created) == 3
+        assert copied.to(torch.float64).encode(x.double()).dtype == torch.float64
+        assert in_blocks(copied.to("meta").encoder.mask, 8).kv_indices.device.type == "meta"
+        assert torch.equal(tok.encode(x), expected)
 
 
 def test_the_option_changes_the_path_and_not_the_numbers(monkeypatch):

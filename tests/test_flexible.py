@@ -1,7 +1,9 @@
 """Flexible length: the law of the lengths, what is dropped, and the calls for any budget."""
 
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from helpers import awake, images_of, loud, tiny_tokenizer
 from vistok.errors import ConfigError
 from vistok.metrics.image import PSNR, to_uint8
 from vistok.models.flexible import prefix_mask, rounded_psnr
-from vistok.models.length import LengthPolicy
+from vistok.models.length import LengthPolicy, LevelPolicy
+from vistok.models.packing import pack, packed_size, unpack
 from vistok.models.tokenizer import to_unit_range
 
 FLEXIBLE = ["one_d_piece_tiny", "flextok_tiny", "retok_tiny", "restok_tiny"]
@@ -87,6 +90,28 @@ def test_lengths_come_from_torchs_generator():
     torch.rand(3)
     torch.set_rng_state(state)
     assert torch.equal(policy(100, 64), expected)
+
+
+@pytest.mark.parametrize("n", [1, 6, 8])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *map(LengthPolicy, ("uniform", "powers_of_two", "rounded_up", "full")),
+        *map(LevelPolicy, (1, 2, 2, 3), (0.8, 0.5, 1.0, 0.0)),
+    ],
+    ids=lambda p: getattr(p, "distribution", "levels"),
+)
+def test_lengths_are_those_that_are_drawn(policy, n):
+    torch.manual_seed(0)
+    assert policy.lengths(n) == policy(4000, n).unique().tolist()
+
+
+@pytest.mark.parametrize(
+    ("official", "ours"), [("pow2", "powers_of_two"), ("uniform_pow2", "rounded_up")]
+)
+def test_names_of_the_released_flextok_lead_to_ours(official, ours):
+    with pytest.raises(ConfigError, match=rf"={official}: must be one .*did you mean '{ours}'"):
+        LengthPolicy(official)
 
 
 def test_unknown_policies_are_refused():
@@ -211,12 +236,20 @@ def test_progressive(name):
     tok = tiny_tokenizer(tokenizer=name)
     awake(tok.decoder)
     ids = tok.tokenize(images_of(3))
-    pictures = tok.detokenize_progressive(ids)
+    pictures = tok.detokenize_progressive(ids, budgets=range(1, 5))
     assert pictures.shape == (3, 4, 3, 16, 16)
     for k in range(1, 5):
         assert torch.equal(pictures[:, k - 1], tok.detokenize(ids, num_tokens=k))
-    few = tok.detokenize_progressive(ids, budgets=[1, 4])
-    assert torch.equal(few, pictures[:, [0, 3]])
+    few = tok.detokenize_progressive(ids, budgets=[4, 1])
+    assert torch.equal(few, pictures[:, [3, 0]])
+    for one in (2, torch.tensor(2), np.int64(2), {2}, (k for k in [2])):
+        assert torch.equal(tok.detokenize_progressive(ids, budgets=one), pictures[:, [1]])
+    # By default what training drew, and all that is there.
+    drawn = [1, 2, 3, 4] if tok.length.lengths(4) == [1, 2, 3, 4] else [1, 2, 4]
+    assert (drawn == [1, 2, 3, 4]) == (name in ("one_d_piece_tiny", "retok_tiny"))
+    default = tok.detokenize_progressive(ids)
+    assert torch.equal(default, pictures[:, [k - 1 for k in drawn]])
+    assert torch.equal(tok.detokenize_progressive(ids[:, :3]), pictures[:, :3])
 
 
 def fitted(name):
@@ -245,17 +278,33 @@ def test_fewest_tokens_that_reach_a_quality():
         original = original[None].float() / 255
         table.append([PSNR().per_image(original, to_uint8(p[None]).float() / 255).item() for p in picture])  # fmt: skip
     target = torch.tensor(table).flatten().median().item() + 1e-6
-    cut, num_tokens = tok.tokenize_to_target(images, psnr=target)
+    missed = [max(row) for row in table if max(row) < target]
+    said = (
+        f"{len(missed)} of 24 images reach their psnr with none of the budgets, at best "
+        f"{min(missed):.2f} to {max(missed):.2f} dB; they get 4 tokens"
+    )
+    with pytest.warns(UserWarning, match=said) as caught:
+        cut, num_tokens = tok.tokenize_to_target(images, psnr=target)
+    assert [w.filename for w in caught] == [__file__]  # once, and it names the caller's line
     expected = [next((k for k, v in enumerate(row, 1) if v >= target), 4) for row in table]
     assert num_tokens.tolist() == expected
     assert len(set(expected)) > 1 and any(max(row) < target for row in table)
     assert torch.equal(cut, ids[:, : max(expected)])
     tok.detokenize(cut, num_tokens=num_tokens)
-    _, few = tok.tokenize_to_target(images, psnr=target, budgets=[4, 1])
-    assert few.tolist() == [1 if row[0] >= target else 4 for row in table]
-    assert tok.tokenize_to_target(images, psnr=0.0)[1].tolist() == [1] * 24
-    assert tok.tokenize_to_target(images, psnr=99.0)[1].tolist() == [4] * 24
-    assert tok.tokenize_to_target(images[:0], psnr=20.0)[1].shape == (0,)
+    with pytest.warns(UserWarning):
+        _, few = tok.tokenize_to_target(images, psnr=target, budgets=[4, 1])
+        assert few.tolist() == [1 if row[0] >= target else 4 for row in table]
+        assert tok.tokenize_to_target(images, psnr=99.0, budgets=3)[1].tolist() == [3] * 24
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tok.tokenize_to_target(images, psnr=0.0)[1].tolist() == [1] * 24
+        assert tok.tokenize_to_target(images[:0], psnr=99.0)[1].shape == (0,)
+        # A target for each image: what it has with 3 tokens, or sooner.
+        each = [row[2] - 1e-6 for row in table]
+        sooner = [next(k for k, v in enumerate(row, 1) if v >= row[2] - 1e-6) for row in table]
+        assert len(set(sooner)) > 1
+        for targets in (each, torch.tensor(each, dtype=torch.float64), np.array(each)):
+            assert tok.tokenize_to_target(images, psnr=targets)[1].tolist() == sooner
 
 
 def test_most_tokens_that_fit():
@@ -264,7 +313,9 @@ def test_most_tokens_that_fit():
     for size, k in ((0.75, 1), (1, 1), (1.5, 2), (2, 2), (2.25, 3), (3, 4), (1000, 4)):
         ids, num_tokens = tok.tokenize_to_target(images, max_bytes=size)
         assert num_tokens.tolist() == [k, k] and ids.shape == (2, k, 1), size
-    _, both = tok.tokenize_to_target(images, psnr=99.0, max_bytes=2)
+    assert tok.tokenize_to_target(images, max_bytes=math.inf)[1].tolist() == [4, 4]
+    with pytest.warns(UserWarning, match="2 of 2 images"):
+        _, both = tok.tokenize_to_target(images, psnr=99.0, max_bytes=2)
     assert both.tolist() == [2, 2]
     with pytest.raises(ConfigError, match=r"max_bytes=0\.5: one token has 6 bits"):
         tok.tokenize_to_target(images, max_bytes=0.5)
@@ -272,6 +323,72 @@ def test_most_tokens_that_fit():
         tok.tokenize_to_target(images, psnr=20.0, budgets=[5, 2])
     with pytest.raises(ConfigError, match="needs psnr"):
         tok.tokenize_to_target(images)
+
+
+@flexible
+def test_only_budgets_that_are_named_or_trained_are_given_out(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    images, three = images_of(2), 3 * tok.quantizer.bits_per_token / 8
+    drawn = 3 if name in ("one_d_piece_tiny", "retok_tiny") else 2
+    for budgets, k in ((None, drawn), ([4, 2, 1], 2), ([3, 4], 3), (1, 1)):
+        ids, num_tokens = tok.tokenize_to_target(images, max_bytes=three, budgets=budgets)
+        assert num_tokens.tolist() == [k, k] and ids.shape[1] == k
+    with pytest.warns(UserWarning, match="get 2 tokens"):
+        _, num_tokens = tok.tokenize_to_target(images, 99.0, three, budgets=[2, 4])
+    assert num_tokens.tolist() == [2, 2]
+    for psnr in (None, 99.0):
+        with pytest.raises(ConfigError, match="3 tokens fit, but the smallest of the budgets is 4"):
+            tok.tokenize_to_target(images, psnr, max_bytes=three, budgets=[4])
+    tok.length = LengthPolicy("full")
+    with pytest.raises(ConfigError, match="the smallest of the budgets is 4"):
+        tok.tokenize_to_target(images, max_bytes=three)
+
+
+def test_targets_that_are_none():
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
+    images = images_of(2)
+    ids = tok.tokenize(images)
+    nan = float("nan")
+    for call, words in (
+        (lambda: tok.tokenize_to_target(images, psnr=20.0, budgets=[]), r"integers, found \[\]"),
+        (lambda: tok.detokenize_progressive(ids, budgets=[]), r"integers, found \[\]"),
+        (lambda: tok.detokenize_progressive(ids, budgets="12"), r"integers, found '12'"),
+        (lambda: tok.detokenize_progressive(ids, budgets=[1.0]), r"integers, found \(1,\) torch"),
+        (lambda: tok.detokenize_progressive(ids, budgets=[5]), r"budgets=\[5\]: .* 1 to 4"),
+        (lambda: tok.tokenize_to_target(images, psnr=nan), r"psnr: expected dB, .*found nan"),
+        (lambda: tok.tokenize_to_target(images, psnr="28"), "psnr: expected dB, .*found '28'"),
+        (lambda: tok.tokenize_to_target(images, psnr=[1.0] * 3), r"\(2,\) of them, found \(3,\)"),
+        (lambda: tok.tokenize_to_target(images, max_bytes=nan), "max_bytes: .*found nan"),
+        (lambda: tok.tokenize_to_target(images, max_bytes="4"), "max_bytes: .*found '4'"),
+        (lambda: tok.tokenize_to_target(images, max_bytes=-math.inf), "max_bytes=-inf: one token"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_an_image_keeps_its_seed_while_others_are_done():
+    """Whatever holds the seeds: an image is judged by the picture that its own seed gives."""
+    tok = tiny_tokenizer("tokenizer.decoder.steps=2", tokenizer="flextok_tiny")
+    awake(tok.decoder)
+    images, seeds = images_of(6), [1, 2, 3, 4, 5, 6]
+    ids = tok.tokenize(images)
+    originals = images.float() / 255
+    pictures = tok.detokenize_progressive(ids, seed=torch.tensor(seeds))
+    quality = torch.stack([rounded_psnr(p, originals) for p in pictures.unbind(1)], dim=1)
+    # One image after the other reaches its target, the last ones never.
+    targets = quality[range(6), [0, 1, 2, 0, 1, 2]] - 1e-6
+    targets[5] = 99.0
+    wanted = [[1, 2, 4][int((row >= t).int().argmax())] for row, t in zip(quality, targets, strict=True)]  # fmt: skip
+    wanted[5] = 4
+    for given in (seeds, tuple(seeds), torch.tensor(seeds)):
+        with pytest.warns(UserWarning, match="1 of 6"):
+            assert tok.tokenize_to_target(images, psnr=targets, seed=given)[1].tolist() == wanted
+    assert len(set(wanted)) > 1
+    with pytest.warns(UserWarning):  # one seed in a list is one for all
+        tok.tokenize_to_target(images, psnr=99.0, seed=[7])
+    with pytest.raises(ConfigError, match="seed: expected one number or 6, found 5"):
+        tok.tokenize_to_target(images, psnr=0.0, seed=seeds[:5])
 
 
 def test_rounded_psnr_is_that_of_the_evaluation():
@@ -285,7 +402,9 @@ def test_fixed_length_tokenizers_say_so(name):
     tok = tiny_tokenizer(tokenizer=name)
     images = images_of(2)
     ids = tok.tokenize(images)
-    assert torch.equal(tok.tokenize(images, num_tokens=4), ids)
+    for four in (4, np.int64(4), torch.tensor(4), torch.tensor([4, 4]), [4, 4]):
+        assert torch.equal(tok.tokenize(images, num_tokens=four), ids)
+        assert torch.equal(tok.detokenize(ids, num_tokens=four), tok.detokenize(ids))
     for call in (
         lambda: tok.tokenize(images, num_tokens=2),
         lambda: tok.tokenize_to_target(images, psnr=20.0),
@@ -307,13 +426,21 @@ def test_fixed_length_tokenizers_say_so(name):
         (5, "num_tokens=5: must be 1 to 4"),
         (torch.tensor([1, 9]), "num_tokens=9"),
         (torch.tensor([1, 2, 3]), r"\(2,\)"),
-        (1.5, "expected an integer"),
+        (1.5, "expected an integer.*found 1.5"),
+        ("2", "expected an integer.*found '2'"),
+        (True, "expected an integer.*found True"),
+        (torch.tensor([True, False]), r"expected an integer.*found \(2,\) torch.bool"),
+        ([[1], [1, 2]], "expected an integer.*found list"),
     ],
 )
 def test_wrong_budgets_are_refused(num_tokens, words):
-    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
+    flexible, fixed = tiny_tokenizer(tokenizer="one_d_piece_tiny"), tiny_tokenizer()
+    ids = flexible.tokenize(images_of(2))
     with pytest.raises(ConfigError, match=words):
-        tok.detokenize(tok.tokenize(images_of(2)), num_tokens=num_tokens)
+        flexible.detokenize(ids, num_tokens=num_tokens)
+    if "expected" in words:
+        with pytest.raises(ConfigError, match=words):
+            fixed.tokenize(images_of(2), num_tokens=num_tokens)
 
 
 def test_arguments_of_sampling_are_refused_where_nothing_is_sampled():
@@ -322,16 +449,112 @@ def test_arguments_of_sampling_are_refused_where_nothing_is_sampled():
         tok.detokenize(tok.tokenize(images_of(2)), steps=3)
 
 
-def test_ids_of_scales_have_no_budget():
+def quantized_by(name, **changes):
     from test_configs import quantizer_config, tokenizer_config
     from vistok.checkpoint import build_tokenizer
 
-    config = {**tokenizer_config("one_d_piece_tiny"), "quantizer": quantizer_config("var")}
-    tok = build_tokenizer(config).eval()
+    config = {**tokenizer_config("one_d_piece_tiny")}
+    return build_tokenizer({**config, "quantizer": {**quantizer_config(name), **changes}}).eval()
+
+
+def test_ids_of_scales_have_no_budget():
+    tok = quantized_by("var")
     ids = tok.tokenize(images_of(2))
     assert tok.detokenize(ids).shape == (2, 3, 16, 16)
     with pytest.raises(ConfigError, match="stand for scales"):
         tok.detokenize(ids, num_tokens=2)
+    with pytest.raises(ConfigError, match="stand for scales"):
+        tok.tokenize_to_target(images_of(2), max_bytes=8)
+
+
+@flexible
+def test_ids_do_not_depend_on_the_mode(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    tok.initialize(tok.to_model_range(images_of(20)))
+    ids = tok.eval().tokenize(images_of(4))
+    assert ids.shape == (4, 4, 1) and torch.equal(tok.train().tokenize(images_of(4)), ids)
+    assert torch.equal(tok.tokenize(images_of(4), num_tokens=2), ids[:, :2])
+
+
+@flexible
+def test_a_decoder_for_fewer_tokens_is_refused(name):
+    with pytest.raises(ConfigError) as error:
+        tiny_tokenizer("tokenizer.decoder.num_latent_tokens=2", tokenizer=name)
+    taken = 3 if name == "retok_tiny" else 2  # one of them padding
+    expected = f"num_latent_tokens: the decoder takes {taken} tokens, but the encoder makes 4; must"
+    assert expected in str(error.value)
+    tiny_tokenizer("tokenizer.decoder.num_latent_tokens=8", tokenizer=name)
+
+
+# ---------------------------------------------------------------------- ids as bytes
+
+
+def bits_of(tok, length):
+    return length * tok.quantizer.bits_per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vq", {"codebook_size": 16}),
+        ("vq", {"codebook_size": 11}),
+        ("fsq_64k", {}),
+        ("fqgan", {"codebook_size": 9}),
+    ],
+)
+def test_bytes_are_as_many_as_a_budget_counts(name, changes):
+    tok = quantized_by(name, **changes)
+    sizes = tok.quantizer.codebook_sizes
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randint(size, (6, 4)) for size in sizes], dim=2)
+    ids[0], ids[1] = torch.tensor(sizes) - 1, 0  # the last code and the first one
+    lengths = torch.tensor([4, 4, 1, 2, 3, 3])
+    packed = tok.to_bytes(ids, lengths)
+    assert [len(p) for p in packed] == [math.ceil(bits_of(tok, k) / 8 - 1e-9) for k in lengths.tolist()]  # fmt: skip
+    back = tok.from_bytes(packed, lengths)
+    kept = prefix_mask(lengths, 4)[..., None]
+    assert back.dtype == torch.int64 and torch.equal(back, torch.where(kept, ids, 0))
+    assert torch.equal(tok.from_bytes(tok.to_bytes(ids)), ids)
+    assert torch.equal(tok.from_bytes(tok.to_bytes(ids, 2), 2), ids[:, :2])
+    for size in range(math.ceil(bits_of(tok, 1) / 8), math.ceil(bits_of(tok, 4) / 8) + 2):
+        cut, given = tok.tokenize_to_target(images_of(3), max_bytes=size)
+        assert all(len(p) <= size for p in tok.to_bytes(cut, given))
+        k = int(given[0])
+        assert k == 4 or math.ceil(bits_of(tok, k + 1) / 8 - 1e-9) > size  # no more would fit
+
+
+def test_packing_numbers_the_codes():
+    """All of a small alphabet, counted through."""
+    alphabet = [(0, 3), (5, 2), (0, 50)]
+    codes = [(a, b, c) for a in range(3) for b in (5, 6) for c in range(50)]
+    assert packed_size(alphabet) == 2 and packed_size([(0, 256)]) == 1
+    for number, code in enumerate(codes):
+        assert pack(code, alphabet) == number.to_bytes(2, "big")
+        assert tuple(unpack(number.to_bytes(2, "big"), alphabet)) == code
+
+
+def test_bytes_of_fixed_codes():
+    """Hita's two codebooks are packed as what they are and not as the joint vocabulary."""
+    for name in ("titok_tiny", "hita_tiny"):
+        tok = tiny_tokenizer(tokenizer=name)
+        ids = tok.tokenize(images_of(3))
+        packed = tok.to_bytes(ids)
+        assert {len(p) for p in packed} == {math.ceil(tok.bits_per_image / 8 - 1e-9)}
+        assert torch.equal(tok.from_bytes(packed), ids)
+
+
+def test_bytes_that_are_no_code():
+    tok = tiny_tokenizer("quantizer.codebook_size=11", tokenizer="one_d_piece_tiny")
+    packed = tok.to_bytes(tok.tokenize(images_of(2)))
+    for bad, words in (
+        ([packed[0], packed[1][:1]], "image 1 is no code of 4 tokens: 1 bytes, where 2 are"),
+        ([packed[0], b"\xff\xff"], "image 1 is no code of 4 tokens: a number beyond"),
+        (packed[0], "image 0 is no code"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            tok.from_bytes(bad)
+    with pytest.raises(ConfigError, match="slot 0 holds 11"):
+        tok.to_bytes(torch.full((1, 4, 1), 11))
 
 
 def test_eval_forward_uses_all_tokens():

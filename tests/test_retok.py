@@ -107,8 +107,13 @@ def test_grid_queries_are_the_first_token_of_any_prefix():
 
 
 def test_wrong_paddings_are_refused():
-    with pytest.raises(ConfigError, match="padding_start=4: must be 0 to 3, or null"):
-        small("tokenizer.encoder.padding_start=4")
+    with pytest.raises(ConfigError) as error:
+        small("tokenizer.encoder.padding_start=8", "tokenizer.encoder.num_latent_tokens=8")
+    assert str(error.value).startswith("tokenizer.encoder.padding_start=8: must be 0 to 7, or null")
+    assert str(error.value).endswith("is 1")
+    small("tokenizer.encoder.padding_start=1", "tokenizer.encoder.num_latent_tokens=8")
+    with pytest.raises(ConfigError, match=r"decoder\.padding_start: .* must be the encoder's 1"):
+        small("tokenizer.decoder.padding_start=null")
     assert small("tokenizer.encoder.padding_start=null").encoder.latent_positions.shape == (4, 16)
 
 

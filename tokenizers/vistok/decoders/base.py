@@ -13,9 +13,11 @@ class Decoder(nn.Module, ABC):
 
     Attributes:
         dim: D, the width of the quantized latents.
+        num_tokens: the longest code, of decoders that have a place for each token.
     """
 
     dim: int
+    num_tokens: int
 
     #: Names of further arguments of `reconstruct`; only of decoders that sample.
     sampling: tuple[str, ...] = ()

@@ -71,6 +71,7 @@ class LatentTransformerDecoder(Decoder):
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.dim = latent_dim
+        self.num_tokens = num_latent_tokens
         self.embed = nn.Linear(latent_dim, width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None

@@ -66,6 +66,7 @@ class QFormerDecoder(Decoder):
         self.latent_positions = nn.Parameter(
             token_positions(num_latent_tokens, width, cnn.grid, padding_start)
         )
+        self.num_tokens = len(self.latent_positions)  # with the padding
 
     def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens `(B, n, D)`; the first is needed."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
+from vistok.models.arguments import as_budgets, as_tensor, in_words
 from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
@@ -79,9 +81,9 @@ class FlexibleTokenizer(Tokenizer):
     def tokenize_to_target(
         self,
         images: Tensor,
-        psnr: float | None = None,
+        psnr: float | Sequence[float] | Tensor | None = None,
         max_bytes: float | None = None,
-        budgets: Iterable[int] | None = None,
+        budgets: int | Iterable[int] | None = None,
         **sampling: Any,
     ) -> tuple[Tensor, Tensor]:
         """Turn images into as few tokens as a target needs, image by image.
@@ -89,76 +91,129 @@ class FlexibleTokenizer(Tokenizer):
         With `psnr`, an image gets the smallest budget whose reconstruction, rounded to 8 bits,
         reaches it. Budgets are tried in rising order, because the quality of a trained tokenizer
         rises with them on average but not for every image; an image that none of them satisfies
-        gets the largest. With `max_bytes` alone, every image gets as many tokens as fit. With
-        both, `max_bytes` bounds the budgets.
+        gets the largest, and a warning says how many there are. With `max_bytes` alone, every
+        image gets the largest budget that fits. With both, `max_bytes` bounds the budgets.
 
         Args:
             images: `(B, C, H, W)`, uint8 or float in [0, 1].
-            psnr: dB to reach.
-            max_bytes: of the ids, packed without a header or entropy coding.
-            budgets: numbers of tokens to try, by default all of 1..N. Each costs a decoding of
-                the images that have not reached the target yet.
-            sampling: as in `detokenize`.
+            psnr: dB to reach, one number or one for each image.
+            max_bytes: of an image's ids, packed as in `to_bytes`.
+            budgets: numbers of tokens to choose from; by default those that training drew, see
+                `LengthPolicy.lengths`. With `psnr` each costs a decoding of the images that have
+                not reached the target yet.
+            sampling: as in `detokenize`; a list or a tensor of B values has one for each image.
 
         Returns:
             ids `(B, n, Q)` int64, n the largest budget given out, and num_tokens `(B,)` int64.
             Ids behind an image's own number belong to its longer codes.
+
+        Raises:
+            ConfigError: if there is no target, or no budget that fits.
         """
         if psnr is None and max_bytes is None:
             raise ConfigError("tokenize_to_target: needs psnr= (dB) or max_bytes=")
+        tried = self._budgets_within(max_bytes, budgets)
         ids = self.tokenize(images)
-        most = self.num_tokens if max_bytes is None else self.tokens_within(max_bytes)
-        tried = sorted(set(range(1, most + 1) if budgets is None else budgets))
-        if tried and not 1 <= tried[0] <= tried[-1] <= self.num_tokens:
-            raise ConfigError(f"budgets={tried}: must lie in 1 to {self.num_tokens}")
-        tried = [budget for budget in tried if budget <= most]
-        num_tokens = torch.full((len(ids),), most, device=ids.device)
-        if psnr is not None:
-            originals = (self.to_model_range(images) + 1) / 2
-            open_ = torch.arange(len(ids), device=ids.device)
-            for budget in tried:
-                if not len(open_):
-                    break
-                own = {  # a seed or a text of its own for each image
-                    name: value[open_] if isinstance(value, Tensor) and value.ndim else value
-                    for name, value in sampling.items()
-                }
-                pictures = self.detokenize(ids[open_], budget, **own)
-                reached = rounded_psnr(pictures, originals[open_]) >= psnr
-                num_tokens[open_[reached]] = budget
-                open_ = open_[~reached]
-            if tried:
-                num_tokens[open_] = tried[-1]
-        longest = int(num_tokens.max()) if len(ids) else most
+        num_tokens = torch.full((len(ids),), tried[-1], device=ids.device)
+        if psnr is None:
+            return ids[:, : tried[-1]], num_tokens
+        targets = as_tensor(psnr, torch.float64)
+        if targets is None or targets.shape not in ((), (len(ids),)) or targets.isnan().any():
+            raise ConfigError(
+                f"psnr: expected dB, one number or ({len(ids)},) of them, found {in_words(psnr)}"
+            )
+        targets = targets.to(ids.device).expand(len(ids))
+        sampling = {name: _per_image(value) for name, value in sampling.items()}
+        originals = (self.to_model_range(images) + 1) / 2
+        best = torch.full_like(targets, -torch.inf)
+        open_ = torch.arange(len(ids), device=ids.device)
+        for budget in tried:
+            if not len(open_):
+                break
+            own = {  # a seed or a text of its own for each image
+                name: value[open_.to(value.device)]
+                if isinstance(value, Tensor) and value.ndim and len(value) == len(ids)
+                else value
+                for name, value in sampling.items()
+            }
+            pictures = self.detokenize(ids[open_], budget, **own)
+            best[open_] = best[open_].maximum(rounded_psnr(pictures, originals[open_]))
+            reached = best[open_] >= targets[open_]
+            num_tokens[open_[reached]] = budget
+            open_ = open_[~reached]
+        if len(open_):
+            low, high = (value.item() for value in best[open_].aminmax())
+            warnings.warn(
+                f"tokenize_to_target: {len(open_)} of {len(ids)} images reach their psnr with none "
+                f"of the budgets, at best {low:.2f} to {high:.2f} dB; they get {tried[-1]} tokens",
+                stacklevel=3,  # behind no_grad's
+            )
+        longest = int(num_tokens.max()) if len(ids) else tried[-1]
         return ids[:, :longest], num_tokens
 
     @torch.no_grad()
     def detokenize_progressive(
-        self, ids: Tensor, budgets: Iterable[int] | None = None, **sampling: Any
+        self, ids: Tensor, budgets: int | Iterable[int] | None = None, **sampling: Any
     ) -> Tensor:
         """One picture per prefix.
 
         Args:
             ids: `(B, n, Q)`.
-            budgets: lengths of the prefixes, by default all of 1..n.
+            budgets: lengths of the prefixes; by default those up to n that training drew, see
+                `LengthPolicy.lengths`, and n itself.
             sampling: as in `detokenize`.
 
         Returns:
             `(B, len(budgets), C, H, W)` float in [0, 1].
         """
-        lengths = range(1, ids.shape[1] + 1) if budgets is None else list(budgets)
+        self._check_shape(ids)
+        available = ids.shape[1]
+        if budgets is None:
+            shorter = [k for k in self.length.lengths(self.num_tokens) if k < available]
+            lengths = [*shorter, available]
+        else:
+            lengths = as_budgets(budgets, min(available, self.num_tokens))
         return torch.stack([self.detokenize(ids, k, **sampling) for k in lengths], dim=1)
 
     def tokens_within(self, max_bytes: float) -> int:
-        """The most tokens whose ids fit into `max_bytes`, at most N."""
-        fitting = int(8 * max_bytes / self.quantizer.bits_per_token + 1e-9)
+        """The most tokens whose ids fit into `max_bytes`, at most N.
+
+        Raises:
+            ConfigError: if not even one does.
+        """
+        limit = as_tensor(max_bytes, torch.float64)
+        if limit is None or limit.ndim or limit.isnan():
+            raise ConfigError(f"max_bytes: expected a number, found {in_words(max_bytes)}")
+        bits = self.quantizer.bits_per_token
+        fitting = min(8 * limit.item() / bits + 1e-9, self.num_tokens)
         if fitting < 1:
-            raise ConfigError(
-                f"max_bytes={max_bytes:g}: one token has {self.quantizer.bits_per_token:.4g} bits"
-            )
-        return min(fitting, self.num_tokens)
+            raise ConfigError(f"max_bytes={limit.item():g}: one token has {bits:.4g} bits")
+        return int(fitting)
 
     # ------------------------------------------------------------------ lengths
+
+    def _budgets_within(self, max_bytes: float | None, budgets: Any) -> list[int]:
+        """Those given, or the length policy's, that fit into `max_bytes`; rising, never none."""
+        if self.quantizer.num_index_tokens(self.encoder.num_tokens) != self.encoder.num_tokens:
+            self._refuse_scales("tokenize_to_target")
+        if budgets is None:
+            known = self.length.lengths(self.num_tokens)
+        else:
+            known = sorted(set(as_budgets(budgets, self.num_tokens)))
+        most = self.num_tokens if max_bytes is None else self.tokens_within(max_bytes)
+        fitting = [budget for budget in known if budget <= most]
+        if not fitting:
+            raise ConfigError(
+                f"max_bytes={max_bytes}: {most} tokens fit, but the smallest of the budgets is "
+                f"{known[0]}; give more bytes, or smaller budgets="
+            )
+        return fitting
+
+    def _refuse_scales(self, what: str) -> NoReturn:
+        raise ConfigError(
+            f"{what}: ids of {type(self.quantizer).__name__} stand for scales, not for "
+            f"tokens; pass all {self.num_tokens} of them and no num_tokens"
+        )
 
     def _budget(self, ids: Tensor, num_tokens: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Ids cut to the longest budget, and a mask if budgets differ."""
@@ -166,18 +221,8 @@ class FlexibleTokenizer(Tokenizer):
         if num_tokens is None and available == self.num_tokens:
             return ids, None
         if self.quantizer.num_index_tokens(available) != available:
-            raise ConfigError(
-                f"num_tokens: ids of {type(self.quantizer).__name__} stand for scales, not for "
-                f"tokens; pass all {self.num_tokens} of them and no num_tokens"
-            )
-        if num_tokens is None:
-            num_tokens = available
-        lengths = torch.as_tensor(num_tokens, device=ids.device)
-        if lengths.is_floating_point() or lengths.shape not in ((), (len(ids),)):
-            raise ConfigError(
-                f"num_tokens: expected an integer or ({len(ids)},) of them, found "
-                f"{tuple(lengths.shape)} {lengths.dtype}"
-            )
+            self._refuse_scales("num_tokens")
+        lengths = self._lengths(ids, available if num_tokens is None else num_tokens)
         low, high = (int(lengths.min()), int(lengths.max())) if lengths.numel() else (1, 1)
         if low < 1 or high > min(available, self.num_tokens):
             raise ConfigError(
@@ -190,6 +235,12 @@ class FlexibleTokenizer(Tokenizer):
         mask = prefix_mask(lengths, high)
         # What lies behind an image's own length may be padding of any kind.
         return torch.where(mask[..., None], ids, 0), mask
+
+
+def _per_image(value: Any) -> Any:
+    """A list of values as the tensor that the decoder would make of it."""
+    found = as_tensor(value) if isinstance(value, (list, tuple)) else None
+    return value if found is None else found
 
 
 def prefix_mask(lengths: Tensor, total: int) -> Tensor:

@@ -50,6 +50,14 @@ class Hita(Tokenizer):
         parts = Segments(books, [holistic, encoder.num_tokens - holistic])
         super().__init__(encoder, parts, decoder, image_size, channels)
 
+    def _alphabet(self, length: int) -> list[tuple[int, int]]:
+        """The ids of an image's own kinds of tokens: which kind one is, its place says for free."""
+        parts = zip(self.quantizer.offsets.tolist(), self.quantizer.sizes.tolist(), strict=True)
+        alphabet: list[tuple[int, int]] = []
+        for (offsets, sizes), count in zip(parts, self.quantizer.lengths, strict=True):
+            alphabet += list(zip(offsets, sizes, strict=True)) * count
+        return alphabet
+
     def _check_range(self, ids: Tensor) -> None:
         super()._check_range(ids)
         owners = self.quantizer.owners(ids)

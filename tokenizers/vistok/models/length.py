@@ -9,6 +9,8 @@ from vistok.errors import ConfigError, nearest
 from vistok.nn.draws import integers, shared_integer, uniform
 
 _DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up", "full")
+#: What FlexTok's released code calls them.
+_OFFICIAL = {"pow2": "powers_of_two", "uniform_pow2": "rounded_up"}
 
 
 class LengthPolicy(nn.Module):
@@ -34,9 +36,10 @@ class LengthPolicy(nn.Module):
     def __init__(self, distribution: str = "uniform", per: str = "sample") -> None:
         super().__init__()
         if distribution not in _DISTRIBUTIONS:
+            meant = _OFFICIAL.get(str(distribution), str(distribution))
             raise ConfigError(
                 f"tokenizer.length.distribution={distribution}: must be one of "
-                f"{', '.join(_DISTRIBUTIONS)}{nearest(str(distribution), _DISTRIBUTIONS)}"
+                f"{', '.join(_DISTRIBUTIONS)}{nearest(meant, _DISTRIBUTIONS)}"
             )
         if per not in ("sample", "batch"):
             raise ConfigError(f"tokenizer.length.per={per}: must be sample or batch")
@@ -61,6 +64,14 @@ class LengthPolicy(nn.Module):
         elif self.distribution == "rounded_up":
             kept = levels[torch.searchsorted(levels, kept)]
         return kept.expand(batch)
+
+    def lengths(self, num_tokens: int) -> list[int]:
+        """The lengths, rising, that training draws for a code of `num_tokens`."""
+        if self.distribution == "full":
+            return [num_tokens]
+        if self.distribution == "uniform":
+            return list(range(1, num_tokens + 1))
+        return power_levels(num_tokens).tolist()
 
 
 class LevelPolicy(nn.Module):
@@ -93,13 +104,20 @@ class LevelPolicy(nn.Module):
         self, batch: int, num_tokens: int, device: torch.device | str | None = None
     ) -> Tensor:
         """Lengths `(B,)` int64."""
-        levels = [self.shortest * 2**i for i in range(num_tokens.bit_length())]
-        levels = [level for level in levels if level < num_tokens] or [num_tokens]
-        lengths = torch.tensor(levels, device=device)
+        lengths = torch.tensor(self._levels(num_tokens), device=device)
         shares = lengths.cumsum(0) / lengths.sum()
         drawn = lengths[torch.searchsorted(shares, uniform((batch,), device))]
         full = uniform((batch,), device) < self.full_probability
         return torch.where(full, num_tokens, drawn)
+
+    def lengths(self, num_tokens: int) -> list[int]:
+        """The lengths, rising, that training draws for a code of `num_tokens`."""
+        drawn = set(self._levels(num_tokens)) if self.full_probability < 1 else set()
+        return sorted(drawn | {num_tokens} if self.full_probability > 0 else drawn)
+
+    def _levels(self, num_tokens: int) -> list[int]:
+        levels = [self.shortest * 2**i for i in range(num_tokens.bit_length())]
+        return [level for level in levels if level < num_tokens] or [num_tokens]
 
 
 def power_levels(num_tokens: int) -> Tensor:

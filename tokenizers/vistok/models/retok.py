@@ -57,6 +57,12 @@ class ReTok(FlexibleTokenizer):
                 f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
                 "code, so ReTok's padding can't be cut off; use one with an id per token"
             )
+        total = len(encoder.latent_positions)
+        if (taken := getattr(decoder, "num_tokens", total)) < total:
+            raise ConfigError(
+                f"tokenizer.decoder.padding_start: the decoder takes {taken} tokens, but the code "
+                f"and its padding are {total}; must be the encoder's {encoder.padding_start}"
+            )
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [-1, 1] to `(B, N, D)`, in training to `(B, N + M, D)`."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
+from vistok.models.arguments import as_tensor, in_words, is_whole
+from vistok.models.packing import Alphabet, pack, unpack
 from vistok.nn.patches import as_pair
 from vistok.quantizers.base import Quantizer
 from vistok.types import QuantizerOutput, TokenizerOutput
@@ -46,6 +48,11 @@ class Tokenizer(nn.Module):
             raise ConfigError(
                 f"tokenizer.latent_dim: encoder {encoder.dim}, quantizer {quantizer.dim} and "
                 f"decoder {decoder.dim} differ; all three must be equal"
+            )
+        if (taken := getattr(decoder, "num_tokens", encoder.num_tokens)) < encoder.num_tokens:
+            raise ConfigError(
+                f"tokenizer.decoder.num_latent_tokens: the decoder takes {taken} tokens, but the "
+                f"encoder makes {encoder.num_tokens}; must be {encoder.num_tokens}"
             )
         self.encoder = encoder
         self.quantizer = quantizer
@@ -139,7 +146,10 @@ class Tokenizer(nn.Module):
         return output
 
     def encode(self, signal: Tensor) -> Tensor:
-        """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`."""
+        """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`.
+
+        In training there may be more of them, behind those of the code.
+        """
         return self.encoder(signal)
 
     def decode(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
@@ -173,8 +183,8 @@ class Tokenizer(nn.Module):
             `(B, N, Q)` int64 ids, or `(B, num_tokens, Q)`; Q is kept when it is 1.
         """
         signal = self.to_signal(self.to_model_range(images))
-        ids = self.quantizer.encode(self.encode(signal))
-        return self._budget(ids, num_tokens)[0]
+        latents = self.encode(signal)[:, : self.encoder.num_tokens]
+        return self._budget(self.quantizer.encode(latents), num_tokens)[0]
 
     @torch.no_grad()
     def detokenize(
@@ -184,8 +194,8 @@ class Tokenizer(nn.Module):
 
         Args:
             ids: `(B, N, Q)`; for a flexible tokenizer also fewer than N tokens.
-            num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)`.
-                Ids behind an image's own number are not looked at.
+            num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)` of
+                them. Ids behind an image's own number are not looked at.
             sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow)
                 or that reads more than tokens (`text`).
 
@@ -201,19 +211,69 @@ class Tokenizer(nn.Module):
     def tokenize_to_target(
         self,
         images: Tensor,
-        psnr: float | None = None,
+        psnr: float | Sequence[float] | Tensor | None = None,
         max_bytes: float | None = None,
-        budgets: Iterable[int] | None = None,
+        budgets: int | Iterable[int] | None = None,
         **sampling: Any,
     ) -> tuple[Tensor, Tensor]:
         """As few tokens as a target needs; see `FlexibleTokenizer`."""
         self._refuse_length("tokenize_to_target")
 
     def detokenize_progressive(
-        self, ids: Tensor, budgets: Iterable[int] | None = None, **sampling: Any
+        self, ids: Tensor, budgets: int | Iterable[int] | None = None, **sampling: Any
     ) -> Tensor:
         """One picture per prefix; see `FlexibleTokenizer`."""
         self._refuse_length("detokenize_progressive")
+
+    def to_bytes(self, ids: Tensor, num_tokens: int | Tensor | None = None) -> list[bytes]:
+        """Pack the ids of each image into as few bytes as all codes of its length need.
+
+        Those of k tokens are the digits of one number and take `k * bits_per_token` bits, filled
+        up to a whole byte. That is what `max_bytes` and evaluation count: there is no header, no
+        entropy coding, and the number of tokens is not among them.
+
+        Args:
+            ids: `(B, n, Q)`.
+            num_tokens: how many of them to pack, as in `detokenize`.
+
+        Returns:
+            The bytes of each image.
+        """
+        self._check_shape(ids)
+        ids, mask = self._budget(ids, num_tokens)
+        self._check_range(ids)
+        lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
+        return [
+            pack(row[:length].flatten().tolist(), self._alphabet(length))
+            for row, length in zip(ids.cpu(), lengths, strict=True)
+        ]
+
+    def from_bytes(self, packed: Sequence[bytes], num_tokens: int | Tensor | None = None) -> Tensor:
+        """Inverse of `to_bytes`.
+
+        Args:
+            packed: the bytes of B images.
+            num_tokens: tokens of all, or `(B,)` of each; None for all N.
+
+        Returns:
+            `(B, n, Q)` int64 ids, n the largest number of tokens; zeros behind the shorter codes.
+
+        Raises:
+            ConfigError: if the bytes of an image are no code of its length.
+        """
+        slots = self.quantizer.num_indices
+        ids = torch.zeros(len(packed), self.num_tokens, slots, dtype=torch.long)
+        ids, mask = self._budget(ids, num_tokens)
+        lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
+        for number, (data, length) in enumerate(zip(packed, lengths, strict=True)):
+            try:
+                found = unpack(data, self._alphabet(length))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"packed: image {number} is no code of {length} tokens: {error}"
+                ) from error
+            ids[number, :length] = torch.tensor(found).view(length, slots)
+        return ids.to(self.device)
 
     def codebooks(self) -> list[Tensor]:
         """The Q tables `(K_q, d_q)`, float32, in the space that a downstream model looks up."""
@@ -261,13 +321,25 @@ class Tokenizer(nn.Module):
 
     def _budget(self, ids: Tensor, num_tokens: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Ids of the budget and a mask `(B, n)` if budgets differ; here there is only one."""
-        if num_tokens is not None and not (
-            isinstance(num_tokens, int) and num_tokens == self.num_tokens
-        ):
+        if num_tokens is not None and (self._lengths(ids, num_tokens) != self.num_tokens).any():
             self._refuse_length("num_tokens")
         if ids.shape[1] != self.num_tokens:
             self._refuse_length(f"ids of {ids.shape[1]} tokens")
         return ids, None
+
+    def _lengths(self, ids: Tensor, num_tokens: Any) -> Tensor:
+        """What a user gave as `num_tokens`: int64, one number or `(B,)` of them."""
+        lengths = as_tensor(num_tokens)
+        if lengths is None or not is_whole(lengths) or lengths.shape not in ((), (len(ids),)):
+            raise ConfigError(
+                f"num_tokens: expected an integer or ({len(ids)},) of them, found "
+                f"{in_words(num_tokens)}"
+            )
+        return lengths.to(ids.device, torch.long)
+
+    def _alphabet(self, length: int) -> Alphabet:
+        """The values that the ids of a code of `length` tokens can have, in their order."""
+        return [(0, size) for size in self.quantizer.codebook_sizes] * length
 
     def _refuse_length(self, what: str) -> NoReturn:
         raise ConfigError(

@@ -157,7 +157,11 @@ def token_positions(
     table = position_table(points, width, width // 2, grid)
     if padding_start is not None:
         if not 0 <= padding_start < count:
-            raise ConfigError(f"padding_start={padding_start}: must be 0 to {count - 1}, or null")
+            raise ConfigError(
+                f"tokenizer.encoder.padding_start={padding_start}: must be 0 to {count - 1}, or "
+                f"null, with num_latent_tokens={count}; an eighth of it, as in ReTok's paper, is "
+                f"{count // 8}"
+            )
         table = torch.cat([table, table[padding_start:]])
     return table + 0.02 * torch.randn_like(table)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vistok.errors import ConfigError, nearest
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask: TypeAlias = "Tensor | BlockMask"
+
+#: What `in_blocks` made of masks that hold for all samples, with the state that they were in. Kept
+#: here, since a module would have to copy, move and pickle it; an entry goes with its mask.
+_BLOCKS = WeakTensorKeyDictionary()
 
 #: How attention under a mask is computed; see `Transformer`.
 ATTENTION = ("dense", "flex")
@@ -50,10 +55,26 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 def in_blocks(mask: Tensor, length: int) -> BlockMask:
     """A dense mask for FlexAttention, which passes over blocks of pairs that are all hidden.
 
+    For a mask without samples, such as a causal one, this is done once and kept as long as the
+    mask lives and stays as it is.
+
     Args:
         mask: bool, broadcasts to `(B, 1, L, L)`, True = visible; the same for all heads.
         length: L.
     """
+    if mask.ndim > 2 or torch.compiler.is_compiling():
+        return _new_blocks(mask, length)
+    state = (None if mask.is_inference() else mask._version, length)
+    known = _BLOCKS.get(mask)
+    if known is None or known[0] != state:
+        with torch.inference_mode(False):  # a later training step may need them
+            # Of a copy: blocks that refer to the mask itself would keep it alive.
+            known = (state, _new_blocks(mask.clone(), length))
+        _BLOCKS[mask] = known
+    return known[1]
+
+
+def _new_blocks(mask: Tensor, length: int) -> BlockMask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     each = mask.ndim == 4 and mask.shape[0] > 1  # a mask of its own for each sample

@@ -1,0 +1,53 @@
+"""Numbers that users give: as Python's, NumPy's or torch's, one or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistok.errors import ConfigError
+
+
+def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor | None:
+    """A number, or a list, an array or a tensor of numbers; None for anything else."""
+    try:
+        return torch.as_tensor(value, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def is_whole(numbers: Tensor) -> bool:
+    """Whether they are integers."""
+    return not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+
+
+def in_words(value: Any) -> str:
+    """What was given where numbers are expected, on one line."""
+    if isinstance(value, (str, int, float)) or (isinstance(value, (list, tuple)) and not value):
+        return repr(value)
+    found = as_tensor(value)
+    return type(value).__name__ if found is None else f"{tuple(found.shape)} {found.dtype}"
+
+
+def as_budgets(budgets: Any, most: int) -> list[int]:
+    """`budgets=` as a list, in the order given.
+
+    Args:
+        budgets: an integer, or any iterable of them.
+        most: the largest that is allowed.
+
+    Raises:
+        ConfigError: if it holds none, or anything but integers of 1 to `most`.
+    """
+    found = as_tensor(budgets)
+    if found is None and isinstance(budgets, Iterable):
+        found = as_tensor(list(budgets))
+    if found is None or found.ndim > 1 or not found.numel() or not is_whole(found):
+        raise ConfigError(f"budgets: expected one or more integers, found {in_words(budgets)}")
+    lengths = found.reshape(-1).tolist()
+    if not 1 <= min(lengths) <= max(lengths) <= most:
+        raise ConfigError(f"budgets={sorted(lengths)}: must lie in 1 to {most}")
+    return lengths
