@@ -195,6 +195,30 @@ def test_an_image_predicted_gives_the_velocity_to_it():
         decoder(predicts="noise")
 
 
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("steps", [8, 25, 100])
+def test_sampling_arrives_at_an_image_that_is_predicted_everywhere(steps, guidance):
+    net = decoder(predicts="image", null_probability=0.1)
+    data = torch.randn(2, 3, 16, 24)
+    net.output = lambda noisy, time, registers: data
+    found = net.reconstruct(torch.randn(2, 6, 12), steps=steps, guidance=guidance)
+    assert torch.allclose(found, data, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [8, 100])
+def test_plain_guidance_of_predicted_images_arrives_at_the_guided_image(steps):
+    net = decoder(predicts="image", null_probability=0.1, apg=False)
+    own, null = torch.randn(2, 2, 3, 16, 24).unbind(0)
+    registers = net.registers(torch.zeros(2, 6, 12))
+
+    def output(noisy, time, given):
+        return own if torch.equal(given, registers) else null
+
+    net.output = output
+    found = net.reconstruct(torch.zeros(2, 6, 12), steps=steps, guidance=2.5)
+    assert torch.allclose(found, null + 2.5 * (own - null), atol=1e-4)
+
+
 def test_times_are_told_apart():
     features = time_features(torch.linspace(0, 1, 50), 32)
     distances = torch.cdist(features, features) + 9 * torch.eye(50)

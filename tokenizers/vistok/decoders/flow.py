@@ -155,12 +155,13 @@ class FlowDecoder(Decoder):
         return unpatchify(patches, self.grid, self.patch_size)
 
     def velocity(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
-        """Velocity `(B, C, H, W)` at images `(B, C, H, W)` and times `(B,)`."""
+        """Velocity `(B, C, H, W)` at images `(B, C, H, W)` and times `(B,)` in (0, 1]."""
         output = self.output(noisy, time, registers)
         if self.predicts == "velocity":
             return output
-        # Near the data a small error of the image would become a huge one of the velocity.
-        return (noisy - output.float()) / time.clamp(min=0.05).view(-1, 1, 1, 1)
+        # However close to the data: an Euler step is never longer than its time, so an error of
+        # the image stays as large as it is, and the last step lands on the image itself.
+        return (noisy - output.float()) / time.view(-1, 1, 1, 1)
 
     def features(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""
