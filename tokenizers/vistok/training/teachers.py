@@ -26,6 +26,9 @@ class Teacher(nn.Module):
 
     Of a timm model it is the last one, of the packaged EfficientNet-Lite0 that of stride 16.
 
+    Attributes:
+        dim: channels of the map.
+
     Args:
         name: of the model in timm, or "packaged_lite0".
         weights: a local file (.safetensors, .pth); None for timm's own, from its cache or the
@@ -33,8 +36,8 @@ class Teacher(nn.Module):
         input_size: side of the squares that images are resized to, in pixels.
 
     Raises:
-        ConfigError: if there is no such model, or its weights are not at hand; the message says
-            how to get them.
+        ConfigError: if there is no such model, or it has no map, or its weights are not at hand;
+            the message says how to get them.
     """
 
     def __init__(self, name: str, weights: str | None, input_size: int) -> None:
@@ -42,17 +45,25 @@ class Teacher(nn.Module):
         self.input_size = input_size
         if name == PACKAGED:
             self.model: nn.Module = Lite0(_file(weights))
-            self.dim = Lite0.channels[3]
             range_: Mapping[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         else:
             self.model = _create(name, _file(weights), input_size)
-            self.dim = int(self.model.num_features)  # type: ignore[arg-type]
             range_ = self.model.pretrained_cfg  # type: ignore[assignment]
         for key in ("mean", "std"):
             values = torch.tensor(range_[key]).view(1, 3, 1, 1)
             self.register_buffer(key, values, persistent=False)
         self.mean: Tensor
         self.std: Tensor
+        # Whether there is a map shows now, and not in the first step of a run.
+        try:
+            with torch.no_grad():
+                self.dim = self.eval()(torch.zeros(1, 3, input_size, input_size)).shape[1]
+        except Exception as error:  # whatever the model raises
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise ConfigError(
+                f"alignment.teacher={name}: makes no map of features of "
+                f"alignment.input_size={input_size} ({reason})"
+            ) from error
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `(B, D, h, w)` of images `(B, C, H, W)` in [-1, 1]; C 1, 3 or 4."""
@@ -63,12 +74,29 @@ class Teacher(nn.Module):
         x = (x - self.mean) / self.std
         if isinstance(self.model, Lite0):
             return self.model(x)
-        features = self.model.forward_features(x)  # type: ignore[operator]
-        if features.ndim == 4:
+        return feature_map(self.model, x)
+
+
+def feature_map(model: nn.Module, images: Tensor) -> Tensor:
+    """Last features `(B, D, h, w)` of a timm model, of normalised images `(B, 3, H, W)`.
+
+    Raises:
+        ValueError: if they do not lie on a square grid.
+    """
+    found = model.forward_features(images)  # type: ignore[operator]
+    dim = getattr(model, "num_features", None)
+    if isinstance(found, Tensor) and found.ndim == 4:  # (B, D, h, w), else timm says so
+        features = found.movedim(3, 1) if getattr(model, "output_fmt", "") == "NHWC" else found
+        if features.shape[1] == dim:
             return features
-        features = features[:, self.model.num_prefix_tokens :]
-        side = math.isqrt(features.shape[1])
-        return features.transpose(1, 2).unflatten(2, (side, side))
+    if isinstance(found, Tensor) and found.ndim == 3:  # (B, N, D): class tokens, then patches
+        features = found[:, getattr(model, "num_prefix_tokens", 0) :].transpose(1, 2)
+        side = math.isqrt(features.shape[2])
+        # A single one may be a class token of which timm does not tell.
+        if features.shape[1] == dim and side > 1 and side * side == features.shape[2]:
+            return features.unflatten(2, (side, side))
+    what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise ValueError(f"found {what}, which is no square grid of features")
 
 
 class Alignment(nn.Module):
