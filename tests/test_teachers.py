@@ -69,6 +69,52 @@ def test_missing_weights_say_how_to_get_them(files, monkeypatch):
     assert "alignment.weights=FILE" in message
 
 
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Names can't be looked up and the hub's cache is empty; returns the cache and naps taken."""
+    import socket
+    import time
+
+    from huggingface_hub import constants
+
+    def lookup(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    naps = []
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(time, "sleep", naps.append)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path, naps
+
+
+def test_without_network_and_weights_the_error_comes_at_once_and_alone(
+    no_network, monkeypatch, capfd
+):
+    with pytest.raises(ConfigError, match=r"weights are not at hand \(.*Name or service not known"):
+        Teacher(VIT, None, 32)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub has been imported long ago
+    with pytest.raises(ConfigError, match=r"not in the cache, and HF_HUB_OFFLINE is set"):
+        Teacher(VIT, None, 32)
+    assert not no_network[1]  # no retries
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_in_the_hubs_cache_need_no_network(no_network, files, capfd):
+    from safetensors.torch import save_file
+
+    folder = no_network[0] / f"models--timm--{timm.get_pretrained_cfg(VIT).hf_hub_id[5:]}"
+    for name in ("refs", "snapshots/0123"):
+        (folder / name).mkdir(parents=True)
+    (folder / "refs/main").write_text("0123")
+    weights = torch.load(files[VIT], weights_only=True)
+    save_file(weights, folder / "snapshots/0123/model.safetensors")
+    kept = Teacher(VIT, None, 224).model.state_dict()
+    assert torch.equal(kept["blocks.3.mlp.fc1.weight"], weights["blocks.3.mlp.fc1.weight"])
+    assert not no_network[1] and capfd.readouterr() == ("", "")
+
+
 def small(name, **options):
     """A model of the family with random weights."""
     torch.manual_seed(0)

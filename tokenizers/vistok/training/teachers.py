@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +176,15 @@ def _create(name: str, weights: str | None, input_size: int) -> nn.Module:
         known = [PACKAGED, *timm.list_models()]
         raise ConfigError(f"alignment.teacher={name}: timm has no such model{nearest(name, known)}")
     options: dict[str, Any] = {"num_classes": 0, "pretrained": True}
-    if weights is not None:
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
-        model = _seeded(name, input_size, options)
-        if weights is not None:
-            # timm passes over names that do not fit: what still is as it was drawn was not loaded.
-            drawn = _seeded(name, input_size, {"num_classes": 0, "pretrained": False})
-            for (key, value), other in zip(
-                model.named_parameters(), drawn.parameters(), strict=True
-            ):
-                if value.ndim > 1 and value.any() and torch.equal(value, other):
-                    raise ValueError(f"it holds no '{key}'")
+        if weights is None:
+            return _from_cache_or_network(name, input_size, options)
+        model = _seeded(name, input_size, {**options, "pretrained_cfg_overlay": {"file": weights}})
+        # timm passes over names that do not fit: what still is as it was drawn was not loaded.
+        drawn = _seeded(name, input_size, {**options, "pretrained": False})
+        for (key, value), other in zip(model.named_parameters(), drawn.parameters(), strict=True):
+            if value.ndim > 1 and value.any() and torch.equal(value, other):
+                raise ValueError(f"it holds no '{key}'")
         return model
     except Exception as error:  # whatever the network or the file raise
         reason = " ".join(str(error).split())[:100] or type(error).__name__
@@ -197,6 +197,43 @@ def _create(name: str, weights: str | None, input_size: int) -> nn.Module:
             f"run python -c \"import timm; timm.create_model('{name}', pretrained=True)\" once, "
             "or name a file of them: alignment.weights=FILE"
         ) from error
+
+
+def _from_cache_or_network(name: str, input_size: int, options: dict[str, Any]) -> nn.Module:
+    """Looks into the hub's cache first; asks the network once, where the hub would six times."""
+    import timm
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    words = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    offline = any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
+    with _quiet_hub(offline=True):
+        try:
+            return _seeded(name, input_size, options)
+        except LocalEntryNotFoundError as error:
+            if offline:
+                raise OSError("not in the cache, and HF_HUB_OFFLINE is set") from error
+    with _quiet_hub(offline=False):
+        found = timm.get_pretrained_cfg(name)
+        repository, _, revision = str(found and found.hf_hub_id).partition("@")
+        HfApi().model_info(repository, revision=revision or None, timeout=5)
+        return _seeded(name, input_size, options)
+
+
+@contextmanager
+def _quiet_hub(offline: bool) -> Iterator[None]:
+    """The hub's client without its warnings; it reads HF_HUB_OFFLINE when imported, never again."""
+    from huggingface_hub import constants
+
+    log = logging.getLogger("huggingface_hub")
+    before = log.level, constants.HF_HUB_OFFLINE
+    log.setLevel(logging.ERROR)
+    constants.HF_HUB_OFFLINE = offline
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        constants.HF_HUB_OFFLINE = before[1]
 
 
 def _seeded(name: str, input_size: int, options: dict[str, Any]) -> nn.Module:
