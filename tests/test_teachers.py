@@ -193,6 +193,30 @@ def test_alignment_is_one_minus_the_cosine_at_the_same_place(files, name):
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_alignment_at_the_teachers_grid(files):
+    """Patches are interpolated between their centres, in each direction by the same matrix."""
+    m = module(files, "titok_tiny", "alignment.grid=teacher", "alignment.input_size=64")
+    images = m.tokenizer.to_model_range(images_of(4))
+    kept = []
+    m.tokenizer.decoder.transformer.blocks[0].register_forward_hook(
+        lambda block, inputs, output: kept.append(output)
+    )
+    m.tokenizer(images)
+    value = m.alignment(images)
+    features = m.alignment.teacher(images)
+    assert features.shape[2:] == (4, 4)  # of 2 x 2 patches
+    patches = m.alignment.projector(kept[0][:, :4]).unflatten(1, (2, 2))
+    up = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    patches = torch.einsum("yi,xj,bijd->bdyx", up, up, patches)
+    expected = 1 - F.cosine_similarity(patches, features, dim=1).mean()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_grids_that_there_are_not(files):
+    with pytest.raises(ConfigError, match=r"alignment\.grid=pixels: must be tokens or teacher"):
+        module(files, "titok_tiny", "alignment.grid=pixels")
+
+
 def test_alignment_teaches_what_lies_before_its_block(files):
     m = module(files, "titok_tiny", "tokenizer.decoder.depth=2")
     images = m.tokenizer.to_model_range(images_of(4))

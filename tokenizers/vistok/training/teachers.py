@@ -114,10 +114,17 @@ class Alignment(nn.Module):
         tokenizer: its decoder must have blocks.
         teacher: what to align with; it is used, not owned.
         layer: index of the decoder's block.
+        grid: where the two are compared: "tokens", the features shrunk to the patches, or
+            "teacher", the projected patches interpolated to the features (FlexTok: 37 x 37).
     """
 
-    def __init__(self, tokenizer: Tokenizer, teacher: Teacher, layer: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, teacher: Teacher, layer: int, grid: str = "tokens"
+    ) -> None:
         super().__init__()
+        if grid not in ("tokens", "teacher"):
+            raise ConfigError(f"alignment.grid={grid}: must be tokens or teacher")
+        self.grid = grid
         decoder = tokenizer.decoder
         blocks = getattr(getattr(decoder, "transformer", decoder), "blocks", None)
         if blocks is None:
@@ -153,14 +160,18 @@ class Alignment(nn.Module):
         return self.distances(images).mean()
 
     def distances(self, images: Tensor) -> Tensor:
-        """One minus the cosine, `(B, patches)`."""
+        """One minus the cosine, `(B, places of the grid)`."""
         assert self._sequence is not None, "the decoder has not been called in training mode"
         (decoder,) = self._decoder
         tokens = self.projector(decoder.patch_tokens(self._sequence))  # type: ignore[operator]
         self._sequence = None
-        features = F.interpolate(self.teacher(images).float(), size=decoder.grid, mode="area")  # type: ignore[arg-type]
-        target = features.flatten(2).transpose(1, 2)
-        return 1 - F.cosine_similarity(tokens.float(), target, dim=-1)
+        features = self.teacher(images).float()
+        patches = tokens.float().transpose(1, 2).unflatten(2, decoder.grid)  # type: ignore[arg-type]
+        if self.grid == "teacher":
+            patches = F.interpolate(patches, size=features.shape[2:], mode="bilinear")
+        else:
+            features = F.interpolate(features, size=decoder.grid, mode="area")  # type: ignore[arg-type]
+        return 1 - F.cosine_similarity(patches, features, dim=1).flatten(1)
 
 
 def _file(weights: str | None) -> str | None:
