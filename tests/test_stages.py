@@ -9,12 +9,14 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import SIZES, TINY, images_of, metrics_of, tiny_tokenizer
+from helpers import SIZES, TINY, config_of, images_of, metrics_of, tiny_tokenizer
 from vistok.cli import evaluate, export, train
+from vistok.errors import ConfigError
 from vistok.losses.codes import CodeLoss
 from vistok.nn.frozen import Frozen
 from vistok.training.ema import EMA
 from vistok.training.module import TokenizerModule
+from vistok.training.stages import resolve_stage
 from vistok.types import QuantizerOutput, TokenizerOutput
 
 WORDS = [w for w in TINY if w != "loss=mse"]
@@ -256,3 +258,43 @@ def test_stages_say_what_they_lack(fails, photos, proxy_run, finished_run):
     fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is no run of stage=proxy")  # fmt: skip
     fails("train", *words, "stage=proxy", f"stage.proxy={proxy_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     fails("train", *words, "stage.frozen=[encodr]", words="stage.frozen: the tokenizer has no part encodr")  # fmt: skip
+    fails("train", *words, "stage.frozen=encodr", words="the tokenizer has no part encodr")
+
+
+@pytest.mark.parametrize(
+    ("key", "chosen", "owner"),
+    [
+        ("proxy", "single", "proxy"),
+        ("weights", "single", "decoder"),
+        ("autoencoder", "single", "latents"),
+        ("weights", "proxy", "decoder"),
+        ("proxy", "decoder", "proxy"),
+    ],
+)
+def test_a_source_without_its_stage_is_told(key, chosen, owner):
+    message = rf"^stage\.{key} is set, but stage={chosen} does not read it; add stage={owner}$"
+    with pytest.raises(ConfigError, match=message):
+        resolve_stage(config_of(*WORDS, f"stage={chosen}", f"stage.{key}=runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["stage=proxy", "loss=mse"],
+            r"MSELoss compares pixels, but stage=proxy.*loss=proxy_codes",
+        ),
+        (["stage.name=proxy"], r"loss\.terms\.reconstruction: MSELoss compares pixels"),
+        (["loss=proxy_codes"], r"CodeLoss compares codes, which stage=single.*use stage=proxy"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_stage_is_told(words, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_stage(config_of(*WORDS, *words))
+
+
+def test_one_frozen_part_may_be_a_word():
+    for frozen in ("encoder", "[encoder]"):
+        module = TokenizerModule(config_of(*TINY, f"stage.frozen={frozen}"))
+        assert module.tokenizer.frozen == ("encoder",)
+    assert not TokenizerModule(config_of(*TINY, "stage.frozen=null")).tokenizer.frozen

@@ -25,15 +25,25 @@ _PROXY_DECODER = "vistok.decoders.proxy.ProxyDecoder"
 _FLOW_DECODER = "vistok.decoders.flow.FlowDecoder"
 _FLEXTOK = "vistok.models.flextok.FlexTok"
 _LATENT_SPACE = "vistok.models.latents.LatentSpace"
+_CODE_LOSS = "vistok.losses.codes.CodeLoss"
+
+#: The key that names where a stage's weights come from, and the stage that reads it.
+_SOURCES = {"proxy": "proxy", "weights": "decoder", "autoencoder": "latents"}
 
 
 def resolve_stage(config: dict[str, Any]) -> dict[str, Any]:
     """The config of a fresh run with the architecture and start that its stage calls for.
 
     Raises:
-        ConfigError: if the stage lacks its source, or the two do not fit.
+        ConfigError: if the stage lacks its source, or the two do not fit, or the loss does not.
     """
     stage = config["stage"]
+    for key, owner in _SOURCES.items():
+        if stage.get(key) and stage["name"] != owner:
+            raise ConfigError(
+                f"stage.{key} is set, but stage={stage['name']} does not read it; add stage={owner}"
+            )
+    _check_loss(config)
     if stage["name"] == "proxy":
         return _learn_codes(config, _source(stage, "proxy", "the run of a 2D tokenizer"))
     if stage["name"] == "decoder":
@@ -54,12 +64,14 @@ def prepare_stage(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     if stage["name"] == "latents":
         assert isinstance(tokenizer, FlexTok) and tokenizer.autoencoder is not None
         _fill(tokenizer.autoencoder, stage["autoencoder"])
-    for name in stage["frozen"]:
+    frozen = stage["frozen"] or []
+    frozen = [frozen] if isinstance(frozen, str) else frozen
+    for name in frozen:
         try:
             tokenizer.get_submodule(name)
         except AttributeError as error:
             raise ConfigError(f"stage.frozen: the tokenizer has no part {name}") from error
-    tokenizer.freeze(*stage["frozen"])
+    tokenizer.freeze(*frozen)
 
 
 class ProxyCodes(nn.Module):
@@ -94,6 +106,26 @@ def _fill(autoencoder: LatentSpace, source: str) -> None:
     found = load(source)
     space = LatentSpace(found.encoder, found.quantizer, found.decoder)
     autoencoder.load_state_dict(space.state_dict())
+
+
+def _check_loss(config: dict[str, Any]) -> None:
+    """Codes are learned by a loss on codes, and pixels by one on pixels."""
+    name = config["stage"]["name"]
+    for key, term in (config["loss"].get("terms") or {}).items():
+        target = str((term or {}).get("_target_"))
+        if not target.startswith("vistok.losses."):
+            continue  # a user's own
+        what = target.rsplit(".", 1)[-1]
+        if name == "proxy" and target != _CODE_LOSS:
+            raise ConfigError(
+                f"loss.terms.{key}: {what} compares pixels, but stage=proxy learns codes; use "
+                "loss=proxy_codes, which stage=proxy brings along"
+            )
+        if name != "proxy" and target == _CODE_LOSS:
+            raise ConfigError(
+                f"loss.terms.{key}: {what} compares codes, which stage={name} does not predict; "
+                "use stage=proxy, or a loss on pixels such as loss=mse"
+            )
 
 
 def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
