@@ -186,6 +186,75 @@ def test_both_stages_resume(stages, tmp_path):
     assert same(vistok.load(stages[1]).state_dict(), second, "quantizer.")
 
 
+# ---------------------------------------------------------------------- what the words ask for
+
+
+def second_words(stages, photos):
+    name = "one_d_piece_tiny" if "length" in module_of(stages[2]).config["tokenizer"] else "titok_tiny"  # fmt: skip
+    words = [f"experiment={name}", *WORDS, *data_words(photos), *COMMON]
+    return [*words, "stage=decoder", f"stage.weights={stages[1]}"]
+
+
+def test_second_stage_computes_as_it_is_told(stages, photos):
+    words = second_words(stages, photos)
+    first = resolve_stage(config_of(*words), words)["tokenizer"]
+    words += ["tokenizer.encoder.attention=flex", "tokenizer.decoder.activation_checkpointing=true"]
+    if "length" in first:
+        words += ["tokenizer.length.distribution=full"]
+    config = resolve_stage(config_of(*words), words)
+    told = config["tokenizer"]
+    assert told["encoder"]["attention"] == told["decoder"]["attention"] == "flex"
+    assert told["decoder"]["activation_checkpointing"]
+    if "length" in first:
+        assert first["length"]["distribution"] == "uniform"
+        assert told["length"]["distribution"] == "full"
+    for part in ("encoder", "decoder"):  # and all else is the first stage's
+        rest = {"attention": "dense", "activation_checkpointing": False}
+        assert {**told[part], **rest} == first[part]
+    state = TokenizerModule(config).tokenizer.state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in weights_of(stages[1]).items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("tokenizer.encoder.num_latent_tokens=9", "tokenizer.encoder.num_latent_tokens=4"),
+        ("tokenizer.decoder.depth=3", "tokenizer.decoder.depth=1"),
+        ("quantizer.codebook_size=77", "quantizer.codebook_size=16"),
+        ("quantizer=fsq", "quantizer._target_=vistok.quantizers.vq.VectorQuantizer"),
+        ("tokenizer.decoder.patch_size=4", "tokenizer.decoder.patch_size=8"),
+        ("+tokenizer.decoder.learns=codes", "tokenizer.decoder.learns=pixels"),
+    ],
+)
+def test_words_that_the_second_stage_cannot_follow_are_refused(stages, photos, word, found):
+    words = [w for w in second_words(stages, photos) if not (word == "quantizer=fsq" and w.startswith("quantizer"))]  # fmt: skip
+    words = [*words, word]
+    with pytest.raises(ConfigError) as error:
+        resolve_stage(config_of(*words), words)
+    expected = f"{word}: stage=decoder takes {found} from stage.weights={stages[1]}; "
+    assert str(error.value).startswith(expected)
+
+
+def test_a_choice_of_the_tokenizer_that_agrees_is_no_contradiction(stages, photos):
+    words = second_words(stages, photos)
+    words.insert(0, words[0].replace("experiment", "tokenizer"))
+    assert resolve_stage(config_of(*words), words) == resolve_stage(config_of(*words[1:]), words[1:])  # fmt: skip
+
+
+def test_first_stage_refuses_what_the_proxy_decides(proxy_run, photos):
+    words = [*WORDS, *data_words(photos), "stage=proxy", f"stage.proxy={proxy_run}"]
+    resolve_stage(config_of(*words), [*words, "tokenizer.decoder.patch_size=8"])
+    words += ["tokenizer.decoder.patch_size=4"]
+    with pytest.raises(ConfigError, match=r"stage=proxy takes tokenizer\.decoder\.patch_size=8"):
+        resolve_stage(config_of(*words), words)
+
+
+def test_the_words_of_the_command_line_are_heard(stages, photos, fails):
+    words = [*second_words(stages, photos), "hydra.run.dir=run", "tokenizer.decoder.depth=3"]
+    fails("train", *words, words=("tokenizer.decoder.depth=3: stage=decoder takes", "leave the word"))  # fmt: skip
+    assert not Path("run").exists()
+
+
 # ---------------------------------------------------------------------- freezing itself
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,23 @@ _CODE_LOSS = "vistok.losses.codes.CodeLoss"
 #: The key that names where a stage's weights come from, and the stage that reads it.
 _SOURCES = {"proxy": "proxy", "weights": "decoder", "autoencoder": "latents"}
 
+#: Options of the parts that change how they compute and not what, so that any stage takes them.
+_COMPUTING = ("activation_checkpointing", "attention")
+#: Keys that stage=proxy sets by itself, whatever `tokenizer=...` says of them.
+_DERIVED = tuple(f"tokenizer.decoder.{key}" for key in ("_target_", "patch_size", "borders"))
 
-def resolve_stage(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a fresh run with the architecture and start that its stage calls for.
+
+def resolve_stage(config: dict[str, Any], words: Sequence[str] = ()) -> dict[str, Any]:
+    """A config as composed, with the architecture and start that its stage calls for.
+
+    Args:
+        config: resolved, as plain containers.
+        words: `key=value` of the command line. What they say of the tokenizer or the quantizer
+            holds, or is refused.
 
     Raises:
-        ConfigError: if the stage lacks its source, or the two do not fit, or the loss does not.
+        ConfigError: if the stage lacks its source, or the two do not fit, or the loss or a word
+            does not.
     """
     stage = config["stage"]
     for key, owner in _SOURCES.items():
@@ -45,9 +56,11 @@ def resolve_stage(config: dict[str, Any]) -> dict[str, Any]:
             )
     _check_loss(config)
     if stage["name"] == "proxy":
-        return _learn_codes(config, _source(stage, "proxy", "the run of a 2D tokenizer"))
+        found = _learn_codes(config, _source(stage, "proxy", "the run of a 2D tokenizer"))
+        return _with_words(found, config, words)
     if stage["name"] == "decoder":
-        return _learn_pixels(config, _source(stage, "weights", "the run of stage=proxy"))
+        found = _learn_pixels(config, _source(stage, "weights", "the run of stage=proxy"))
+        return _with_words(found, config, words)
     if stage["name"] == "latents":
         return _learn_latents(config, _source(stage, "autoencoder", "the run of a 2D tokenizer"))
     return config
@@ -238,6 +251,50 @@ def _learn_pixels(config: dict[str, Any], source: Path) -> dict[str, Any]:
         "quantizer": own["quantizer"],
         "init_from": config["init_from"] or str(config["stage"]["weights"]),
     }
+
+
+def _with_words(
+    found: dict[str, Any], config: dict[str, Any], words: Sequence[str]
+) -> dict[str, Any]:
+    """`found`, and what the words say of how its tokenizer computes; other words must agree."""
+    stage = found["stage"]["name"]
+    tokenizer, own = found["tokenizer"], config["tokenizer"]
+    for word in reversed(words):  # of two for one key the later one holds
+        given = word.lstrip("+~").partition("=")[0]
+        if given.split(".")[0] not in ("tokenizer", "quantizer"):
+            continue
+        option = given.split(".")[-1]
+        if option in _COMPUTING:  # of the decoder too where it follows from the encoder's
+            for part in ("encoder", "decoder"):
+                if option in own[part]:
+                    tokenizer[part][option] = own[part][option]
+        elif given.startswith("tokenizer.length.") and "length" in tokenizer:
+            tokenizer["length"] = own["length"]
+        for key, value in _leaves(_at(config, given), given):
+            skipped = given == "tokenizer" and (key in _DERIVED or key.split(".")[-1] in _COMPUTING)
+            if not skipped and _at(found, key) != value:
+                source = next(key for key, owner in _SOURCES.items() if owner == stage)
+                raise ConfigError(
+                    f"{word}: stage={stage} takes {key}={_at(found, key)} from "
+                    f"stage.{source}={found['stage'][source]}; leave the word out"
+                )
+    return found
+
+
+def _at(config: Any, key: str) -> Any:
+    """The value of a dotted key; None if there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of everything under a value."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}")
+    else:
+        yield key, value
 
 
 def _source(stage: dict[str, Any], key: str, what: str) -> Path:
