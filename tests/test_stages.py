@@ -255,6 +255,17 @@ def test_the_words_of_the_command_line_are_heard(stages, photos, fails):
     assert not Path("run").exists()
 
 
+def test_the_same_command_goes_on(stages, photos, proxy_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*second_words(stages, photos), "resume=auto", "trainer.val_check_interval=1"]
+    sources = {"stage=proxy": [f"stage.proxy={proxy_run}", "stage.weights=null"], "stage=decoder": []}  # fmt: skip
+    for stage, source in sources.items():
+        for steps in (2, 3):
+            more = [stage, *source, f"hydra.run.dir={stage[6:]}", f"trainer.max_steps={steps}"]
+            assert train([*words, *more]) == 0
+        assert [r["step"] for r in metrics_of(tmp_path / stage[6:]) if r.get("loss/total")] == ["1", "2", "3"]  # fmt: skip
+
+
 # ---------------------------------------------------------------------- freezing itself
 
 

@@ -96,7 +96,7 @@ def _train(
 ) -> dict[str, Any]:
     started = time.time()
     quiet_libraries()
-    if resume is None:
+    if resume is None or words is not None:
         config = resolve_stage(config, words or ())
     L.seed_everything(config["seed"], verbose=False)
     data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
