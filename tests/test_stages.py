@@ -1,6 +1,7 @@
 """TiTok's stages: what learns, what stays bit for bit, and what comes out of each."""
 
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import SIZES, TINY, config_of, images_of, metrics_of, tiny_tokenizer
+from helpers import CONFIGS, SIZES, TINY, config_of, images_of, metrics_of, tiny_tokenizer
 from vistok.cli import evaluate, export, train
 from vistok.errors import ConfigError
 from vistok.losses.codes import CodeLoss
@@ -247,6 +248,20 @@ def test_first_stage_refuses_what_the_proxy_decides(proxy_run, photos):
     words += ["tokenizer.decoder.patch_size=4"]
     with pytest.raises(ConfigError, match=r"stage=proxy takes tokenizer\.decoder\.patch_size=8"):
         resolve_stage(config_of(*words), words)
+
+
+def test_the_command_for_paper_size_is_the_published_recipe():
+    """TiTok's stage 2: 500 k steps of 256 images, warm-up over 5 k, betas of 0.9 and 0.999."""
+    lines = (CONFIGS / "stage/decoder.yaml").read_text().splitlines()
+    command = "".join(line.lstrip("# ") for line in lines if line.startswith("#   "))
+    words = [w for w in shlex.split(command.replace("\\", " ")) if "<" not in w][1:]
+    config = config_of(*words)
+    assert config["stage"]["name"] == "decoder"
+    optimizer, trainer = config["optimizer"], config["trainer"]
+    assert optimizer["betas"] == [0.9, 0.999] and optimizer["lr"] == 1e-4
+    assert optimizer["warmup_samples"] == 5000 * trainer["global_batch_size"] == 5000 * 256
+    assert trainer["max_steps"] == 500000 and optimizer["total_samples"] is None
+    assert optimizer["lr"] * optimizer["final_lr_factor"] == pytest.approx(1e-5)
 
 
 def test_the_words_of_the_command_line_are_heard(stages, photos, fails):
