@@ -65,6 +65,18 @@ def test_mistyped_words(fails, override, expected):
         ("quantizer.metric=foo", ("quantizer.metric='foo'", "cosine")),
         ("ema.decay=1.5", ("ema.decay=1.5", "below 1")),
         ("tokenizer.encoder.num_heads=3", ("num_heads=3", "16")),
+        ("stage.proxy=runs/x", ("stage.proxy is set", "stage=single", "add stage=proxy")),
+        ("stage.name=proxy stage.proxy=runs/x", ("MSELoss compares pixels", "loss=proxy_codes")),
+        ("stage.frozen=encodr", ("stage.frozen", "no part encodr")),
+        (
+            "tokenizer=flextok_tiny tokenizer.decoder.null_probability=0 tokenizer.decoder.guidance=7.5",
+            ("tokenizer.decoder.guidance=7.5", "null_probability=0", "guidance=1"),
+        ),
+        (
+            "tokenizer=flextok_tiny tokenizer.decoder.steps=2.5",
+            ("tokenizer.decoder.steps=2.5", "whole number"),
+        ),
+        ("alignment.teacher=vit_tiny_patch16_22", ("alignment.teacher", "did you mean")),
         ("tokenizer.decoder.latent_dim=8", ("tokenizer.latent_dim", "8", "equal")),
         ("+quantizer.foo=1", ("VectorQuantizer", "foo")),
         ("plugins=[no_such_module]", ("plugins", "no_such_module")),

@@ -17,7 +17,7 @@ from vistok.nn.transformer import Attention, ModulatedBlock, SwiGLU
 
 def decoder(**options):
     torch.manual_seed(0)
-    settings = {"null_probability": 0.0, "steps": 3, "guidance": 1.0, **options}
+    settings = {"null_probability": 0.1, "steps": 3, "guidance": 1.0, **options}
     return awake(FlowDecoder([16, 24], 3, 8, 6, 12, 16, 2, 2, **settings)).eval()
 
 
@@ -27,7 +27,7 @@ def decoder(**options):
 def test_registers_reach_the_patches_from_the_first_step():
     """Otherwise Adam would make steps of full size out of an encoder's gradients of chance."""
     torch.manual_seed(0)
-    net = FlowDecoder([16, 24], 3, 8, 6, 12, 16, 2, 2, null_probability=0.0)
+    net = FlowDecoder([16, 24], 3, 8, 6, 12, 16, 2, 2, guidance=1.0)
     noisy, time = torch.randn(2, 3, 16, 24), torch.tensor([0.3, 0.9])
     quantized = torch.randn(2, 6, 12, requires_grad=True)
     features = net.features(noisy, time, net.registers(quantized))
@@ -195,6 +195,30 @@ def test_an_image_predicted_gives_the_velocity_to_it():
         decoder(predicts="noise")
 
 
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("steps", [8, 25, 100])
+def test_sampling_arrives_at_an_image_that_is_predicted_everywhere(steps, guidance):
+    net = decoder(predicts="image")
+    data = torch.randn(2, 3, 16, 24)
+    net.output = lambda noisy, time, registers: data
+    found = net.reconstruct(torch.randn(2, 6, 12), steps=steps, guidance=guidance)
+    assert torch.allclose(found, data, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [8, 100])
+def test_plain_guidance_of_predicted_images_arrives_at_the_guided_image(steps):
+    net = decoder(predicts="image", apg=False)
+    own, null = torch.randn(2, 2, 3, 16, 24).unbind(0)
+    registers = net.registers(torch.zeros(2, 6, 12))
+
+    def output(noisy, time, given):
+        return own if torch.equal(given, registers) else null
+
+    net.output = output
+    found = net.reconstruct(torch.zeros(2, 6, 12), steps=steps, guidance=2.5)
+    assert torch.allclose(found, null + 2.5 * (own - null), atol=1e-4)
+
+
 def test_times_are_told_apart():
     features = time_features(torch.linspace(0, 1, 50), 32)
     distances = torch.cdist(features, features) + 9 * torch.eye(50)
@@ -258,6 +282,46 @@ def test_projected_guidance():
     flat_c, flat_u = c.flatten(1), 1e-2 * u.flatten(1)
     along = (flat_c * flat_u).sum(1, keepdim=True) / flat_c.square().sum(1, keepdim=True)
     assert torch.allclose(small.flatten(1), flat_u - along * flat_c, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"null_probability": 1.5}, "null_probability=1.5: must be from 0 to 1"),
+        ({"null_probability": -0.1}, "null_probability=-0.1"),
+        ({"null_probability": float("nan")}, "null_probability=nan"),
+        ({"null_probability": 0.0, "guidance": 7.5}, "guidance=7.5: needs an unconditional branch"),
+        ({"null_probability": 0, "guidance": 0}, "guidance=0: needs an unconditional branch"),
+        ({"guidance": float("nan")}, "guidance=nan: must be a number, 0 or more"),
+        ({"guidance": float("inf")}, "guidance=inf"),
+        ({"guidance": -1}, "guidance=-1"),
+        ({"guidance": "7"}, "guidance='7'"),
+        ({"steps": 2.5}, "steps=2.5: must be a whole number, 1 or more"),
+        ({"steps": "3"}, "steps='3'"),
+        ({"steps": 0}, "steps=0"),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+        ({"seed": "a"}, "seed='a'"),
+    ],
+)
+def test_what_no_sampling_can_take_is_refused(options, message):
+    with pytest.raises(ConfigError) as error:
+        decoder(**options)
+    assert str(error.value).startswith(f"tokenizer.decoder.{message}")
+    trained = {"null_probability": options.pop("null_probability", 0.1)}
+    if not options or trained["null_probability"] not in (0, 0.1):
+        return  # said of training alone
+    with pytest.raises(ConfigError) as error:
+        decoder(**trained).reconstruct(torch.zeros(1, 6, 12), **options)
+    assert str(error.value).startswith(message)
+
+
+def test_without_an_unconditional_branch_there_is_no_guidance_but_sampling():
+    quantized = torch.zeros(3, 6, 12)
+    assert decoder(null_probability=0).reconstruct(quantized, guidance=1).shape == (3, 3, 16, 24)
+    assert decoder().reconstruct(quantized, guidance=0).isfinite().all()  # the other branch alone
+    for seed in (torch.tensor([0.5, 1, 2]), 2**63):
+        with pytest.raises(ConfigError, match=r"^seed=.*whole number"):
+            decoder().reconstruct(quantized, seed=seed)
 
 
 def test_the_null_token_takes_the_place_of_all_registers():

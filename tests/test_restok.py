@@ -421,6 +421,11 @@ def test_whom_the_foundation_loss_teaches(teacher_words):
     assert not any("teacher" in key for key in m.state_dict())
 
 
+def test_foundation_loss_is_at_the_cells(teacher_words):
+    with pytest.raises(ConfigError, match=r"alignment\.grid=teacher: .*form=foundation"):
+        module([*teacher_words, "alignment.grid=teacher"])
+
+
 def test_foundation_loss_is_restoks(teacher_words):
     with pytest.raises(ConfigError, match=r"alignment\.form=foundation: is ResTok's.*GigaTok"):
         module(teacher_words, "gigatok_tiny")

@@ -1,6 +1,7 @@
 """TiTok's stages: what learns, what stays bit for bit, and what comes out of each."""
 
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import SIZES, TINY, images_of, metrics_of, tiny_tokenizer
+from helpers import CONFIGS, SIZES, TINY, config_of, images_of, metrics_of, tiny_tokenizer
 from vistok.cli import evaluate, export, train
+from vistok.errors import ConfigError
 from vistok.losses.codes import CodeLoss
 from vistok.nn.frozen import Frozen
 from vistok.training.ema import EMA
 from vistok.training.module import TokenizerModule
+from vistok.training.stages import resolve_stage
 from vistok.types import QuantizerOutput, TokenizerOutput
 
 WORDS = [w for w in TINY if w != "loss=mse"]
@@ -184,6 +187,100 @@ def test_both_stages_resume(stages, tmp_path):
     assert same(vistok.load(stages[1]).state_dict(), second, "quantizer.")
 
 
+# ---------------------------------------------------------------------- what the words ask for
+
+
+def second_words(stages, photos):
+    name = "one_d_piece_tiny" if "length" in module_of(stages[2]).config["tokenizer"] else "titok_tiny"  # fmt: skip
+    words = [f"experiment={name}", *WORDS, *data_words(photos), *COMMON]
+    return [*words, "stage=decoder", f"stage.weights={stages[1]}"]
+
+
+def test_second_stage_computes_as_it_is_told(stages, photos):
+    words = second_words(stages, photos)
+    first = resolve_stage(config_of(*words), words)["tokenizer"]
+    words += ["tokenizer.encoder.attention=flex", "tokenizer.decoder.activation_checkpointing=true"]
+    if "length" in first:
+        words += ["tokenizer.length.distribution=full"]
+    config = resolve_stage(config_of(*words), words)
+    told = config["tokenizer"]
+    assert told["encoder"]["attention"] == told["decoder"]["attention"] == "flex"
+    assert told["decoder"]["activation_checkpointing"]
+    if "length" in first:
+        assert first["length"]["distribution"] == "uniform"
+        assert told["length"]["distribution"] == "full"
+    for part in ("encoder", "decoder"):  # and all else is the first stage's
+        rest = {"attention": "dense", "activation_checkpointing": False}
+        assert {**told[part], **rest} == first[part]
+    state = TokenizerModule(config).tokenizer.state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in weights_of(stages[1]).items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("tokenizer.encoder.num_latent_tokens=9", "tokenizer.encoder.num_latent_tokens=4"),
+        ("tokenizer.decoder.depth=3", "tokenizer.decoder.depth=1"),
+        ("quantizer.codebook_size=77", "quantizer.codebook_size=16"),
+        ("quantizer=fsq", "quantizer._target_=vistok.quantizers.vq.VectorQuantizer"),
+        ("tokenizer.decoder.patch_size=4", "tokenizer.decoder.patch_size=8"),
+        ("+tokenizer.decoder.learns=codes", "tokenizer.decoder.learns=pixels"),
+    ],
+)
+def test_words_that_the_second_stage_cannot_follow_are_refused(stages, photos, word, found):
+    words = [w for w in second_words(stages, photos) if not (word == "quantizer=fsq" and w.startswith("quantizer"))]  # fmt: skip
+    words = [*words, word]
+    with pytest.raises(ConfigError) as error:
+        resolve_stage(config_of(*words), words)
+    expected = f"{word}: stage=decoder takes {found} from stage.weights={stages[1]}; "
+    assert str(error.value).startswith(expected)
+
+
+def test_a_choice_of_the_tokenizer_that_agrees_is_no_contradiction(stages, photos):
+    words = second_words(stages, photos)
+    words.insert(0, words[0].replace("experiment", "tokenizer"))
+    assert resolve_stage(config_of(*words), words) == resolve_stage(config_of(*words[1:]), words[1:])  # fmt: skip
+
+
+def test_first_stage_refuses_what_the_proxy_decides(proxy_run, photos):
+    words = [*WORDS, *data_words(photos), "stage=proxy", f"stage.proxy={proxy_run}"]
+    resolve_stage(config_of(*words), [*words, "tokenizer.decoder.patch_size=8"])
+    words += ["tokenizer.decoder.patch_size=4"]
+    with pytest.raises(ConfigError, match=r"stage=proxy takes tokenizer\.decoder\.patch_size=8"):
+        resolve_stage(config_of(*words), words)
+
+
+def test_the_command_for_paper_size_is_the_published_recipe():
+    """TiTok's stage 2: 500 k steps of 256 images, warm-up over 5 k, betas of 0.9 and 0.999."""
+    lines = (CONFIGS / "stage/decoder.yaml").read_text().splitlines()
+    command = "".join(line.lstrip("# ") for line in lines if line.startswith("#   "))
+    words = [w for w in shlex.split(command.replace("\\", " ")) if "<" not in w][1:]
+    config = config_of(*words)
+    assert config["stage"]["name"] == "decoder"
+    optimizer, trainer = config["optimizer"], config["trainer"]
+    assert optimizer["betas"] == [0.9, 0.999] and optimizer["lr"] == 1e-4
+    assert optimizer["warmup_samples"] == 5000 * trainer["global_batch_size"] == 5000 * 256
+    assert trainer["max_steps"] == 500000 and optimizer["total_samples"] is None
+    assert optimizer["lr"] * optimizer["final_lr_factor"] == pytest.approx(1e-5)
+
+
+def test_the_words_of_the_command_line_are_heard(stages, photos, fails):
+    words = [*second_words(stages, photos), "hydra.run.dir=run", "tokenizer.decoder.depth=3"]
+    fails("train", *words, words=("tokenizer.decoder.depth=3: stage=decoder takes", "leave the word"))  # fmt: skip
+    assert not Path("run").exists()
+
+
+def test_the_same_command_goes_on(stages, photos, proxy_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*second_words(stages, photos), "resume=auto", "trainer.val_check_interval=1"]
+    sources = {"stage=proxy": [f"stage.proxy={proxy_run}", "stage.weights=null"], "stage=decoder": []}  # fmt: skip
+    for stage, source in sources.items():
+        for steps in (2, 3):
+            more = [stage, *source, f"hydra.run.dir={stage[6:]}", f"trainer.max_steps={steps}"]
+            assert train([*words, *more]) == 0
+        assert [r["step"] for r in metrics_of(tmp_path / stage[6:]) if r.get("loss/total")] == ["1", "2", "3"]  # fmt: skip
+
+
 # ---------------------------------------------------------------------- freezing itself
 
 
@@ -256,3 +353,43 @@ def test_stages_say_what_they_lack(fails, photos, proxy_run, finished_run):
     fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is no run of stage=proxy")  # fmt: skip
     fails("train", *words, "stage=proxy", f"stage.proxy={proxy_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     fails("train", *words, "stage.frozen=[encodr]", words="stage.frozen: the tokenizer has no part encodr")  # fmt: skip
+    fails("train", *words, "stage.frozen=encodr", words="the tokenizer has no part encodr")
+
+
+@pytest.mark.parametrize(
+    ("key", "chosen", "owner"),
+    [
+        ("proxy", "single", "proxy"),
+        ("weights", "single", "decoder"),
+        ("autoencoder", "single", "latents"),
+        ("weights", "proxy", "decoder"),
+        ("proxy", "decoder", "proxy"),
+    ],
+)
+def test_a_source_without_its_stage_is_told(key, chosen, owner):
+    message = rf"^stage\.{key} is set, but stage={chosen} does not read it; add stage={owner}$"
+    with pytest.raises(ConfigError, match=message):
+        resolve_stage(config_of(*WORDS, f"stage={chosen}", f"stage.{key}=runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["stage=proxy", "loss=mse"],
+            r"MSELoss compares pixels, but stage=proxy.*loss=proxy_codes",
+        ),
+        (["stage.name=proxy"], r"loss\.terms\.reconstruction: MSELoss compares pixels"),
+        (["loss=proxy_codes"], r"CodeLoss compares codes, which stage=single.*use stage=proxy"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_stage_is_told(words, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_stage(config_of(*WORDS, *words))
+
+
+def test_one_frozen_part_may_be_a_word():
+    for frozen in ("encoder", "[encoder]"):
+        module = TokenizerModule(config_of(*TINY, f"stage.frozen={frozen}"))
+        assert module.tokenizer.frozen == ("encoder",)
+    assert not TokenizerModule(config_of(*TINY, "stage.frozen=null")).tokenizer.frozen

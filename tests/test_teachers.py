@@ -10,19 +10,19 @@ from helpers import TINY, awake, config_of, images_of
 from vistok.checkpoint import read_checkpoint
 from vistok.errors import ConfigError
 from vistok.training.module import TokenizerModule
-from vistok.training.teachers import Teacher
+from vistok.training.teachers import Teacher, feature_map
 
 timm = pytest.importorskip("timm")
-VIT, CNN = "vit_tiny_patch16_224", "resnet18"
+VIT, CNN, LEVIT = "vit_tiny_patch16_224", "resnet18", "levit_128s"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Random weights of two small models, as files."""
+    """Random weights of small models, as files."""
     folder = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(0)
     paths = {}
-    for name in (VIT, CNN):
+    for name in (VIT, CNN, LEVIT):
         paths[name] = folder / f"{name}.pth"
         torch.save(timm.create_model(name, pretrained=False).state_dict(), paths[name])
     return paths
@@ -45,6 +45,8 @@ def test_other_sizes_channels_and_models(files):
     with torch.no_grad():
         assert Teacher(VIT, str(files[VIT]), 64).eval()(torch.zeros(1, 1, 16, 16)).shape == (1, 192, 4, 4)  # fmt: skip
         assert Teacher(CNN, str(files[CNN]), 64).eval()(torch.zeros(1, 4, 16, 16)).shape == (1, 512, 2, 2)  # fmt: skip
+        levit = Teacher(LEVIT, str(files[LEVIT]), 224)
+        assert levit.dim == 384 and levit(torch.zeros(1, 3, 16, 16)).shape == (1, 384, 4, 4)
 
 
 def test_missing_weights_say_how_to_get_them(files, monkeypatch):
@@ -65,6 +67,103 @@ def test_missing_weights_say_how_to_get_them(files, monkeypatch):
     assert "\n" not in message and "no network" in message
     assert f"timm.create_model('{VIT}', pretrained=True)" in message
     assert "alignment.weights=FILE" in message
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Names can't be looked up and the hub's cache is empty; returns the cache and naps taken."""
+    import socket
+    import time
+
+    from huggingface_hub import constants
+
+    def lookup(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    naps = []
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(time, "sleep", naps.append)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path, naps
+
+
+def test_without_network_and_weights_the_error_comes_at_once_and_alone(
+    no_network, monkeypatch, capfd
+):
+    with pytest.raises(ConfigError, match=r"weights are not at hand \(.*Name or service not known"):
+        Teacher(VIT, None, 32)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub has been imported long ago
+    with pytest.raises(ConfigError, match=r"not in the cache, and HF_HUB_OFFLINE is set"):
+        Teacher(VIT, None, 32)
+    assert not no_network[1]  # no retries
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_in_the_hubs_cache_need_no_network(no_network, files, capfd):
+    from safetensors.torch import save_file
+
+    folder = no_network[0] / f"models--timm--{timm.get_pretrained_cfg(VIT).hf_hub_id[5:]}"
+    for name in ("refs", "snapshots/0123"):
+        (folder / name).mkdir(parents=True)
+    (folder / "refs/main").write_text("0123")
+    weights = torch.load(files[VIT], weights_only=True)
+    save_file(weights, folder / "snapshots/0123/model.safetensors")
+    kept = Teacher(VIT, None, 224).model.state_dict()
+    assert torch.equal(kept["blocks.3.mlp.fc1.weight"], weights["blocks.3.mlp.fc1.weight"])
+    assert not no_network[1] and capfd.readouterr() == ("", "")
+
+
+def small(name, **options):
+    """A model of the family with random weights."""
+    torch.manual_seed(0)
+    return awake(timm.create_model(name, pretrained=False, num_classes=0, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("swin_tiny_patch4_window7_224", 64, {"embed_dim": 16, "depths": (1, 1, 1, 1)}),  # NHWC
+        ("levit_128s", 128, {}),  # tokens; its class knows of no prefix
+        ("mixer_s32_224", 96, {}),
+        ("hiera_tiny_224", 64, {"embed_dim": 16, "stages": (1, 1, 1, 1)}),
+        ("mvitv2_tiny", 64, {}),
+        ("deit_tiny_distilled_patch16_224", 64, {"depth": 1}),  # two prefix tokens
+        ("convnext_atto", 64, {"depths": (1, 1, 1, 1)}),  # NCHW
+    ],
+)
+def test_maps_of_all_layouts(name, size, options):
+    """Against timm's own maps of its last layer, which other code of timm makes."""
+    fixed = {} if name in ("mvitv2_tiny", "convnext_atto") else {"img_size": size}
+    model = small(name, **fixed, **options)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        found = feature_map(model, images)
+        norm = {} if name in ("levit_128s", "hiera_tiny_224") else {"norm": True}
+        expected = model.forward_intermediates(
+            images, indices=1, output_fmt="NCHW", intermediates_only=True, **norm
+        )[-1]
+    if "convnext" in name:  # its norm lies in the head
+        assert torch.equal(found, model.forward_features(images))
+    else:
+        assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4)
+    assert found.shape[2] == found.shape[3] > 1 and found.std() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "coat_tiny"])
+def test_what_has_no_grid_is_refused(name):
+    with pytest.raises(ValueError, match="is no square grid of features"):
+        feature_map(small(name), torch.zeros(1, 3, 224, 224))
+
+
+def test_a_teacher_without_a_map_is_told_in_one_line(files, monkeypatch):
+    with pytest.raises(ConfigError) as error:
+        Teacher(VIT, str(files[VIT]), 16)  # one patch
+    assert str(error.value).startswith(
+        f"alignment.teacher={VIT}: makes no map of features of alignment.input_size=16 (found (1, 2,"
+    )
+    assert "\n" not in str(error.value)
 
 
 def module(files, name, *overrides):
@@ -92,6 +191,30 @@ def test_alignment_is_one_minus_the_cosine_at_the_same_place(files, name):
     tokens = m.alignment.projector(kept[0][:, :4])
     expected = 1 - F.cosine_similarity(tokens, features, dim=-1).mean()
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_alignment_at_the_teachers_grid(files):
+    """Patches are interpolated between their centres, in each direction by the same matrix."""
+    m = module(files, "titok_tiny", "alignment.grid=teacher", "alignment.input_size=64")
+    images = m.tokenizer.to_model_range(images_of(4))
+    kept = []
+    m.tokenizer.decoder.transformer.blocks[0].register_forward_hook(
+        lambda block, inputs, output: kept.append(output)
+    )
+    m.tokenizer(images)
+    value = m.alignment(images)
+    features = m.alignment.teacher(images)
+    assert features.shape[2:] == (4, 4)  # of 2 x 2 patches
+    patches = m.alignment.projector(kept[0][:, :4]).unflatten(1, (2, 2))
+    up = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    patches = torch.einsum("yi,xj,bijd->bdyx", up, up, patches)
+    expected = 1 - F.cosine_similarity(patches, features, dim=1).mean()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_grids_that_there_are_not(files):
+    with pytest.raises(ConfigError, match=r"alignment\.grid=pixels: must be tokens or teacher"):
+        module(files, "titok_tiny", "alignment.grid=pixels")
 
 
 def test_alignment_teaches_what_lies_before_its_block(files):

@@ -139,7 +139,8 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
         sys.argv = [before[0], *command, *overrides, *flags]
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            _start_or_resume(c.to_container(config), _relative(folder))
+            words = list(HydraConfig.get().overrides.task)
+            _start_or_resume(c.to_container(config), _relative(folder), words)
         except (Exception, KeyboardInterrupt) as error:
             # Hydra would print its own report above ours; a sweep goes on with its next job.
             if "basic_launcher" not in HydraConfig.get().launcher._target_:
@@ -164,10 +165,10 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
         raise failures[0]
 
 
-def _start_or_resume(config: dict, folder: Path) -> None:
+def _start_or_resume(config: dict, folder: Path, words: list[str]) -> None:
     """With resume=auto, go on in a folder that holds checkpoints; leave a finished run alone."""
     if config["resume"] != "auto":
-        return _run_training(config, folder)
+        return _run_training(config, folder, words=words)
     from vistok.console import say
     from vistok.training.checkpoints import newest_whole
     from vistok.training.run import finished_steps
@@ -176,10 +177,12 @@ def _start_or_resume(config: dict, folder: Path) -> None:
     if steps >= config["trainer"]["max_steps"]:
         say(f"{folder}: finished at step {steps}; nothing to do")
     else:
-        _run_training(config, folder, newest_whole(folder))
+        _run_training(config, folder, newest_whole(folder), words)
 
 
-def _run_training(config: dict, folder: Path, checkpoint: Path | None = None) -> None:
+def _run_training(
+    config: dict, folder: Path, checkpoint: Path | None = None, words: list[str] | None = None
+) -> None:
     import importlib
 
     plugins = config["plugins"]
@@ -193,7 +196,7 @@ def _run_training(config: dict, folder: Path, checkpoint: Path | None = None) ->
             sys.path.pop(0)
     from vistok.training.run import train as run
 
-    run(config, folder, checkpoint)
+    run(config, folder, checkpoint, words)
 
 
 def _evaluate(argv: list[str]) -> None:

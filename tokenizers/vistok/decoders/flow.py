@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +51,17 @@ class FlowDecoder(Decoder):
         predicts: what the head says, "velocity" (the paper) or "image", from which the velocity
             follows. Velocities hold noise in every pixel, which a patch of more pixels than W
             can't carry; images don't (Li and He 2025, https://arxiv.org/abs/2511.13720).
-        null_probability: of dropping all of an image's registers in a training step.
+        null_probability: of dropping all of an image's registers in a training step; without it
+            there is no guidance.
         steps: Euler steps of sampling, unless given.
         guidance: scale of sampling, unless given; 1 for none, which halves the cost.
         seed: of the noise, unless given.
         apg: guide by adaptive projected guidance; see `Guidance`.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
+
+    Raises:
+        ConfigError: here and in `reconstruct`, for numbers that no sampling can take.
     """
 
     sampling = ("steps", "guidance", "seed")
@@ -87,7 +94,14 @@ class FlowDecoder(Decoder):
         if predicts not in ("velocity", "image"):
             raise ConfigError(f"tokenizer.decoder.predicts={predicts}: must be velocity or image")
         self.predicts = predicts
+        if not (isinstance(null_probability, (int, float)) and 0 <= null_probability <= 1):
+            raise ConfigError(
+                f"tokenizer.decoder.null_probability={null_probability}: must be from 0 to 1"
+            )
         self.null_probability = null_probability
+        self._check_sampling(steps, guidance, "tokenizer.decoder.")
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise ConfigError(f"tokenizer.decoder.seed={seed!r}: must be a whole number")
         self.steps, self.guidance, self.seed, self.apg = steps, guidance, seed, apg
         self.activation_checkpointing = activation_checkpointing
         pixels = patch_size * patch_size * channels
@@ -155,12 +169,13 @@ class FlowDecoder(Decoder):
         return unpatchify(patches, self.grid, self.patch_size)
 
     def velocity(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
-        """Velocity `(B, C, H, W)` at images `(B, C, H, W)` and times `(B,)`."""
+        """Velocity `(B, C, H, W)` at images `(B, C, H, W)` and times `(B,)` in (0, 1]."""
         output = self.output(noisy, time, registers)
         if self.predicts == "velocity":
             return output
-        # Near the data a small error of the image would become a huge one of the velocity.
-        return (noisy - output.float()) / time.clamp(min=0.05).view(-1, 1, 1, 1)
+        # However close to the data: an Euler step is never longer than its time, so an error of
+        # the image stays as large as it is, and the last step lands on the image itself.
+        return (noisy - output.float()) / time.view(-1, 1, 1, 1)
 
     def features(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""
@@ -219,8 +234,7 @@ class FlowDecoder(Decoder):
         """
         steps = self.steps if steps is None else steps
         guidance = self.guidance if guidance is None else guidance
-        if steps < 1:
-            raise ConfigError(f"steps={steps}: must be 1 or more")
+        self._check_sampling(steps, guidance)
         registers = self.registers(quantized, mask)
         null = self.null.to(registers.dtype).expand_as(registers)
         guide = Guidance(guidance, self.apg)
@@ -236,13 +250,28 @@ class FlowDecoder(Decoder):
 
     def noise(self, batch: int, seed: int | Tensor) -> Tensor:
         """Noise `(B, C, H, W)`, drawn on the CPU so that every device gets the same."""
-        seeds = torch.as_tensor(seed).reshape(-1).tolist()
+        try:
+            seeds: list[Any] = torch.as_tensor(seed).reshape(-1).tolist()
+        except (TypeError, ValueError, RuntimeError):  # a word, a number beyond 64 bits
+            seeds = [seed]
         if len(seeds) not in (1, batch):
             raise ConfigError(f"seed: expected one number or {batch}, found {len(seeds)}")
-        draws = [
-            torch.randn(self.shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds
-        ]
+        for s in seeds:
+            if not isinstance(s, int) or isinstance(s, bool) or not -(2**63) <= s < 2**63:
+                raise ConfigError(f"seed={s!r}: must be a whole number of 64 bits")
+        draws = [torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(draws).expand(batch, *self.shape)
+
+    def _check_sampling(self, steps: Any, guidance: Any, prefix: str = "") -> None:
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+            raise ConfigError(f"{prefix}steps={steps!r}: must be a whole number, 1 or more")
+        if not (isinstance(guidance, (int, float)) and math.isfinite(guidance) and guidance >= 0):
+            raise ConfigError(f"{prefix}guidance={guidance!r}: must be a number, 0 or more")
+        if guidance != 1 and not self.null_probability:
+            raise ConfigError(
+                f"{prefix}guidance={guidance}: needs an unconditional branch, which "
+                "tokenizer.decoder.null_probability=0 did not train; use guidance=1"
+            )
 
     @property
     def last_layer(self) -> Tensor:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -59,13 +60,19 @@ PRECISIONS = {
 }
 
 
-def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> dict[str, Any]:
+def train(
+    config: dict[str, Any],
+    folder: Path,
+    resume: Path | None = None,
+    words: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Train a tokenizer.
 
     Args:
         config: resolved, as plain containers.
         folder: the run folder to write to.
         resume: checkpoint file to continue from.
+        words: `key=value` that the config was composed with; None if it is that of `resume`.
 
     Returns:
         What `summary.json` holds.
@@ -77,16 +84,20 @@ def train(config: dict[str, Any], folder: Path, resume: Path | None = None) -> d
     stop = StopAfterStep()
     # A scheduler may ask at any time, and again while the last checkpoint is being written.
     with stop.listening(*PREEMPTION_SIGNALS):
-        return _train(config, folder, resume, stop)
+        return _train(config, folder, resume, words, stop)
 
 
 def _train(
-    config: dict[str, Any], folder: Path, resume: Path | None, stop: StopAfterStep
+    config: dict[str, Any],
+    folder: Path,
+    resume: Path | None,
+    words: Sequence[str] | None,
+    stop: StopAfterStep,
 ) -> dict[str, Any]:
     started = time.time()
     quiet_libraries()
-    if resume is None:
-        config = resolve_stage(config)
+    if resume is None or words is not None:
+        config = resolve_stage(config, words or ())
     L.seed_everything(config["seed"], verbose=False)
     data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
     module = TokenizerModule(config)  # before the data: a wrong size shows at once

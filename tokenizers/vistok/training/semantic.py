@@ -30,10 +30,13 @@ class HierarchicalAlignment(Alignment):
         tokenizer: a flexible one, whose decoder has blocks.
         teacher: what to align with; it is used, not owned.
         layer: index of the decoder's block.
+        grid: see `Alignment`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, teacher: Teacher, layer: int) -> None:
-        super().__init__(tokenizer, teacher, layer)
+    def __init__(
+        self, tokenizer: Tokenizer, teacher: Teacher, layer: int, grid: str = "tokens"
+    ) -> None:
+        super().__init__(tokenizer, teacher, layer, grid)
         if not isinstance(tokenizer, FlexibleTokenizer):
             raise ConfigError(
                 f"alignment.form=hierarchical: weighs lengths, but {type(tokenizer).__name__} has "
@@ -67,13 +70,23 @@ class FoundationAlignment(nn.Module):
         tokenizer: one with ResTok's encoder and decoder.
         teacher: what to align with; it is used, not owned.
         layer: not used: both places are behind the last block.
+        grid: "tokens" alone: features are shrunk to the decoder's cells.
         margin: how far from 1 a cosine may stay.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, teacher: Teacher, layer: int, margin: float = 0.25
+        self,
+        tokenizer: Tokenizer,
+        teacher: Teacher,
+        layer: int,
+        grid: str = "tokens",
+        margin: float = 0.25,
     ) -> None:
         super().__init__()
+        if grid != "tokens":
+            raise ConfigError(
+                f"alignment.grid={grid}: alignment.form=foundation takes tokens alone"
+            )
         encoder, decoder = tokenizer.encoder, tokenizer.decoder
         if not (isinstance(encoder, ResTokEncoder) and isinstance(decoder, ResTokDecoder)):
             raise ConfigError(
@@ -129,4 +142,5 @@ def build_alignment(tokenizer: Tokenizer, config: Mapping[str, Any] | None) -> n
             f"alignment.form={form}: must be one of {', '.join(_FORMS)}{nearest(str(form), _FORMS)}"
         )
     teacher = Teacher(config["teacher"], config["weights"], config["input_size"])
-    return _FORMS[form](tokenizer, teacher, config["layer"])
+    grid = config.get("grid", "tokens")  # nor a choice of grids
+    return _FORMS[form](tokenizer, teacher, config["layer"], grid)

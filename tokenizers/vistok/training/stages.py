@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,42 @@ _PROXY_DECODER = "vistok.decoders.proxy.ProxyDecoder"
 _FLOW_DECODER = "vistok.decoders.flow.FlowDecoder"
 _FLEXTOK = "vistok.models.flextok.FlexTok"
 _LATENT_SPACE = "vistok.models.latents.LatentSpace"
+_CODE_LOSS = "vistok.losses.codes.CodeLoss"
+
+#: The key that names where a stage's weights come from, and the stage that reads it.
+_SOURCES = {"proxy": "proxy", "weights": "decoder", "autoencoder": "latents"}
+
+#: Options of the parts that change how they compute and not what, so that any stage takes them.
+_COMPUTING = ("activation_checkpointing", "attention")
+#: Keys that stage=proxy sets by itself, whatever `tokenizer=...` says of them.
+_DERIVED = tuple(f"tokenizer.decoder.{key}" for key in ("_target_", "patch_size", "borders"))
 
 
-def resolve_stage(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a fresh run with the architecture and start that its stage calls for.
+def resolve_stage(config: dict[str, Any], words: Sequence[str] = ()) -> dict[str, Any]:
+    """A config as composed, with the architecture and start that its stage calls for.
+
+    Args:
+        config: resolved, as plain containers.
+        words: `key=value` of the command line. What they say of the tokenizer or the quantizer
+            holds, or is refused.
 
     Raises:
-        ConfigError: if the stage lacks its source, or the two do not fit.
+        ConfigError: if the stage lacks its source, or the two do not fit, or the loss or a word
+            does not.
     """
     stage = config["stage"]
+    for key, owner in _SOURCES.items():
+        if stage.get(key) and stage["name"] != owner:
+            raise ConfigError(
+                f"stage.{key} is set, but stage={stage['name']} does not read it; add stage={owner}"
+            )
+    _check_loss(config)
     if stage["name"] == "proxy":
-        return _learn_codes(config, _source(stage, "proxy", "the run of a 2D tokenizer"))
+        found = _learn_codes(config, _source(stage, "proxy", "the run of a 2D tokenizer"))
+        return _with_words(found, config, words)
     if stage["name"] == "decoder":
-        return _learn_pixels(config, _source(stage, "weights", "the run of stage=proxy"))
+        found = _learn_pixels(config, _source(stage, "weights", "the run of stage=proxy"))
+        return _with_words(found, config, words)
     if stage["name"] == "latents":
         return _learn_latents(config, _source(stage, "autoencoder", "the run of a 2D tokenizer"))
     return config
@@ -54,12 +77,14 @@ def prepare_stage(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     if stage["name"] == "latents":
         assert isinstance(tokenizer, FlexTok) and tokenizer.autoencoder is not None
         _fill(tokenizer.autoencoder, stage["autoencoder"])
-    for name in stage["frozen"]:
+    frozen = stage["frozen"] or []
+    frozen = [frozen] if isinstance(frozen, str) else frozen
+    for name in frozen:
         try:
             tokenizer.get_submodule(name)
         except AttributeError as error:
             raise ConfigError(f"stage.frozen: the tokenizer has no part {name}") from error
-    tokenizer.freeze(*stage["frozen"])
+    tokenizer.freeze(*frozen)
 
 
 class ProxyCodes(nn.Module):
@@ -94,6 +119,26 @@ def _fill(autoencoder: LatentSpace, source: str) -> None:
     found = load(source)
     space = LatentSpace(found.encoder, found.quantizer, found.decoder)
     autoencoder.load_state_dict(space.state_dict())
+
+
+def _check_loss(config: dict[str, Any]) -> None:
+    """Codes are learned by a loss on codes, and pixels by one on pixels."""
+    name = config["stage"]["name"]
+    for key, term in (config["loss"].get("terms") or {}).items():
+        target = str((term or {}).get("_target_"))
+        if not target.startswith("vistok.losses."):
+            continue  # a user's own
+        what = target.rsplit(".", 1)[-1]
+        if name == "proxy" and target != _CODE_LOSS:
+            raise ConfigError(
+                f"loss.terms.{key}: {what} compares pixels, but stage=proxy learns codes; use "
+                "loss=proxy_codes, which stage=proxy brings along"
+            )
+        if name != "proxy" and target == _CODE_LOSS:
+            raise ConfigError(
+                f"loss.terms.{key}: {what} compares codes, which stage={name} does not predict; "
+                "use stage=proxy, or a loss on pixels such as loss=mse"
+            )
 
 
 def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -206,6 +251,50 @@ def _learn_pixels(config: dict[str, Any], source: Path) -> dict[str, Any]:
         "quantizer": own["quantizer"],
         "init_from": config["init_from"] or str(config["stage"]["weights"]),
     }
+
+
+def _with_words(
+    found: dict[str, Any], config: dict[str, Any], words: Sequence[str]
+) -> dict[str, Any]:
+    """`found`, and what the words say of how its tokenizer computes; other words must agree."""
+    stage = found["stage"]["name"]
+    tokenizer, own = found["tokenizer"], config["tokenizer"]
+    for word in reversed(words):  # of two for one key the later one holds
+        given = word.lstrip("+~").partition("=")[0]
+        if given.split(".")[0] not in ("tokenizer", "quantizer"):
+            continue
+        option = given.split(".")[-1]
+        if option in _COMPUTING:  # of the decoder too where it follows from the encoder's
+            for part in ("encoder", "decoder"):
+                if option in own[part]:
+                    tokenizer[part][option] = own[part][option]
+        elif given.startswith("tokenizer.length.") and "length" in tokenizer:
+            tokenizer["length"] = own["length"]
+        for key, value in _leaves(_at(config, given), given):
+            skipped = given == "tokenizer" and (key in _DERIVED or key.split(".")[-1] in _COMPUTING)
+            if not skipped and _at(found, key) != value:
+                source = next(key for key, owner in _SOURCES.items() if owner == stage)
+                raise ConfigError(
+                    f"{word}: stage={stage} takes {key}={_at(found, key)} from "
+                    f"stage.{source}={found['stage'][source]}; leave the word out"
+                )
+    return found
+
+
+def _at(config: Any, key: str) -> Any:
+    """The value of a dotted key; None if there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of everything under a value."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}")
+    else:
+        yield key, value
 
 
 def _source(stage: dict[str, Any], key: str, what: str) -> Path:

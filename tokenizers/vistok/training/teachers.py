@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ class Teacher(nn.Module):
 
     Of a timm model it is the last one, of the packaged EfficientNet-Lite0 that of stride 16.
 
+    Attributes:
+        dim: channels of the map.
+
     Args:
         name: of the model in timm, or "packaged_lite0".
         weights: a local file (.safetensors, .pth); None for timm's own, from its cache or the
@@ -33,8 +39,8 @@ class Teacher(nn.Module):
         input_size: side of the squares that images are resized to, in pixels.
 
     Raises:
-        ConfigError: if there is no such model, or its weights are not at hand; the message says
-            how to get them.
+        ConfigError: if there is no such model, or it has no map, or its weights are not at hand;
+            the message says how to get them.
     """
 
     def __init__(self, name: str, weights: str | None, input_size: int) -> None:
@@ -42,17 +48,25 @@ class Teacher(nn.Module):
         self.input_size = input_size
         if name == PACKAGED:
             self.model: nn.Module = Lite0(_file(weights))
-            self.dim = Lite0.channels[3]
             range_: Mapping[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         else:
             self.model = _create(name, _file(weights), input_size)
-            self.dim = int(self.model.num_features)  # type: ignore[arg-type]
             range_ = self.model.pretrained_cfg  # type: ignore[assignment]
         for key in ("mean", "std"):
             values = torch.tensor(range_[key]).view(1, 3, 1, 1)
             self.register_buffer(key, values, persistent=False)
         self.mean: Tensor
         self.std: Tensor
+        # Whether there is a map shows now, and not in the first step of a run.
+        try:
+            with torch.no_grad():
+                self.dim = self.eval()(torch.zeros(1, 3, input_size, input_size)).shape[1]
+        except Exception as error:  # whatever the model raises
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise ConfigError(
+                f"alignment.teacher={name}: makes no map of features of "
+                f"alignment.input_size={input_size} ({reason})"
+            ) from error
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `(B, D, h, w)` of images `(B, C, H, W)` in [-1, 1]; C 1, 3 or 4."""
@@ -63,12 +77,29 @@ class Teacher(nn.Module):
         x = (x - self.mean) / self.std
         if isinstance(self.model, Lite0):
             return self.model(x)
-        features = self.model.forward_features(x)  # type: ignore[operator]
-        if features.ndim == 4:
+        return feature_map(self.model, x)
+
+
+def feature_map(model: nn.Module, images: Tensor) -> Tensor:
+    """Last features `(B, D, h, w)` of a timm model, of normalised images `(B, 3, H, W)`.
+
+    Raises:
+        ValueError: if they do not lie on a square grid.
+    """
+    found = model.forward_features(images)  # type: ignore[operator]
+    dim = getattr(model, "num_features", None)
+    if isinstance(found, Tensor) and found.ndim == 4:  # (B, D, h, w), else timm says so
+        features = found.movedim(3, 1) if getattr(model, "output_fmt", "") == "NHWC" else found
+        if features.shape[1] == dim:
             return features
-        features = features[:, self.model.num_prefix_tokens :]
-        side = math.isqrt(features.shape[1])
-        return features.transpose(1, 2).unflatten(2, (side, side))
+    if isinstance(found, Tensor) and found.ndim == 3:  # (B, N, D): class tokens, then patches
+        features = found[:, getattr(model, "num_prefix_tokens", 0) :].transpose(1, 2)
+        side = math.isqrt(features.shape[2])
+        # A single one may be a class token of which timm does not tell.
+        if features.shape[1] == dim and side > 1 and side * side == features.shape[2]:
+            return features.unflatten(2, (side, side))
+    what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise ValueError(f"found {what}, which is no square grid of features")
 
 
 class Alignment(nn.Module):
@@ -83,10 +114,17 @@ class Alignment(nn.Module):
         tokenizer: its decoder must have blocks.
         teacher: what to align with; it is used, not owned.
         layer: index of the decoder's block.
+        grid: where the two are compared: "tokens", the features shrunk to the patches, or
+            "teacher", the projected patches interpolated to the features (FlexTok: 37 x 37).
     """
 
-    def __init__(self, tokenizer: Tokenizer, teacher: Teacher, layer: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, teacher: Teacher, layer: int, grid: str = "tokens"
+    ) -> None:
         super().__init__()
+        if grid not in ("tokens", "teacher"):
+            raise ConfigError(f"alignment.grid={grid}: must be tokens or teacher")
+        self.grid = grid
         decoder = tokenizer.decoder
         blocks = getattr(getattr(decoder, "transformer", decoder), "blocks", None)
         if blocks is None:
@@ -122,14 +160,18 @@ class Alignment(nn.Module):
         return self.distances(images).mean()
 
     def distances(self, images: Tensor) -> Tensor:
-        """One minus the cosine, `(B, patches)`."""
+        """One minus the cosine, `(B, places of the grid)`."""
         assert self._sequence is not None, "the decoder has not been called in training mode"
         (decoder,) = self._decoder
         tokens = self.projector(decoder.patch_tokens(self._sequence))  # type: ignore[operator]
         self._sequence = None
-        features = F.interpolate(self.teacher(images).float(), size=decoder.grid, mode="area")  # type: ignore[arg-type]
-        target = features.flatten(2).transpose(1, 2)
-        return 1 - F.cosine_similarity(tokens.float(), target, dim=-1)
+        features = self.teacher(images).float()
+        patches = tokens.float().transpose(1, 2).unflatten(2, decoder.grid)  # type: ignore[arg-type]
+        if self.grid == "teacher":
+            patches = F.interpolate(patches, size=features.shape[2:], mode="bilinear")
+        else:
+            features = F.interpolate(features, size=decoder.grid, mode="area")  # type: ignore[arg-type]
+        return 1 - F.cosine_similarity(patches, features, dim=1).flatten(1)
 
 
 def _file(weights: str | None) -> str | None:
@@ -145,18 +187,15 @@ def _create(name: str, weights: str | None, input_size: int) -> nn.Module:
         known = [PACKAGED, *timm.list_models()]
         raise ConfigError(f"alignment.teacher={name}: timm has no such model{nearest(name, known)}")
     options: dict[str, Any] = {"num_classes": 0, "pretrained": True}
-    if weights is not None:
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
-        model = _seeded(name, input_size, options)
-        if weights is not None:
-            # timm passes over names that do not fit: what still is as it was drawn was not loaded.
-            drawn = _seeded(name, input_size, {"num_classes": 0, "pretrained": False})
-            for (key, value), other in zip(
-                model.named_parameters(), drawn.parameters(), strict=True
-            ):
-                if value.ndim > 1 and value.any() and torch.equal(value, other):
-                    raise ValueError(f"it holds no '{key}'")
+        if weights is None:
+            return _from_cache_or_network(name, input_size, options)
+        model = _seeded(name, input_size, {**options, "pretrained_cfg_overlay": {"file": weights}})
+        # timm passes over names that do not fit: what still is as it was drawn was not loaded.
+        drawn = _seeded(name, input_size, {**options, "pretrained": False})
+        for (key, value), other in zip(model.named_parameters(), drawn.parameters(), strict=True):
+            if value.ndim > 1 and value.any() and torch.equal(value, other):
+                raise ValueError(f"it holds no '{key}'")
         return model
     except Exception as error:  # whatever the network or the file raise
         reason = " ".join(str(error).split())[:100] or type(error).__name__
@@ -169,6 +208,43 @@ def _create(name: str, weights: str | None, input_size: int) -> nn.Module:
             f"run python -c \"import timm; timm.create_model('{name}', pretrained=True)\" once, "
             "or name a file of them: alignment.weights=FILE"
         ) from error
+
+
+def _from_cache_or_network(name: str, input_size: int, options: dict[str, Any]) -> nn.Module:
+    """Looks into the hub's cache first; asks the network once, where the hub would six times."""
+    import timm
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    words = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    offline = any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
+    with _quiet_hub(offline=True):
+        try:
+            return _seeded(name, input_size, options)
+        except LocalEntryNotFoundError as error:
+            if offline:
+                raise OSError("not in the cache, and HF_HUB_OFFLINE is set") from error
+    with _quiet_hub(offline=False):
+        found = timm.get_pretrained_cfg(name)
+        repository, _, revision = str(found and found.hf_hub_id).partition("@")
+        HfApi().model_info(repository, revision=revision or None, timeout=5)
+        return _seeded(name, input_size, options)
+
+
+@contextmanager
+def _quiet_hub(offline: bool) -> Iterator[None]:
+    """The hub's client without its warnings; it reads HF_HUB_OFFLINE when imported, never again."""
+    from huggingface_hub import constants
+
+    log = logging.getLogger("huggingface_hub")
+    before = log.level, constants.HF_HUB_OFFLINE
+    log.setLevel(logging.ERROR)
+    constants.HF_HUB_OFFLINE = offline
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        constants.HF_HUB_OFFLINE = before[1]
 
 
 def _seeded(name: str, input_size: int, options: dict[str, Any]) -> nn.Module:
