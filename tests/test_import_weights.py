@@ -308,6 +308,7 @@ def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):
     assert vistok.load(first).decoder.code_vectors.weight.shape == (CODES, 12)
     assert torch.equal(vistok.load(first).decoder.pixel_decoder.conv_out.weight, vistok.load(proxy).decoder.conv_out.weight)  # fmt: skip
     assert targets.unique().numel() > 3
+    words = [w for w in words if not w.startswith(("tokenizer.", "quantizer."))]  # start's hold
     assert (
         train([*words, "stage=decoder", f"stage.weights={start}", f"hydra.run.dir={second}"]) == 0
     )

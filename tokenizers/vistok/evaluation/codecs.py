@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -141,7 +141,7 @@ def _coded(
 
 
 def _best_size(
-    image: Tensor, sizes: list[Callable[[int], Coded]], highest: int, max_bytes: int
+    image: Tensor, sizes: Sequence[Callable[[int], Coded]], highest: int, max_bytes: int
 ) -> Coded | None:
     fitting = [c for c in (best_within(s, highest, max_bytes) for s in sizes) if c is not None]
     return min(
