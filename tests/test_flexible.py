@@ -101,9 +101,11 @@ def test_lengths_come_from_torchs_generator():
     ],
     ids=lambda p: getattr(p, "distribution", "levels"),
 )
-def test_lengths_are_those_that_are_drawn(policy, n):
+def test_budgets_are_lengths_that_are_drawn_or_lie_between(policy, n):
     torch.manual_seed(0)
-    assert policy.lengths(n) == policy(4000, n).unique().tolist()
+    drawn = policy(4000, n).unique().tolist()
+    between = getattr(policy, "distribution", "") in ("powers_of_two", "rounded_up")
+    assert policy.budgets(n) == (list(range(1, n + 1)) if between else drawn)
 
 
 @pytest.mark.parametrize(
@@ -244,11 +246,7 @@ def test_progressive(name):
     assert torch.equal(few, pictures[:, [3, 0]])
     for one in (2, torch.tensor(2), np.int64(2), {2}, (k for k in [2])):
         assert torch.equal(tok.detokenize_progressive(ids, budgets=one), pictures[:, [1]])
-    # By default what training drew, and all that is there.
-    drawn = [1, 2, 3, 4] if tok.length.lengths(4) == [1, 2, 3, 4] else [1, 2, 4]
-    assert (drawn == [1, 2, 3, 4]) == (name in ("one_d_piece_tiny", "retok_tiny"))
-    default = tok.detokenize_progressive(ids)
-    assert torch.equal(default, pictures[:, [k - 1 for k in drawn]])
+    assert torch.equal(tok.detokenize_progressive(ids), pictures)  # by default every prefix
     assert torch.equal(tok.detokenize_progressive(ids[:, :3]), pictures[:, :3])
 
 
@@ -326,11 +324,11 @@ def test_most_tokens_that_fit():
 
 
 @flexible
-def test_only_budgets_that_are_named_or_trained_are_given_out(name):
+def test_only_budgets_that_are_named_or_mean_something_are_given_out(name):
     tok = tiny_tokenizer(tokenizer=name)
     images, three = images_of(2), 3 * tok.quantizer.bits_per_token / 8
-    drawn = 3 if name in ("one_d_piece_tiny", "retok_tiny") else 2
-    for budgets, k in ((None, drawn), ([4, 2, 1], 2), ([3, 4], 3), (1, 1)):
+    most = 2 if name == "restok_tiny" else 3
+    for budgets, k in ((None, most), ([4, 2, 1], 2), ([3, 4], 3), (1, 1)):
         ids, num_tokens = tok.tokenize_to_target(images, max_bytes=three, budgets=budgets)
         assert num_tokens.tolist() == [k, k] and ids.shape[1] == k
     with pytest.warns(UserWarning, match="get 2 tokens"):

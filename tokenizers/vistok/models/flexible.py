@@ -98,9 +98,9 @@ class FlexibleTokenizer(Tokenizer):
             images: `(B, C, H, W)`, uint8 or float in [0, 1].
             psnr: dB to reach, one number or one for each image.
             max_bytes: of an image's ids, packed as in `to_bytes`.
-            budgets: numbers of tokens to choose from; by default those that training drew, see
-                `LengthPolicy.lengths`. With `psnr` each costs a decoding of the images that have
-                not reached the target yet.
+            budgets: numbers of tokens to choose from; by default all of 1..N, or ResTok's levels
+                (`tok.length.budgets(N)`). With `psnr` each costs a decoding of the images that
+                have not reached the target yet.
             sampling: as in `detokenize`; a list or a tensor of B values has one for each image.
 
         Returns:
@@ -159,20 +159,15 @@ class FlexibleTokenizer(Tokenizer):
 
         Args:
             ids: `(B, n, Q)`.
-            budgets: lengths of the prefixes; by default those up to n that training drew, see
-                `LengthPolicy.lengths`, and n itself.
+            budgets: lengths of the prefixes, by default all of 1..n.
             sampling: as in `detokenize`.
 
         Returns:
             `(B, len(budgets), C, H, W)` float in [0, 1].
         """
         self._check_shape(ids)
-        available = ids.shape[1]
-        if budgets is None:
-            shorter = [k for k in self.length.lengths(self.num_tokens) if k < available]
-            lengths = [*shorter, available]
-        else:
-            lengths = as_budgets(budgets, min(available, self.num_tokens))
+        most = min(ids.shape[1], self.num_tokens)
+        lengths = range(1, most + 1) if budgets is None else as_budgets(budgets, most)
         return torch.stack([self.detokenize(ids, k, **sampling) for k in lengths], dim=1)
 
     def tokens_within(self, max_bytes: float) -> int:
@@ -197,7 +192,7 @@ class FlexibleTokenizer(Tokenizer):
         if self.quantizer.num_index_tokens(self.encoder.num_tokens) != self.encoder.num_tokens:
             self._refuse_scales("tokenize_to_target")
         if budgets is None:
-            known = self.length.lengths(self.num_tokens)
+            known = self.length.budgets(self.num_tokens)
         else:
             known = sorted(set(as_budgets(budgets, self.num_tokens)))
         most = self.num_tokens if max_bytes is None else self.tokens_within(max_bytes)

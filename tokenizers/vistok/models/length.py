@@ -65,13 +65,9 @@ class LengthPolicy(nn.Module):
             kept = levels[torch.searchsorted(levels, kept)]
         return kept.expand(batch)
 
-    def lengths(self, num_tokens: int) -> list[int]:
-        """The lengths, rising, that training draws for a code of `num_tokens`."""
-        if self.distribution == "full":
-            return [num_tokens]
-        if self.distribution == "uniform":
-            return list(range(1, num_tokens + 1))
-        return power_levels(num_tokens).tolist()
+    def budgets(self, num_tokens: int) -> list[int]:
+        """What a code of `num_tokens` may be cut to: all lengths, also between those drawn."""
+        return [num_tokens] if self.distribution == "full" else list(range(1, num_tokens + 1))
 
 
 class LevelPolicy(nn.Module):
@@ -110,8 +106,8 @@ class LevelPolicy(nn.Module):
         full = uniform((batch,), device) < self.full_probability
         return torch.where(full, num_tokens, drawn)
 
-    def lengths(self, num_tokens: int) -> list[int]:
-        """The lengths, rising, that training draws for a code of `num_tokens`."""
+    def budgets(self, num_tokens: int) -> list[int]:
+        """What a code of `num_tokens` may be cut to: whole levels, those that training draws."""
         drawn = set(self._levels(num_tokens)) if self.full_probability < 1 else set()
         return sorted(drawn | {num_tokens} if self.full_probability > 0 else drawn)
 
