@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import vistok
-from helpers import TINY, images_of
+from helpers import TINY, config_of, errors_while_learning, images_of
+from vistok.checkpoint import build_tokenizer
 from vistok.cli import evaluate, train
 from vistok.cli import import_weights as command
 from vistok.errors import CheckpointError, ConfigError
@@ -322,11 +323,8 @@ def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):
 
 def test_a_tokenizer_config_has_the_published_shapes():
     """tokenizer=maskgit_vqgan_f16 is what the importer finds in the released file, to the number."""
-    from vistok.checkpoint import build_tokenizer
-    from vistok.configuration import compose, to_container
-
     words = ["tokenizer=maskgit_vqgan_f16", "quantizer=vq", "quantizer.codebook_dim=256"]
-    config = to_container(compose("train", [*words, "data.image_size=256"]))
+    config = config_of(*words, "data.image_size=256")
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
     assert tokenizer.num_tokens == 256
@@ -334,6 +332,24 @@ def test_a_tokenizer_config_has_the_published_shapes():
         sum(p.numel() for p in m.parameters()) for m in (tokenizer.encoder, tokenizer.decoder)
     ]
     assert counts == [23_775_104, 30_478_339]  # of the published modules, counted there
+
+
+def test_maskgit_vqgan_learns_from_scratch():
+    """What is imported can also be trained: every weight of encoder and decoder takes part."""
+    words = ["channel_multipliers=[1,2]", "base_channels=32", "num_res_blocks=1"]
+    config = config_of(
+        "experiment=vqgan_tiny", "tokenizer=maskgit_vqgan_f16", "data.image_size=16",
+        "tokenizer.latent_dim=16", "tokenizer.decoder.num_res_blocks=1",
+        "quantizer.codebook_size=64", *(f"tokenizer.encoder.{word}" for word in words),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tok = build_tokenizer(config)
+    images = tok.to_model_range(images_of(16))
+    before = {name: p.clone() for name, p in tok.named_parameters()}
+    errors = errors_while_learning(tok, images, lr=2e-3, steps=60)
+    assert errors[-1] < 0.5 * errors[0]
+    still = [name for name, p in tok.named_parameters() if torch.equal(p, before[name])]
+    assert not still
 
 
 class Sneaky:
