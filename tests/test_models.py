@@ -8,6 +8,7 @@ from helpers import images_of, tiny_tokenizer
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
 from vistok.errors import ConfigError
 from vistok.models.tokenizer import Tokenizer, to_unit_range
+from vistok.nn.attention import attend
 from vistok.nn.patches import (
     grid_of,
     grid_points,
@@ -18,7 +19,7 @@ from vistok.nn.patches import (
     spread_points,
     unpatchify,
 )
-from vistok.nn.transformer import Transformer, attend
+from vistok.nn.transformer import Transformer
 
 both = pytest.mark.parametrize("tokenizer", ["titok_tiny", "vqgan_tiny"])
 

@@ -33,6 +33,7 @@ class HitaDecoder(Decoder):
         num_heads: attention heads.
         shift: k, 0 to H.
         activation_checkpointing: see `Transformer`.
+        attention: auto, dense or flex; see `nn/attention.py`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class HitaDecoder(Decoder):
         num_heads: int,
         shift: int = 4,
         activation_checkpointing: bool = False,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         if cnn.dim != width:
@@ -67,6 +69,7 @@ class HitaDecoder(Decoder):
             num_heads,
             activation_checkpointing=activation_checkpointing,
             block="flextok",
+            attention=attention,
         )
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)

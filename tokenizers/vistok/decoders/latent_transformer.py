@@ -43,7 +43,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: "dense" or "flex" where tokens are masked; see `Transformer`.
+        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
         borders: what the last convolution sees beyond the image, its edges "repeated" or "black",
             as in the released models.
     """
@@ -61,7 +61,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "dense",
+        attention: str = "auto",
         borders: str = "repeated",
     ) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: "dense" or "flex" where tokens are masked; see `Transformer`.
+        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
         borders: as in TiTok's decoder.
     """
 
@@ -62,7 +62,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "dense",
+        attention: str = "auto",
         borders: str = "repeated",
     ) -> None:
         super().__init__(

@@ -33,6 +33,7 @@ class HitaEncoder(Encoder):
         causal_depth: number of causal blocks.
         num_heads: attention heads.
         activation_checkpointing: see `Transformer`.
+        attention: auto, dense or flex, in the causal blocks; see `nn/attention.py`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class HitaEncoder(Encoder):
         causal_depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         self.dim = width
@@ -65,6 +67,7 @@ class HitaEncoder(Encoder):
             num_heads,
             activation_checkpointing=activation_checkpointing,
             block="flextok",
+            attention=attention,
         )
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)

@@ -42,7 +42,7 @@ class LatentTransformerEncoder(Encoder):
         block: style of the blocks, "vit" or "flextok"; see `Block`.
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
-        attention: "dense" or "flex" under the causal mask; see `Transformer`.
+        attention: auto, dense or flex, under the causal mask; see `nn/attention.py`.
         content: strength of the patches' content at the start, over that of the positions. A
             codebook follows latents that training moves about as a whole, so there an eighth
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
@@ -65,7 +65,7 @@ class LatentTransformerEncoder(Encoder):
         causal: bool = False,
         block: str = "vit",
         nested: bool = False,
-        attention: str = "dense",
+        attention: str = "auto",
         content: float = 0.125,
         legacy_reshape: bool = False,
     ) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from vistok.encoders.base import Encoder
 from vistok.encoders.cnn import CNNEncoder
 from vistok.errors import ConfigError
+from vistok.nn.attention import check_kind, mask_for
 from vistok.nn.hierarchy import (
     LevelLinear,
     block_causal_mask,
@@ -53,6 +54,7 @@ class ResTokEncoder(Encoder):
         num_heads: attention heads.
         merge_layers: indices of the blocks that merge, rising.
         activation_checkpointing: recompute each block in the backward pass.
+        attention: auto, dense or flex, under the mask; see `nn/attention.py`.
     """
 
     def __init__(
@@ -65,8 +67,11 @@ class ResTokEncoder(Encoder):
         num_heads: int,
         merge_layers: Sequence[int],
         activation_checkpointing: bool = False,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
+        self.attention = check_kind(attention)
+        self.num_heads = num_heads
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
@@ -108,7 +113,8 @@ class ResTokEncoder(Encoder):
         features = self.embed(self.cnn(images))
         x, merges = self.norm_in(self.sequence(features)), 0
         for number, block in enumerate(self.blocks):
-            inputs = (x, self.get_buffer(f"turn{merges}"), self.get_buffer(f"mask{merges}"))
+            mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x, self.num_heads)
+            inputs = (x, self.get_buffer(f"turn{merges}"), mask)
             between = None
             if number in self.merge_layers:
                 merges += 1

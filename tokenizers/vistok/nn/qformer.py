@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.errors import ConfigError
+from vistok.nn.attention import attend
 from vistok.nn.hierarchy import level_points
 from vistok.nn.patches import position_table
-from vistok.nn.transformer import attend
 
 
 class CrossAttention(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.errors import ConfigError
-from vistok.nn.transformer import attend
+from vistok.nn.attention import Mask, attend
 
 
 def rotation(points: Tensor, head_dim: int, theta: float = 1e4) -> Tensor:
@@ -56,7 +56,7 @@ class RotaryAttention(nn.Module):
         self.k_norm = nn.LayerNorm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor, mask: Mask | None = None) -> Tensor:
         """Attend over `(B, L, W)`; `mask` broadcasts to `(B, heads, L, L)`, True = visible."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (
@@ -90,7 +90,7 @@ class RotaryBlock(nn.Module):
         self,
         x: Tensor,
         turn: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         between: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Map `(B, L, W)` to `(B, L', W)`.

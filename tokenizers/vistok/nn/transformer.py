@@ -2,96 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from vistok.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
-Mask: TypeAlias = "Tensor | BlockMask"
-
-#: What `in_blocks` made of masks that hold for all samples, with the state that they were in. Kept
-#: here, since a module would have to copy, move and pickle it; an entry goes with its mask.
-_BLOCKS = WeakTensorKeyDictionary()
-
-#: How attention under a mask is computed; see `Transformer`.
-ATTENTION = ("dense", "flex")
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
-    """Scaled dot-product attention over `(B, heads, L, d)`; `mask` True = visible.
-
-    PyTorch's fused kernel, except in bf16 training on a CPU, where its backward pass takes three
-    times as long as the plain products (measured at 385 tokens, torch 2.15). With a mask in
-    blocks, FlexAttention.
-    """
-    if mask is not None and not isinstance(mask, Tensor):
-        fused = q.device.type != "cpu" and not torch.compiler.is_compiling()
-        return _flex_attention(fused)(q, k, v, block_mask=mask)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        return _attend_plainly(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    shape = q.shape
-    q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-    nothing = q.new_zeros(1, 1, 1)
-    # The product scales its result in passing.
-    scores = torch.baddbmm(nothing, q, k.mT, beta=0, alpha=shape[-1] ** -0.5)
-    if mask is not None:
-        scores = scores.unflatten(0, shape[:2]).masked_fill(~mask, float("-inf")).flatten(0, 1)
-    return (scores.softmax(dim=-1).to(v.dtype) @ v).view(shape)
-
-
-def in_blocks(mask: Tensor, length: int) -> BlockMask:
-    """A dense mask for FlexAttention, which passes over blocks of pairs that are all hidden.
-
-    For a mask without samples, such as a causal one, this is done once and kept as long as the
-    mask lives and stays as it is.
-
-    Args:
-        mask: bool, broadcasts to `(B, 1, L, L)`, True = visible; the same for all heads.
-        length: L.
-    """
-    if mask.ndim > 2 or torch.compiler.is_compiling():
-        return _new_blocks(mask, length)
-    state = (None if mask.is_inference() else mask._version, length)
-    known = _BLOCKS.get(mask)
-    if known is None or known[0] != state:
-        with torch.inference_mode(False):  # a later training step may need them
-            # Of a copy: blocks that refer to the mask itself would keep it alive.
-            known = (state, _new_blocks(mask.clone(), length))
-        _BLOCKS[mask] = known
-    return known[1]
-
-
-def _new_blocks(mask: Tensor, length: int) -> BlockMask:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    each = mask.ndim == 4 and mask.shape[0] > 1  # a mask of its own for each sample
-    table = mask.expand(mask.shape[0] if each else 1, 1, length, length)[:, 0]
-
-    def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return table[b if each else 0, row, column]
-
-    batch = len(table) if each else None
-    return create_block_mask(visible, batch, None, length, length, device=mask.device)
-
-
-@cache
-def _flex_attention(fused: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention) if fused else flex_attention
+from vistok.errors import ConfigError
+from vistok.nn.attention import Mask, attend, check_kind, mask_for
 
 
 class Attention(nn.Module):
@@ -233,10 +150,7 @@ class Transformer(nn.Module):
         activation_checkpointing: recompute each block in the backward pass; less memory, about
             a third more time, the same numbers.
         block: style of the blocks, see `Block`.
-        attention: under a mask, "dense" computes all pairs and hides some; "flex" takes
-            FlexAttention, which passes over hidden blocks of 128 x 128 pairs. The numbers are
-            the same up to rounding. Where torch has no FlexAttention with a gradient, on CPUs,
-            training is dense in either case.
+        attention: how it is computed under a mask, one of `vistok.nn.attention.ATTENTION`.
     """
 
     def __init__(
@@ -247,15 +161,11 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         activation_checkpointing: bool = False,
         block: str = "vit",
-        attention: str = "dense",
+        attention: str = "auto",
     ) -> None:
         super().__init__()
-        if attention not in ATTENTION:
-            raise ConfigError(
-                f"attention={attention}: must be one of {', '.join(ATTENTION)}"
-                f"{nearest(str(attention), ATTENTION)}"
-            )
-        self.attention = attention
+        self.attention = check_kind(attention)
+        self.num_heads = num_heads
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, block) for _ in range(depth))
 
@@ -268,10 +178,7 @@ class Transformer(nn.Module):
             keep: the tokens that are read afterwards, and returned; the last block computes no
                 others. None for all.
         """
-        seen: Mask | None = mask
-        if mask is not None and self.attention == "flex":
-            with_gradient = torch.is_grad_enabled() and x.device.type == "cpu"
-            seen = mask if with_gradient else in_blocks(mask, x.shape[1])
+        seen = None if mask is None else mask_for(self.attention, mask, x, self.num_heads)
         for number, block in enumerate(self.blocks, start=1):
             last = keep is not None and number == len(self.blocks)
             args = (x, mask, keep) if last else (x, seen)
