@@ -6,7 +6,8 @@
     python scripts/bench_training.py precisions=32 parts=true            # where a step's time goes
 
 Keys: `experiments` (of configs/experiment), `batch`, `precisions` (32, bf16 as autocast, 16 on a
-GPU; each with `+compile`, as `compile=true` trains), `device`, `threads` (0: as torch has it),
+GPU; 32+high and 32+medium as `trainer.matmul_precision`; each with `+compile`, as `compile=true`
+trains), `device`, `threads` (0: as torch has it),
 `seconds` (of measuring each experiment), `textbook` (false: without), `parts` (true: also the time
 of each operator, by torch's profiler, and of each product by itself) and `out` (a JSON file). Any
 other `key=value` goes to the experiment's config.
@@ -107,6 +108,9 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     if case["device"] == "cpu":
         keep_freed_memory()  # as training does
     device, config = torch.device(case["device"]), config_of(case)
+    precision, *words = case["precision"].split("+")
+    products = [word for word in words if word != "compile"]
+    torch.set_float32_matmul_precision(products[0] if products else "highest")
     tokenizer = build_tokenizer(config).to(device).train()
     loss = build(config["loss"])
     settings = config["optimizer"]
@@ -114,11 +118,11 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
         tokenizer, settings["lr"], settings["betas"], settings["weight_decay"]
     )
     images = torch.rand(case["batch"], tokenizer.channels, *tokenizer.image_size, device=device)
-    kind = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[case["precision"]]
+    kind = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]
     autocast = torch.autocast(
         device.type, dtype=kind or torch.bfloat16, enabled=kind is not None, cache_enabled=False
     )  # as Lightning's
-    forward = torch.compile(tokenizer.forward) if case["compile"] else tokenizer.forward
+    forward = torch.compile(tokenizer.forward) if "compile" in words else tokenizer.forward
 
     def backward(forward: Callable[..., Any]) -> None:
         with autocast:
@@ -395,7 +399,7 @@ def row(
     batch, flops = case["batch"], facts["flops"]
     values = {
         "experiment": case["experiment"],
-        "precision": case["precision"] + "+compile" * case["compile"],
+        "precision": case["precision"],
         "batch": batch,
         "step_s": spent["step"],
         "images_per_s": batch / spent["step"],
@@ -456,8 +460,7 @@ def main(argv: list[str]) -> int:
         cases = [
             {
                 "experiment": experiment,
-                "precision": precision.removesuffix("+compile"),
-                "compile": precision.endswith("+compile"),
+                "precision": precision,
                 "batch": int(values["batch"]),
                 "device": values["device"],
                 "threads": int(values["threads"]),

@@ -4,6 +4,7 @@ import importlib.util
 import math
 
 import pytest
+import torch
 
 from helpers import ROOT
 
@@ -25,10 +26,16 @@ def bench():
 
 def case(precision, *words):
     keys = {"experiment": "titok_tiny", "precision": precision, "batch": 3, "device": "cpu"}
-    return {**keys, "compile": False, "parts": True, "overrides": [*SIZES, *words]}
+    return {**keys, "parts": True, "overrides": [*SIZES, *words]}
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.fixture(autouse=True)
+def products():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precision", ["32", "32+medium", "bf16"])
 def test_the_step_consists_of_the_products_that_are_timed_by_themselves(bench, precision):
     calls, facts = bench.ours(case(precision))
     parts = {name: call() for name, call in calls.items()}
@@ -65,7 +72,7 @@ def test_the_table_has_a_line_for_each_contender(bench, capsys):
     ]
     lines = bench.table(rows).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["32", "textbook"]
-    compiled = bench.row({**case("32"), "compile": True}, {"step": 1.0}, {"flops": 1e9}, None)
+    compiled = bench.row(case("32+compile"), {"step": 1.0}, {"flops": 1e9}, None)
     assert compiled["precision"] == "32+compile"
     assert bench.longest({"a": 0.001, "b": 0.002}).splitlines()[2:4] == [
         "| b | 2.0 |",

@@ -58,6 +58,7 @@ def test_mistyped_words(fails, override, expected):
         ("optimizer.lr=fast", ("optimizer.lr=fast", "a number")),
         ("logger=wandb logger.offline=perhaps", ("logger.offline=perhaps", "true or false")),
         ("trainer.precision=17", ("trainer.precision=17", "bf16")),
+        ("trainer.matmul_precision=hi", ("trainer.matmul_precision=hi", "highest, high, medium")),
         ("trainer.precision=16", ("trainer.precision=16", "needs a GPU")),
         ("data.image_size=20", ("data.image_size=20", "patch of 8 px", "data.image_size=16")),
         ("tokenizer=vqgan_tiny data.image_size=20", ("data.image_size=20", "divisible")),

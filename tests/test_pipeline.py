@@ -470,6 +470,23 @@ def test_precision(words, tmp_path, monkeypatch, precision, dtype):
     assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_float32_products_have_the_precision_of_the_run(words, monkeypatch, precision):
+    """During the run and not after it, also in the quantizer's lookup."""
+    from vistok.quantizers.base import Quantizer
+
+    seen, real = set(), Quantizer.forward
+
+    def forward(self, latents, *args, **kwargs):
+        seen.add(torch.get_float32_matmul_precision())
+        return real(self, latents, *args, **kwargs)
+
+    monkeypatch.setattr(Quantizer, "forward", forward)
+    more = ["trainer.max_steps=1", f"trainer.matmul_precision={precision}"]
+    assert train([*words, *more]) == 0
+    assert seen == {precision} and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_auto_precision_follows_the_processor(monkeypatch):
     from vistok.training.run import precision
 

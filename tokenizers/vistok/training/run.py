@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +59,8 @@ PRECISIONS = {
     "16-mixed": "16-mixed",
     "32-true": "32-true",
 }
+#: Of products of float32 matrices, in torch's words.
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 def train(
@@ -82,8 +85,9 @@ def train(
         Preempted: if a signal of the scheduler did.
     """
     stop = StopAfterStep()
+    products = float32_products(config["trainer"].get("matmul_precision", "highest"))
     # A scheduler may ask at any time, and again while the last checkpoint is being written.
-    with stop.listening(*PREEMPTION_SIGNALS):
+    with products, stop.listening(*PREEMPTION_SIGNALS):
         return _train(config, folder, resume, words, stop)
 
 
@@ -231,6 +235,7 @@ def build_trainer(
     timeout = timedelta(seconds=options.pop("timeout", 600))
     show_bar = options.pop("enable_progress_bar")
     options.pop("global_batch_size", None)  # see `set_batches`
+    options.pop("matmul_precision", None)  # see `train`
     many = nodes > 1 or devices not in (1, "1", "auto", [0])
     if devices == "auto":
         many = many or (accelerator != "cpu" and torch.cuda.device_count() > 1)
@@ -351,6 +356,26 @@ def precision(name: Any, accelerator: str) -> str:
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     has_units = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return "bf16-mixed" if has_units else "32-true"
+
+
+@contextmanager
+def float32_products(name: Any) -> Iterator[None]:
+    """A context in which torch multiplies float32 matrices in this precision.
+
+    Raises:
+        ConfigError: if it is none of torch's.
+    """
+    if name not in MATMUL_PRECISIONS:
+        raise ConfigError(
+            f"trainer.matmul_precision={name}: must be one of {', '.join(MATMUL_PRECISIONS)}"
+            f"{nearest(str(name), MATMUL_PRECISIONS)}"
+        )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list[Logger]:
