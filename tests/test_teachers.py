@@ -49,6 +49,19 @@ def test_other_sizes_channels_and_models(files):
         assert levit.dim == 384 and levit(torch.zeros(1, 3, 16, 16)).shape == (1, 384, 4, 4)
 
 
+def test_resizing_makes_nothing_brighter_than_white(files):
+    """Bicubic interpolation overshoots at edges, and networks know no such pixels."""
+    teacher, seen = Teacher(VIT, str(files[VIT]), 64).eval(), []
+    teacher.model.patch_embed.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    stripes = (torch.arange(16) // 4 % 2 * 2 - 1).float().expand(1, 3, 16, 16)
+    with torch.no_grad():
+        teacher(stripes)
+    pixels = seen[0] * teacher.std + teacher.mean
+    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
+    assert torch.allclose(pixels[0, :, 0, 8], torch.zeros(3), atol=1e-5)  # inside of a stripe
+    assert torch.allclose(pixels[0, :, 0, 24], torch.ones(3), atol=1e-5)
+
+
 def test_missing_weights_say_how_to_get_them(files, monkeypatch):
     with pytest.raises(ConfigError, match=r"no such model.*did you mean"):
         Teacher("vit_tiny_patch16_22", None, 224)
