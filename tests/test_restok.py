@@ -223,19 +223,22 @@ def test_merged_sequence_is_coarse_to_fine():
     assert encoder.coarsest(torch.arange(38).view(1, 38, 1)).flatten().tolist() == [0, 1]
 
 
-def test_positions_follow_the_sequence_of_every_merge():
+def test_places_and_masks_follow_the_sequence_of_every_merge():
     """Coarse to fine, then the latents; in units of the finest grid's cells."""
     encoder = small(*DEEP).encoder
     grids = [(4, 4), (2, 4), (2, 2), (1, 2)]
     latents = [(1, 1), (1, 1), (1, 2), (2, 2)]
     for merges in range(4):
-        points = []
-        for rows, columns in [*grids[merges::-1], *latents]:
+        points, level = [], []
+        for number, (rows, columns) in enumerate([*grids[merges::-1], *latents]):
             for y in range(rows):
                 for x in range(columns):
                     points.append([(y + 0.5) * 4 / rows - 0.5, (x + 0.5) * 4 / columns - 0.5])
+                    level.append(number)
         turn = rotation(torch.tensor(points), 8)
         assert torch.allclose(encoder.get_buffer(f"turn{merges}"), turn, atol=1e-5)
+        visible = [[theirs <= own for theirs in level] for own in level]
+        assert encoder.get_buffer(f"mask{merges}").tolist() == visible
 
 
 def test_a_level_depends_on_no_later_one():
