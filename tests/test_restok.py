@@ -355,7 +355,10 @@ def test_dropped_tokens_become_a_learned_vector_of_the_code_space():
     assert torch.equal(filled[0, 2:], decoder.dropped[0].expand(2, -1))
     assert torch.equal(filled[0, :2], quantized[0, :2]) and torch.equal(filled[1], quantized[1])
     assert torch.equal(decoder.filled(quantized[:1, :2]), filled[:1])
+    read = []  # by the linear layers of their levels
+    decoder.embed.register_forward_pre_hook(lambda m, inputs: read.append(inputs[0]))
     decoder.reconstruct(quantized, mask).square().mean().backward()
+    assert torch.equal(read[0], filled)
     assert decoder.dropped.grad.any()
     assert quantized.grad[0, :2].any() and quantized.grad[1, 2:].any()
     assert not quantized.grad[0, 2:].any()
