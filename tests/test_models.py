@@ -296,6 +296,18 @@ def mse(tok, images):
     return (tok.detokenize(tok.tokenize(images)) - images.float() / 255).square().mean().item()
 
 
+@pytest.mark.parametrize("tokenizer", ["titok_tiny", "flextok_tiny", "hita_tiny"])
+def test_what_a_latent_says_of_its_place_is_taken_off(tokenizer):
+    """Over the images of the start its mean is zero; it learns from there."""
+    tok = tiny_tokenizer(tokenizer=tokenizer)
+    images = tok.to_model_range(images_of(40))
+    with torch.no_grad():
+        before = tok.encoder(images).mean(dim=0)
+        tok.encoder.initialize(images)
+        after = tok.encoder(images).mean(dim=0)
+    assert before.abs().max() > 0.1 and after.abs().max() < 1e-4
+
+
 def test_initialize_keeps_the_mode():
     tok = tiny_tokenizer().train()
     tok.initialize(tok.to_model_range(images_of(16)))
