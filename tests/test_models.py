@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import awake, images_of, tiny_tokenizer
+from vistok.decoders.flow import FlowDecoder
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
 from vistok.encoders.latent_transformer import LatentTransformerEncoder
 from vistok.errors import ConfigError
@@ -15,6 +16,7 @@ from vistok.nn.patches import (
     least_squares,
     pad_edges,
     patchify,
+    position_table,
     principal_components,
     spread_points,
     unpatchify,
@@ -363,6 +365,18 @@ def test_nested_points_cover_the_grid_at_every_length(grid):
             torch.cdist(patches, points[:k]).min(dim=1).values.max() for points in (rows, nested)
         ]
         assert reach[1] < reach[0], k
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_latents_start_at_those_points_on_both_sides(nested):
+    parts = [LatentTransformerEncoder(32, 3, 8, 8, 16, 1, 2, nested=nested)]
+    parts += [LatentTransformerDecoder(32, 3, 8, 8, 12, 16, 1, 2, nested=nested)]
+    flow = FlowDecoder(32, 3, 8, 8, 12, 16, 1, 2, nested=nested)
+    points = spread_points(8, (4, 4), nested)
+    assert nested != torch.equal(points, spread_points(8, (4, 4)))
+    expected = position_table(points, 16, 8, (4, 4))
+    for positions in (*(part.latent_positions for part in parts), flow.register_positions):
+        assert torch.equal(positions, expected)
 
 
 def test_principal_components_equal_an_svd():
