@@ -157,9 +157,15 @@ def test_tail_token_drop_truncates_once_per_forward(monkeypatch):
     assert seen[-1][0].shape[1] == 4 and seen[-1][1] is None
 
 
-def test_quantizer_losses_and_statistics_see_all_tokens():
-    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("one_d_piece_tiny", []), ("restok_tiny", ["tokenizer.length.full_probability=0"])],
+)
+def test_quantizer_losses_and_statistics_see_all_tokens(name, words):
+    """Whether the decoder gets a cut code or a mask for each image."""
+    tok = tiny_tokenizer(*words, tokenizer=name).train()
     images = tok.to_model_range(images_of(6))
+    tok(images)  # starts the codebook
     for _ in range(5):
         tok.quantizer.usage.reset()
         output = tok(images)
