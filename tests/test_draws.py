@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from vistok.models.length import LengthPolicy
+from helpers import awake
+from vistok.decoders.flow import FlowDecoder
+from vistok.decoders.text_transformer import TextTransformerDecoder
+from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.nn import draws
 from vistok.nn.draws import drawing, integers, normal, shared_integer, uniform
 
@@ -113,9 +116,13 @@ def test_the_distributions():
         assert abs(correlation) < 4 / math.sqrt(a.numel())
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "powers_of_two", "rounded_up"])
-def test_lengths_of_samples_and_of_steps(distribution):
-    policy = LengthPolicy(distribution, per="sample")
+DISTRIBUTIONS = ["uniform", "powers_of_two", "rounded_up"]
+
+
+@pytest.mark.parametrize(
+    "policy", [*(LengthPolicy(d) for d in DISTRIBUTIONS), LevelPolicy(1, 0.5)], ids=str
+)
+def test_lengths_of_samples(policy):
     with drawing(0, torch.arange(4000), 0):
         one = policy(4000, 16)
     parts = []
@@ -123,6 +130,10 @@ def test_lengths_of_samples_and_of_steps(distribution):
         with drawing(0, torch.arange(first, first + 1000), 0):
             parts.append(policy(1000, 16))
     assert torch.equal(one, torch.cat(parts)) and len(set(one.tolist())) > 4
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_lengths_of_steps(distribution):
     policy = LengthPolicy(distribution, per="batch")
     drawn = []
     for step in range(0, 400, 4):
@@ -133,3 +144,26 @@ def test_lengths_of_samples_and_of_steps(distribution):
         assert len(lengths) == 1
         drawn += lengths
     assert len(set(drawn)) > 4
+
+
+@pytest.mark.parametrize("kind", ["flow", "text"])
+def test_what_a_decoder_draws_in_training_is_the_samples_own(kind):
+    """Noise, times and conditions left out: as many as there are, the sample gets the same."""
+    torch.manual_seed(0)
+    shape = ([16, 24], 3, 8, 4, 12, 16, 1, 2)
+    if kind == "flow":
+        net = FlowDecoder(*shape, null_probability=0.5).train()
+    else:
+        net = TextTransformerDecoder(*shape, text_dim=6, num_text_tokens=3, text_dropout=0.5)
+    awake(net)
+    images, quantized, text = torch.randn(8, 3, 16, 24), torch.randn(8, 4, 12), torch.randn(8, 3, 6)
+
+    def predicted(first, last):
+        part = slice(first, last)
+        condition = {"text": text[part]} if kind == "text" else {}
+        with torch.no_grad(), drawing(3, torch.arange(first, last), 0):
+            return net(quantized[part], images[part], **condition)
+
+    whole, parts = predicted(0, 8), [predicted(0, 3), predicted(3, 8)]
+    for one, several in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.allclose(one, torch.cat(several), atol=1e-5)

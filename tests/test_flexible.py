@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -156,9 +157,15 @@ def test_tail_token_drop_truncates_once_per_forward(monkeypatch):
     assert seen[-1][0].shape[1] == 4 and seen[-1][1] is None
 
 
-def test_quantizer_losses_and_statistics_see_all_tokens():
-    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("one_d_piece_tiny", []), ("restok_tiny", ["tokenizer.length.full_probability=0"])],
+)
+def test_quantizer_losses_and_statistics_see_all_tokens(name, words):
+    """Whether the decoder gets a cut code or a mask for each image."""
+    tok = tiny_tokenizer(*words, tokenizer=name).train()
     images = tok.to_model_range(images_of(6))
+    tok(images)  # starts the codebook
     for _ in range(5):
         tok.quantizer.usage.reset()
         output = tok(images)
@@ -181,6 +188,7 @@ def test_dropped_tokens_get_no_gradient_from_the_picture():
 def test_a_mask_gives_the_numbers_of_truncation(monkeypatch):
     """What torch.compile takes, whose shapes are static."""
     tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
+    seen = spied(tok, monkeypatch)
     images = tok.to_model_range(images_of(3))
     tok(images)  # starts the codebook, which draws numbers too
     for seed in range(6):
@@ -191,6 +199,8 @@ def test_a_mask_gives_the_numbers_of_truncation(monkeypatch):
             torch.manual_seed(seed)
             masked = tok(images)
         assert torch.equal(cut.mask, masked.mask)
+        quantized, mask = seen[-1]  # all tokens, whatever the length: one shape for all steps
+        assert quantized.shape[1] == 4 and torch.equal(mask, masked.mask)
         assert torch.allclose(cut.prediction, masked.prediction, atol=1e-5)
 
 
@@ -303,6 +313,16 @@ def test_fewest_tokens_that_reach_a_quality():
         assert len(set(sooner)) > 1
         for targets in (each, torch.tensor(each, dtype=torch.float64), np.array(each)):
             assert tok.tokenize_to_target(images, psnr=targets)[1].tolist() == sooner
+
+
+def test_a_target_is_reached_by_what_equals_it():
+    tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
+    images = images_of(1)
+    first = tok.detokenize(tok.tokenize(images), num_tokens=1)
+    exact = rounded_psnr(first, to_unit_range(tok.to_model_range(images)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tok.tokenize_to_target(images, psnr=exact, budgets=[1])[1].tolist() == [1]
 
 
 def test_most_tokens_that_fit():
@@ -439,6 +459,17 @@ def test_wrong_budgets_are_refused(num_tokens, words):
     if "expected" in words:
         with pytest.raises(ConfigError, match=words):
             fixed.tokenize(images_of(2), num_tokens=num_tokens)
+
+
+@flexible
+def test_more_ids_than_a_code_has_are_cut_or_refused(name):
+    tok = tiny_tokenizer(tokenizer=name)
+    ids = tok.tokenize(images_of(2))
+    longer = torch.cat([ids, ids[:, :1]], dim=1)
+    assert torch.equal(tok.detokenize(longer, num_tokens=4), tok.detokenize(ids))
+    for num_tokens in (None, 5):
+        with pytest.raises(ConfigError, match="num_tokens=5: must be 1 to 4 for ids of 5 tokens"):
+            tok.detokenize(longer, num_tokens=num_tokens)
 
 
 def test_arguments_of_sampling_are_refused_where_nothing_is_sampled():
@@ -621,15 +652,23 @@ def test_compiling_keeps_the_numbers(name, monkeypatch):
 
 @flexible
 def test_activation_checkpointing_keeps_the_gradients(name):
-    results = []
+    """And each block is computed once more in the backward pass: else there is nothing to see."""
+    results, computed = [], []
     for flag in ("false", "true"):
         options = [f"tokenizer.{part}.activation_checkpointing={flag}" for part in ("encoder", "decoder")]  # fmt: skip
         tok = tiny_tokenizer(*options, tokenizer=name).train()
         awake(tok)
+        calls = Counter()
+        for part, module in tok.named_modules():
+            if part.rpartition(".")[0].endswith("blocks"):
+                module.register_forward_pre_hook(lambda m, i, c=calls, part=part: c.update([part]))
         torch.manual_seed(1)
         output = tok(tok.to_model_range(images_of(4)))
         (output.prediction - output.target).square().mean().backward()
         results.append([p.grad for p in tok.parameters()])
+        computed.append(calls)
+    assert {part.split(".")[0] for part in computed[0]} == {"encoder", "decoder"}
+    assert computed[1] == {part: 2 * count for part, count in computed[0].items()}
     assert sum(g is not None and bool(g.any()) for g in results[0]) > 20
     for a, b in zip(*results, strict=True):
         assert (a is None) == (b is None)

@@ -128,6 +128,23 @@ def test_modulated_blocks_start_as_the_identity_and_tell_the_parts_apart():
     assert not torch.allclose(block(x, condition, 4), block(x, condition + 1, 4), atol=1e-3)
 
 
+def normed(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+
+def test_a_modulated_block_by_its_definition():
+    """AdaLN-Zero of DiT: a SiLU and a linear map of the condition for each part of the sequence."""
+    block = awake(ModulatedBlock(16, 2)).double()
+    x, condition = torch.randn(2, 7, 16).double(), torch.randn(2, 16).double()
+    silu = condition * torch.sigmoid(condition)
+    parts = [silu @ net.weight.T + net.bias for net in block.modulations]
+    rows = torch.stack([parts[int(place >= 4)] for place in range(7)], dim=1)
+    gate1, gate2, shift1, scale1, shift2, scale2 = rows.split(16, dim=2)
+    y = x + gate1 * block.attn(normed(x) * (1 + scale1) + shift1)
+    y = y + gate2 * block.mlp(normed(y) * (1 + scale2) + shift2)
+    assert torch.allclose(block(x, condition, 4), y, atol=1e-10)
+
+
 # ---------------------------------------------------------------------- the flow
 
 
@@ -219,6 +236,34 @@ def test_plain_guidance_of_predicted_images_arrives_at_the_guided_image(steps):
     assert torch.allclose(found, null + 2.5 * (own - null), atol=1e-4)
 
 
+def test_patches_and_time_on_their_way_to_the_head():
+    """Patches at their places before the registers, and a last norm that the time modulates."""
+    net, seen = decoder(), []
+    net.blocks[0].register_forward_hook(lambda b, i, o: seen.append(i[0]))
+    net.blocks[-1].register_forward_hook(lambda b, i, o: seen.append(o))
+    noisy, time = torch.randn(2, 3, 16, 24), torch.tensor([0.3, 0.9])
+    registers = net.registers(torch.randn(2, 6, 12))
+    found = net.features(noisy, time, registers)
+    patches = [noisy[:, :, y : y + 8, x : x + 8] for y in (0, 8) for x in (0, 8, 16)]
+    patches = torch.stack([p.movedim(1, 3).flatten(1) for p in patches], dim=1)
+    first = torch.cat([net.patch_embed(patches) + net.patch_positions, registers], dim=1)
+    assert torch.allclose(seen[0], first, atol=1e-5)
+    condition = net.time_embed(time_features(time, 16))
+    shift, scale = net.modulate_out(condition * torch.sigmoid(condition)).split(16, dim=1)
+    expected = normed(seen[1][:, :6]) * (1 + scale[:, None]) + shift[:, None]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_times_turn_at_frequencies_from_one_to_256():
+    """The slowest does not come round between 0 and 1, the fastest does 40 times."""
+    times = torch.tensor([0.0, 0.3, 1.0])
+    features = time_features(times, 8)
+    for row, time in enumerate(times.tolist()):
+        angles = [time * 256 ** (i / 4) for i in range(4)]
+        expected = [*map(math.cos, angles), *map(math.sin, angles)]
+        assert features[row].tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_times_are_told_apart():
     features = time_features(torch.linspace(0, 1, 50), 32)
     distances = torch.cdist(features, features) + 9 * torch.eye(50)
@@ -247,6 +292,15 @@ def test_guidance_of_one_is_none():
     c, u = torch.randn(2, 3, 3, 4, 4).unbind(0)
     for apg in (False, True):
         assert torch.equal(Guidance(1.0, apg)(c, u), c)
+
+
+@pytest.mark.parametrize(("guidance", "calls"), [(1, 4), (3.0, 8)])
+def test_without_guidance_each_step_asks_once(guidance, calls):
+    net, asked = decoder(), []
+    net.blocks[0].register_forward_hook(lambda b, i, o: asked.append(1))
+    with torch.no_grad():
+        net.reconstruct(torch.randn(2, 6, 12), steps=4, guidance=guidance)
+    assert len(asked) == calls
 
 
 def test_plain_guidance_by_its_formula():

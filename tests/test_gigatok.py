@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from helpers import config_of, errors_while_learning, images_of, loud, tiny_tokenizer
+from helpers import awake, config_of, errors_while_learning, images_of, loud, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.errors import ConfigError
 from vistok.nn.cnn import AdaptiveGroupNorm, DepthToSpace, group_norm
-from vistok.nn.qformer import CrossAttention, QFormer, pooling_pyramid
+from vistok.nn.qformer import CrossAttention, QFormer, QFormerBlock, pooling_pyramid
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,31 @@ def test_attention_equals_torchs():
         theirs.out_proj.bias.copy_(ours.proj.bias)
     q, k, v = torch.randn(2, 5, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
     assert torch.allclose(ours(q, k, v), theirs(q, k, v)[0], atol=1e-5)
+
+
+def test_a_block_by_its_definition():
+    """DETR's decoder before its norms: positions in queries and keys, never in values."""
+    block = awake(QFormerBlock(16, 4))
+    x, memory = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    places, memory_places = torch.randn(5, 16), torch.randn(7, 16)
+    hidden = torch.arange(7) >= torch.tensor([[7], [3]])
+
+    def attended(own, queries, keys, values, hidden=None):
+        projections = [torch.cat([getattr(getattr(own, n), w) for n in "qkv"]) for w in ("weight", "bias")]  # fmt: skip
+        q, k, v = (part.transpose(0, 1) for part in (queries, keys, values))
+        return torch.nn.functional.multi_head_attention_forward(
+            q, k, v, 16, 4, *projections, None, None, False, 0.0,
+            own.proj.weight, own.proj.bias, False, hidden, False,
+        )[0].transpose(0, 1)  # fmt: skip
+
+    y = block.norm1(x)
+    expected = x + attended(block.self_attn, y + places, y + places, y)
+    y = block.norm2(expected) + places
+    expected = expected + attended(block.cross_attn, y, memory + memory_places, memory, hidden)
+    y = block.norm3(expected) @ block.mlp[0].weight.T + block.mlp[0].bias
+    y = y * torch.special.ndtr(y)  # GELU
+    expected = expected + y @ block.mlp[2].weight.T + block.mlp[2].bias
+    assert torch.allclose(block(x, memory, places, memory_places, ~hidden), expected, atol=1e-5)
 
 
 def test_positions_enter_queries_and_keys_alone():

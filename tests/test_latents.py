@@ -161,8 +161,9 @@ def test_the_autoencoder_stays_as_it_is_and_outside_the_ema(run, autoencoder_run
     assert not any("autoencoder" in name for name in module.ema.shadow)
     trained = {id(p) for g in module.configure_optimizers().param_groups for p in g["params"]}
     assert not any(id(p) in trained for p in module.tokenizer.autoencoder.parameters())
-    module.train()
-    assert not any(m.training for m in module.tokenizer.autoencoder.modules())
+    for tok in (module.tokenizer.train(), vistok.load(run).train()):  # without a stage too
+        assert not any(m.training for m in tok.autoencoder.modules())
+        assert not any(p.requires_grad for p in tok.autoencoder.parameters())
     x = module.tokenizer.to_model_range(images_of(4))
     output = module.tokenizer(x)
     (output.prediction - output.target).square().mean().backward()

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import images_of, tiny_tokenizer
+from helpers import awake, images_of, tiny_tokenizer
+from vistok.decoders.flow import FlowDecoder
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
+from vistok.encoders.latent_transformer import LatentTransformerEncoder
 from vistok.errors import ConfigError
 from vistok.models.tokenizer import Tokenizer, to_unit_range
 from vistok.nn.attention import attend
@@ -15,11 +17,12 @@ from vistok.nn.patches import (
     least_squares,
     pad_edges,
     patchify,
+    position_table,
     principal_components,
     spread_points,
     unpatchify,
 )
-from vistok.nn.transformer import Transformer
+from vistok.nn.transformer import Block, Transformer
 
 both = pytest.mark.parametrize("tokenizer", ["titok_tiny", "vqgan_tiny"])
 
@@ -189,6 +192,83 @@ def test_cnn_decoder_counts_masked_cells_as_zero():
     assert not torch.allclose(net.reconstruct(quantized), net.reconstruct(zeroed))
 
 
+# ---------------------------------------------------------------------- TiTok's sequences
+
+
+def before(norm):
+    """What a norm is given."""
+    seen = []
+    norm.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    return seen
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_the_encoder_reads_class_token_patches_and_latents(class_token):
+    torch.manual_seed(0)
+    net = awake(LatentTransformerEncoder([16, 24], 3, 8, 5, 16, 2, 2, class_token))
+    images, seen = torch.randn(2, 3, 16, 24), before(net.norm_in)
+    latents = net(images)
+    patches = [images[:, :, y : y + 8, x : x + 8] for y in (0, 8) for x in (0, 8, 16)]
+    embedded = net.patch_embed(torch.stack([p.movedim(1, 3).flatten(1) for p in patches], dim=1))
+    parts = [embedded + net.patch_positions]
+    parts += [(net.latent_tokens + net.latent_positions).expand(2, -1, -1)]
+    if class_token:
+        parts.insert(0, net.class_token.expand(2, -1, -1))
+    assert torch.allclose(seen[0], torch.cat(parts, dim=1), atol=1e-5)
+    # The latents are the last ones, less their means.
+    expected = net.norm_out(net.transformer(net.norm_in(torch.cat(parts, dim=1))))[:, -5:]
+    assert net.latent_means.all()
+    assert torch.allclose(latents, expected - net.latent_means, atol=1e-5)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_the_decoder_reads_class_token_mask_tokens_and_latents(class_token):
+    net = awake(decoder(class_token))
+    quantized, seen = torch.randn(2, 6, 12), before(net.norm_in)
+    for length in (6, 2):
+        net.reconstruct(quantized[:, :length])
+        parts = [(net.mask_token + net.patch_positions).expand(2, -1, -1)]
+        parts += [net.embed(quantized[:, :length]) + net.latent_positions[:length]]
+        if class_token:
+            parts.insert(0, net.class_token.expand(2, -1, -1))
+        assert torch.allclose(seen[-1], torch.cat(parts, dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("borders", ["repeated", "black"])
+def test_a_convolution_goes_across_the_seams(borders):
+    torch.manual_seed(0)
+    net = awake(LatentTransformerDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, borders=borders))
+    features = torch.randn(2, 6, 16)
+    images = net.head(features).view(2, 2, 3, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 16, 24)  # fmt: skip
+    around = -torch.ones(2, 3, 18, 26)
+    around[:, :, 1:-1, 1:-1] = images
+    if borders == "repeated":
+        rows, columns = torch.arange(-1, 17).clamp(0, 15), torch.arange(-1, 25).clamp(0, 23)
+        around = images[:, :, rows][:, :, :, columns]
+    expected = F.conv2d(around, net.smooth.weight, net.smooth.bias)
+    assert torch.allclose(net.paint(features), expected, atol=1e-4)
+
+
+def test_a_vit_block_is_torchs():
+    torch.manual_seed(0)
+    ours = awake(Block(16, 2))
+    theirs = torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, F.gelu, batch_first=True, norm_first=True)  # fmt: skip
+    names = {
+        "attn.qkv": "self_attn.in_proj",
+        "attn.proj": "self_attn.out_proj",
+        "mlp.0": "linear1",
+        "mlp.2": "linear2",
+    }
+    state = {}
+    for key, value in ours.state_dict().items():
+        part, _, kind = key.rpartition(".")
+        joint = "_" if part == "attn.qkv" else "."
+        state[names.get(part, part) + joint + kind] = value
+    theirs.load_state_dict(state)
+    x = torch.randn(3, 7, 16)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
 # ---------------------------------------------------------------------- initialisation
 
 
@@ -217,6 +297,18 @@ def test_initialisation_helps_and_is_deterministic(tokenizer):
 
 def mse(tok, images):
     return (tok.detokenize(tok.tokenize(images)) - images.float() / 255).square().mean().item()
+
+
+@pytest.mark.parametrize("tokenizer", ["titok_tiny", "flextok_tiny", "hita_tiny"])
+def test_what_a_latent_says_of_its_place_is_taken_off(tokenizer):
+    """Over the images of the start its mean is zero; it learns from there."""
+    tok = tiny_tokenizer(tokenizer=tokenizer)
+    images = tok.to_model_range(images_of(40))
+    with torch.no_grad():
+        before = tok.encoder(images).mean(dim=0)
+        tok.encoder.initialize(images)
+        after = tok.encoder(images).mean(dim=0)
+    assert before.abs().max() > 0.1 and after.abs().max() < 1e-4
 
 
 def test_initialize_keeps_the_mode():
@@ -274,6 +366,18 @@ def test_nested_points_cover_the_grid_at_every_length(grid):
             torch.cdist(patches, points[:k]).min(dim=1).values.max() for points in (rows, nested)
         ]
         assert reach[1] < reach[0], k
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_latents_start_at_those_points_on_both_sides(nested):
+    parts = [LatentTransformerEncoder(32, 3, 8, 8, 16, 1, 2, nested=nested)]
+    parts += [LatentTransformerDecoder(32, 3, 8, 8, 12, 16, 1, 2, nested=nested)]
+    flow = FlowDecoder(32, 3, 8, 8, 12, 16, 1, 2, nested=nested)
+    points = spread_points(8, (4, 4), nested)
+    assert nested != torch.equal(points, spread_points(8, (4, 4)))
+    expected = position_table(points, 16, 8, (4, 4))
+    for positions in (*(part.latent_positions for part in parts), flow.register_positions):
+        assert torch.equal(positions, expected)
 
 
 def test_principal_components_equal_an_svd():

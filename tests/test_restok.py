@@ -168,6 +168,16 @@ def test_attention_normalises_turns_and_hides():
     assert torch.allclose(net(x, turn, mask)[0], net.proj(torch.cat(heads, dim=1)), atol=1e-5)
 
 
+def test_a_block_scales_what_it_adds():
+    """LayerScale, of attention and MLP apart."""
+    block, x = awake(RotaryBlock(16, 2)), torch.randn(1, 3, 16)
+    turn = rotation(torch.rand(3, 2) * 5, 8)
+    assert (block.scale1 - 1).abs().min() > 0 and (block.scale2 - 1).abs().min() > 0
+    y = x + block.scale1 * block.attn(block.norm1(x), turn)
+    y = y + block.scale2 * block.mlp(block.norm2(y))
+    assert torch.allclose(block(x, turn), y, atol=1e-6)
+
+
 # ---------------------------------------------------------------------- the encoder
 
 
@@ -211,6 +221,24 @@ def test_merged_sequence_is_coarse_to_fine():
     assert torch.equal(merged[:, :8], coarse + encoder.image_levels[1])
     assert torch.equal(merged[:, 8:24], rest) and torch.equal(merged[:, 24:], x[:, 16:])
     assert encoder.coarsest(torch.arange(38).view(1, 38, 1)).flatten().tolist() == [0, 1]
+
+
+def test_places_and_masks_follow_the_sequence_of_every_merge():
+    """Coarse to fine, then the latents; in units of the finest grid's cells."""
+    encoder = small(*DEEP).encoder
+    grids = [(4, 4), (2, 4), (2, 2), (1, 2)]
+    latents = [(1, 1), (1, 1), (1, 2), (2, 2)]
+    for merges in range(4):
+        points, level = [], []
+        for number, (rows, columns) in enumerate([*grids[merges::-1], *latents]):
+            for y in range(rows):
+                for x in range(columns):
+                    points.append([(y + 0.5) * 4 / rows - 0.5, (x + 0.5) * 4 / columns - 0.5])
+                    level.append(number)
+        turn = rotation(torch.tensor(points), 8)
+        assert torch.allclose(encoder.get_buffer(f"turn{merges}"), turn, atol=1e-5)
+        visible = [[theirs <= own for theirs in level] for own in level]
+        assert encoder.get_buffer(f"mask{merges}").tolist() == visible
 
 
 def test_a_level_depends_on_no_later_one():
@@ -327,7 +355,10 @@ def test_dropped_tokens_become_a_learned_vector_of_the_code_space():
     assert torch.equal(filled[0, 2:], decoder.dropped[0].expand(2, -1))
     assert torch.equal(filled[0, :2], quantized[0, :2]) and torch.equal(filled[1], quantized[1])
     assert torch.equal(decoder.filled(quantized[:1, :2]), filled[:1])
+    read = []  # by the linear layers of their levels
+    decoder.embed.register_forward_pre_hook(lambda m, inputs: read.append(inputs[0]))
     decoder.reconstruct(quantized, mask).square().mean().backward()
+    assert torch.equal(read[0], filled)
     assert decoder.dropped.grad.any()
     assert quantized.grad[0, :2].any() and quantized.grad[1, 2:].any()
     assert not quantized.grad[0, 2:].any()
@@ -361,6 +392,12 @@ def test_cells_come_behind_the_latents_and_see_all():
         other = quantized.clone()
         other[:, token] += 1
         assert ((decoder.cells(other) - cells).abs().amax(dim=2) > 1e-5).all()
+
+
+def test_the_decoder_turns_latents_and_cells_by_their_places():
+    """2 x 2 cells, and latents at the centres of what they stand for."""
+    points = [[0.5, 0.5], [0.5, 0.5], [0.5, 0], [0.5, 1], [0, 0], [0, 1], [1, 0], [1, 1]]
+    assert torch.allclose(small().decoder.turn, rotation(torch.tensor(points), 8), atol=1e-6)
 
 
 # ---------------------------------------------------------------------- the teacher
@@ -406,6 +443,22 @@ def test_foundation_loss_by_hand(teacher_words):
     with torch.no_grad():  # within the margin nothing is asked for
         near = features.mean((2, 3))
         assert m.alignment._distance(near + 0.1 * near.roll(1, 1), near) == 0
+
+
+def test_foundation_features_are_averaged_over_a_cell(teacher_words):
+    """Of 6 x 6 features a cell of 2 x 2 has 3 x 3, and all of them a say."""
+    size = ["alignment.input_size=96"]
+    m = module([w for w in teacher_words if "input_size" not in w] + size)
+    images = m.tokenizer.to_model_range(images_of(2))
+    m.tokenizer(images)
+    seen = []
+    m.alignment._distance = lambda ours, target: seen.append(target) or ours.sum()
+    m.alignment(images)
+    features = m.alignment.teacher(images)
+    assert features.shape[2:] == (6, 6)
+    cells = [features[:, :, y : y + 3, x : x + 3].mean((2, 3)) for y in (0, 3) for x in (0, 3)]
+    assert torch.allclose(seen[0], features.mean((2, 3)), atol=1e-5)
+    assert torch.allclose(seen[1], torch.stack(cells, dim=1), atol=1e-5)
 
 
 def test_whom_the_foundation_loss_teaches(teacher_words):

@@ -10,6 +10,7 @@ import vistok
 from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
 from vistok.checkpoint import build_tokenizer
 from vistok.cli import train
+from vistok.decoders.qformer import QFormerDecoder
 from vistok.errors import ConfigError
 from vistok.models.length import LengthPolicy
 from vistok.training.module import TokenizerModule
@@ -172,6 +173,28 @@ def test_whom_the_regularisation_teaches(teacher_words):
         assert any(n.startswith(part) for n in reached), part
     for part in ("tokenizer.decoder.transformer.blocks.1", "tokenizer.decoder.cnn"):
         assert not any(n.startswith(part) for n in reached), part
+
+
+def test_a_run_weighs_the_lengths_that_it_drew(teacher_words, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    masks, kept = [], []
+    monkeypatch.setattr(
+        "vistok.training.semantic.length_weights", lambda m: masks.append(m) or length_weights(m)
+    )
+    reconstruct = QFormerDecoder.reconstruct
+
+    def spy(self, quantized, mask=None):
+        if self.training:
+            kept.append(quantized.shape[1])
+        return reconstruct(self, quantized, mask)
+
+    monkeypatch.setattr(QFormerDecoder, "reconstruct", spy)
+    words = [w for w in TINY if not w.startswith("tokenizer.")]
+    words = ["experiment=retok_tiny", *words, *SIZES["retok_tiny"], "data=folder"]
+    words += [f"data.train={photos}", "data.val_fraction=0.2", "data.image_size=16"]
+    assert train([*words, *teacher_words, "alignment.form=hierarchical"]) == 0
+    assert [m.sum(dim=1).tolist() for m in masks] == [[k] * 4 for k in kept]
+    assert len(masks) == 4 and len(set(kept)) > 1
 
 
 def test_forms_of_alignment_that_do_not_fit_are_refused(teacher_words):

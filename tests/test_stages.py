@@ -93,6 +93,21 @@ def test_second_stage_decodes_expected_codes(stages):
     assert torch.allclose(tok.detokenize(ids), ((pictures + 1) / 2).clamp(0, 1), atol=1e-5)
 
 
+def test_expected_codes_are_exact_under_autocast(stages, monkeypatch):
+    """Over a thousand codes, weights of eight bits would not add up to one."""
+    tok, logits, vectors = vistok.load(stages[2]), [], []
+    tok.decoder.head.register_forward_hook(lambda m, i, o: logits.append(o))
+    reconstruct = tok.decoder.pixel_decoder.reconstruct
+    monkeypatch.setattr(
+        tok.decoder.pixel_decoder, "reconstruct", lambda v: vectors.append(v) or reconstruct(v)
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tok.decoder.reconstruct(torch.randn(2, 4, 16))
+    assert logits[0].dtype == torch.bfloat16
+    expected = logits[0].double().softmax(-1) @ tok.decoder.code_vectors.weight.double()
+    assert torch.allclose(vectors[0].double(), expected, atol=1e-6)
+
+
 def gradients(module):
     module.train()
     output = module.tokenizer(module.tokenizer.to_model_range(images_of(6)))

@@ -49,6 +49,19 @@ def test_other_sizes_channels_and_models(files):
         assert levit.dim == 384 and levit(torch.zeros(1, 3, 16, 16)).shape == (1, 384, 4, 4)
 
 
+def test_resizing_makes_nothing_brighter_than_white(files):
+    """Bicubic interpolation overshoots at edges, and networks know no such pixels."""
+    teacher, seen = Teacher(VIT, str(files[VIT]), 64).eval(), []
+    teacher.model.patch_embed.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    stripes = (torch.arange(16) // 4 % 2 * 2 - 1).float().expand(1, 3, 16, 16)
+    with torch.no_grad():
+        teacher(stripes)
+    pixels = seen[0] * teacher.std + teacher.mean
+    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
+    assert torch.allclose(pixels[0, :, 0, 8], torch.zeros(3), atol=1e-5)  # inside of a stripe
+    assert torch.allclose(pixels[0, :, 0, 24], torch.ones(3), atol=1e-5)
+
+
 def test_missing_weights_say_how_to_get_them(files, monkeypatch):
     with pytest.raises(ConfigError, match=r"no such model.*did you mean"):
         Teacher("vit_tiny_patch16_22", None, 224)
@@ -193,6 +206,23 @@ def test_alignment_is_one_minus_the_cosine_at_the_same_place(files, name):
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_alignment_shrinks_features_by_averages(files):
+    """Of 6 x 6 features a patch of 2 x 2 has 3 x 3, and all of them a say."""
+    m = module(files, "titok_tiny", "alignment.input_size=96")
+    images, kept = m.tokenizer.to_model_range(images_of(4)), []
+    m.tokenizer.decoder.transformer.blocks[0].register_forward_hook(
+        lambda block, inputs, output: kept.append(output)
+    )
+    m.tokenizer(images)
+    value = m.alignment(images)
+    features = m.alignment.teacher(images)
+    assert features.shape[2:] == (6, 6)
+    cells = [features[:, :, y : y + 3, x : x + 3].mean((2, 3)) for y in (0, 3) for x in (0, 3)]
+    tokens = m.alignment.projector(kept[0][:, :4])
+    expected = 1 - F.cosine_similarity(tokens, torch.stack(cells, dim=1), dim=-1).mean()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_alignment_at_the_teachers_grid(files):
     """Patches are interpolated between their centres, in each direction by the same matrix."""
     m = module(files, "titok_tiny", "alignment.grid=teacher", "alignment.input_size=64")
@@ -227,6 +257,33 @@ def test_alignment_teaches_what_lies_before_its_block(files):
         assert any(n.startswith(part) for n in reached), part
     for part in ("tokenizer.decoder.transformer.blocks.1", "tokenizer.decoder.head"):
         assert not any(n.startswith(part) for n in reached), part
+
+
+def test_alignment_is_about_the_last_training_forward(files):
+    m = module(files, "titok_tiny")
+    images = m.tokenizer.to_model_range(images_of(4))
+    m.tokenizer(images)
+    expected = m.alignment(images)
+    m.tokenizer(images)
+    m.tokenizer.eval()(images.flip(0))  # a look in between
+    assert m.alignment(images).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_activation_checkpointing_keeps_the_gradients_of_alignment(files):
+    """The tokens that it keeps are those of the forward pass, whatever is computed again."""
+    results = []
+    for flag in ("false", "true"):
+        m = module(files, "titok_tiny", f"tokenizer.decoder.activation_checkpointing={flag}")
+        images = m.tokenizer.to_model_range(images_of(4))
+        for _ in range(2):  # the second step finds what the first one left
+            output = m.tokenizer(images)
+            m.zero_grad()
+            (m.alignment(images) + output.prediction.square().mean()).backward()
+        results.append({n: p.grad for n, p in m.named_parameters()})
+    for name, gradient in results[0].items():
+        other = results[1][name]
+        assert (gradient is None) == (other is None), name
+        assert gradient is None or torch.allclose(gradient, other, rtol=1e-4, atol=1e-7), name
 
 
 def test_alignment_teaches_encoder_and_flow_of_flextok(files):
