@@ -328,15 +328,16 @@ def test_a_target_is_reached_by_what_equals_it():
 def test_most_tokens_that_fit():
     tok = tiny_tokenizer("quantizer.codebook_size=64", tokenizer="one_d_piece_tiny")  # 6 bits
     images = images_of(2)
-    for size, k in ((0.75, 1), (1, 1), (1.5, 2), (2, 2), (2.25, 3), (3, 4), (1000, 4)):
+    for size, k in ((1, 1), (1.5, 1), (2, 2), (2.25, 2), (2.99, 2), (3, 4), (1000, 4)):
         ids, num_tokens = tok.tokenize_to_target(images, max_bytes=size)
         assert num_tokens.tolist() == [k, k] and ids.shape == (2, k, 1), size
+        assert all(len(data) <= size for data in tok.to_bytes(ids, num_tokens))
     assert tok.tokenize_to_target(images, max_bytes=math.inf)[1].tolist() == [4, 4]
     with pytest.warns(UserWarning, match="2 of 2 images"):
         _, both = tok.tokenize_to_target(images, psnr=99.0, max_bytes=2)
     assert both.tolist() == [2, 2]
-    with pytest.raises(ConfigError, match=r"max_bytes=0\.5: one token has 6 bits"):
-        tok.tokenize_to_target(images, max_bytes=0.5)
+    with pytest.raises(ConfigError, match=r"max_bytes=0\.75: one token has 6 bits"):
+        tok.tokenize_to_target(images, max_bytes=0.75)
     with pytest.raises(ConfigError, match=r"budgets=\[2, 5\]: must lie in 1 to 4"):
         tok.tokenize_to_target(images, psnr=20.0, budgets=[5, 2])
     with pytest.raises(ConfigError, match="needs psnr"):
@@ -345,8 +346,8 @@ def test_most_tokens_that_fit():
 
 @flexible
 def test_only_budgets_that_are_named_or_mean_something_are_given_out(name):
-    tok = tiny_tokenizer(tokenizer=name)
-    images, three = images_of(2), 3 * tok.quantizer.bits_per_token / 8
+    tok = tiny_tokenizer("quantizer.codebook_size=256", tokenizer=name)
+    images, three = images_of(2), 3  # bytes, of one token each
     most = 2 if name == "restok_tiny" else 3
     for budgets, k in ((None, most), ([4, 2, 1], 2), ([3, 4], 3), (1, 1)):
         ids, num_tokens = tok.tokenize_to_target(images, max_bytes=three, budgets=budgets)

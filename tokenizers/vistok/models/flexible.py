@@ -171,7 +171,7 @@ class FlexibleTokenizer(Tokenizer):
         return torch.stack([self.detokenize(ids, k, **sampling) for k in lengths], dim=1)
 
     def tokens_within(self, max_bytes: float) -> int:
-        """The most tokens whose ids fit into `max_bytes`, at most N.
+        """The most tokens whose ids, packed as in `to_bytes`, fit into `max_bytes`, at most N.
 
         Raises:
             ConfigError: if not even one does.
@@ -180,7 +180,7 @@ class FlexibleTokenizer(Tokenizer):
         if limit is None or limit.ndim or limit.isnan():
             raise ConfigError(f"max_bytes: expected a number, found {in_words(max_bytes)}")
         bits = self.quantizer.bits_per_token
-        fitting = min(8 * limit.item() / bits + 1e-9, self.num_tokens)
+        fitting = min(8 * limit.floor().item() / bits + 1e-9, self.num_tokens)  # whole bytes
         if fitting < 1:
             raise ConfigError(f"max_bytes={limit.item():g}: one token has {bits:.4g} bits")
         return int(fitting)
