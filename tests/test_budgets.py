@@ -184,6 +184,25 @@ def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
     assert np.array_equal(picture[2:18, 2:18], images[0].permute(1, 2, 0).numpy())
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("eval.num_tokens=0", "eval.num_tokens=0: must be integers from 1 to 4"),
+        ("eval.num_tokens=all", "eval.num_tokens=all: must be integers"),
+        ("eval.num_tokens=[true]", "must be integers"),
+        ("eval.codec_images=-1", "eval.codec_images=-1: must be a whole number"),
+        ("num_pictures=-1", "num_pictures=-1: must be a whole number"),
+    ],
+)
+def test_wrong_words_are_refused_before_images_are_read(
+    fails, flexible_run, monkeypatch, word, said
+):
+    from vistok.data.datamodule import VistokDataModule
+
+    monkeypatch.setattr(VistokDataModule, "setup", None)
+    fails("evaluate", f"run={flexible_run}", word, words=said)
+
+
 def test_budgets_of_a_fixed_length_are_refused(fails, finished_run, flexible_run):
     fails(
         "evaluate", f"run={finished_run}", "eval.num_tokens=[1,2]", words="has a fixed length of 4"

@@ -185,7 +185,7 @@ def words(shards):
     return ["experiment=ta_titok_tiny", *words, f"data.train={shards}", f"data.val={shards}"]
 
 
-def test_a_run_reads_texts_from_shards(words, tmp_path, monkeypatch):
+def test_a_run_reads_texts_from_shards(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
     original = TextTransformerDecoder.text_tokens
@@ -203,9 +203,20 @@ def test_a_run_reads_texts_from_shards(words, tmp_path, monkeypatch):
     assert train(["resume=run", "trainer.max_steps=5"]) == 0
     assert evaluate(["run=run", "out=with"]) == 0
     assert evaluate(["run=run", "out=without", "data.fields=[]"]) == 0
-    psnr = [json.loads(Path(f"{f}/metrics.json").read_text())["psnr"] for f in ("with", "without")]
-    assert psnr[0] != psnr[1]
+    assert "decoded without text; data.fields=[text] reads it" in capsys.readouterr().out
     assert export(["run=run", "out=x"]) == 0
+    files = ["data=shards", f"data.val={words[-1].partition('=')[2]}"]
+    assert evaluate(["run=run", "out=other", *files]) == 0  # another kind of data
+    assert evaluate(["run=x", "out=exported", *files]) == 0
+    assert "decoded without" not in capsys.readouterr().out
+    found = {
+        f: json.loads(Path(f"{f}/metrics.json").read_text())
+        for f in ("with", "without", "other", "exported")
+    }
+    assert found["with"]["psnr"] != found["without"]["psnr"]
+    for name in ("other", "exported"):
+        assert found[name]["psnr"] == pytest.approx(found["with"]["psnr"], abs=1e-9)
+    assert [f["conditions"] for f in found.values()] == [["text"], [], ["text"], ["text"]]
     tok, back = vistok.load("run"), vistok.load("x")
     ids, text = tok.tokenize(images_of(2)), torch.randn(2, 3, 6)
     assert torch.equal(back.tokenize(images_of(2)), ids)
@@ -217,6 +228,16 @@ def test_a_run_without_texts_is_refused(fails, words, photos):
     fails("train", *words, "data.fields=[]", words=("data.fields: must hold text", ".text.npy"))
     folder = [w for w in words if not w.startswith(("data.train", "data.val="))]
     fails("train", *folder, "data=folder", f"data.train={photos}", words="no member .text.npy")
+
+
+def test_images_without_texts_are_not_evaluated_silently(
+    fails, words, photos, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert train([*words, "trainer.max_steps=1", "hydra.run.dir=run"]) == 0
+    other = ["run=run", "data=folder", f"data.val={photos}"]
+    fails("evaluate", *other, words=("no member .text.npy", "data.fields=[] reads none"))
+    assert evaluate([*other, "data.fields=[]"]) == 0
 
 
 def test_other_tokenizers_know_nothing_of_it():

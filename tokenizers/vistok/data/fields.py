@@ -59,6 +59,7 @@ class Field:
             f"data.fields={name}: {source.name} has no member"
             f" {' or '.join(f'.{e}' for e in candidates(name))}"
             + (f"; there are {there}" if there else "")
+            + "; data.fields=[] reads none"
         )
 
     def _first(self, data: bytes, source: Source, index: int) -> Tensor:

@@ -16,6 +16,7 @@ from vistok.evaluation.codecs import codec_curves
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import grid, save_png
 from vistok.evaluation.plots import Panel, Series, draw
+from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ def evaluate_budgets(
         tokenizer: a flexible one, in eval mode.
         data: a DataModule that is set up.
         out: folder to write to.
-        budgets: numbers of tokens.
+        budgets: numbers of tokens, as `checked_budgets` gives them.
         sampling: further arguments of `detokenize`.
         codec_images: validation images to measure the codecs on, at most; 0 for none.
         num_pictures: rows of `budgets.png`; 0 for no picture.
@@ -48,13 +49,6 @@ def evaluate_budgets(
     Returns:
         `budgets`: metrics of each, with `bytes`; `codecs`: see `codec_curves`.
     """
-    if isinstance(budgets, int):
-        budgets = [budgets]
-    if not all(isinstance(k, int) and 1 <= k <= tokenizer.num_tokens for k in budgets):
-        raise ConfigError(
-            f"eval.num_tokens={list(budgets)}: must be integers from 1 to {tokenizer.num_tokens}"
-        )
-    budgets = sorted(set(budgets))
     evaluators = [Evaluator(tokenizer, num_tokens=k, sampling=sampling) for k in budgets]
     for batch in data.val_dataloader():
         for evaluator in evaluators:
@@ -79,6 +73,24 @@ def evaluate_budgets(
         ]
         save_png(grid(torch.stack(columns, dim=1)), out / "budgets.png", picture_scale)
     return results
+
+
+def checked_budgets(tokenizer: Tokenizer, budgets: Any) -> list[int]:
+    """`eval.num_tokens`, rising and each once; none for null and for an empty list.
+
+    Raises:
+        ConfigError: if the tokenizer can't be measured at one of them.
+    """
+    wanted = [] if budgets is None else budgets if isinstance(budgets, list) else [budgets]
+    most = tokenizer.num_tokens
+    if not all(type(k) is int and 1 <= k <= most for k in wanted):
+        raise ConfigError(f"eval.num_tokens={budgets}: must be integers from 1 to {most}")
+    if not isinstance(tokenizer, FlexibleTokenizer) and set(wanted) - {most}:
+        raise ConfigError(
+            f"eval.num_tokens={budgets}: {type(tokenizer).__name__} has a fixed length of {most} "
+            "tokens; other budgets need a flexible tokenizer, such as tokenizer=one_d_piece_tiny"
+        )
+    return sorted(set(wanted))
 
 
 def panels(results: dict[str, Any]) -> list[Panel]:

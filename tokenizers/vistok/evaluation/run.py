@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vistok.configuration import apply_overrides, compose
 from vistok.console import say
 from vistok.data.datamodule import VistokDataModule
 from vistok.errors import ConfigError
-from vistok.evaluation.budgets import evaluate_budgets, print_budgets
+from vistok.evaluation.budgets import checked_budgets, evaluate_budgets, print_budgets
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
 
@@ -41,7 +42,13 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     source = run if (run / "model.safetensors").exists() else find_checkpoint(run)
     device = choose_device(config["device"])
     tokenizer = load(run, weights=config["weights"], device=device)
-    values = data_config(source, data_overrides, config["batch_size"])
+    budgets = checked_budgets(tokenizer, config["eval"]["num_tokens"])
+    codec_images, num_pictures = config["eval"]["codec_images"], config["num_pictures"]
+    for key, count in (("eval.codec_images", codec_images), ("num_pictures", num_pictures)):
+        if type(count) is not int or count < 0:
+            raise ConfigError(f"{key}={count}: must be a whole number, 0 for none")
+    conditions = list(tokenizer.decoder.conditions)
+    values = data_config(source, data_overrides, config["batch_size"], conditions)
     data = VistokDataModule(**values)
     if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
         raise ConfigError(
@@ -59,21 +66,21 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     with autocast:
         for batch in data.val_dataloader():
             evaluator.update(batch["image"], batch["valid"], tokenizer.conditions_of(batch))
-        images = data.val_images(config["num_pictures"]) if config["num_pictures"] else None
+        images = data.val_images(num_pictures) if num_pictures else None
         results: dict[str, Any] = evaluator.compute()
         if images is not None:
             reconstructions = Evaluator(tokenizer, metrics=[], sampling=sampling).update(images)
             sheet = comparison(images.cpu(), reconstructions.cpu())
             save_png(sheet, out / "reconstructions.png", config["picture_scale"])
-        if config["eval"]["num_tokens"]:
+        if budgets:
             curve = evaluate_budgets(
                 tokenizer,
                 data,
                 out,
-                config["eval"]["num_tokens"],
+                budgets,
                 sampling,
-                config["eval"]["codec_images"],
-                config["num_pictures"],
+                codec_images,
+                num_pictures,
                 config["picture_scale"],
             )
             results.update(curve)
@@ -82,10 +89,14 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     results["crop"] = values["val_crop"]
     results["precision"] = str(dtype or torch.float32).removeprefix("torch.")
     results["sampling"] = sampling
+    results["conditions"] = [name for name in conditions if name in data.fields]
     results["skipped_images"] = len(data.skipped)
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     print_table(results, out)
+    for name in conditions:
+        if name not in data.fields:
+            say(f"[yellow]decoded without {name}; data.fields=\\[{name}] reads it[/yellow]")
     if "budgets" in results:
         print_budgets(results, out)
     if report := data.skipped_report():
@@ -93,8 +104,18 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     return results
 
 
-def data_config(source: Path, overrides: list[str], batch_size: int) -> dict[str, Any]:
-    """The run's data config with the user's changes."""
+def data_config(
+    source: Path, overrides: list[str], batch_size: int, conditions: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The run's data config with the user's changes.
+
+    Args:
+        source: checkpoint or export.
+        overrides: `data=...` and `data.*=...`.
+        batch_size: of evaluation.
+        conditions: what the decoder reads besides tokens. They stay fields when the kind of data
+            changes, and are those of an export's data.
+    """
     from omegaconf import OmegaConf
 
     run_config = read_config(source)
@@ -104,7 +125,9 @@ def data_config(source: Path, overrides: list[str], batch_size: int) -> dict[str
     if choice or "kind" not in own:  # an export has no data of its own
         composed = compose("train", [f"data={choice[-1] if choice else 'sample'}"])
         chosen = OmegaConf.to_container(composed, resolve=False)["data"]  # type: ignore[index]
+        read = [name for name in conditions if name in own.get("fields", conditions)]
         own = {**chosen, **{k: own[k] for k in _KEPT if k in own}}  # type: ignore[dict-item]
+        own["fields"] = read
         own["seed"] = base["seed"]
     holder = OmegaConf.create({"data": own})
     OmegaConf.set_struct(holder, True)

@@ -24,7 +24,7 @@ def integrate(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
         velocity: of a point `(B, ...)` at times `(B,)`, the derivative by s: noise - data.
         noise: `(B, ...)` float32, the point at s = 1.
         steps: 1 or more. With one step the result is what the network expects of the data on
-            average, which is best by PSNR and looks smooth.
+            average, which looks smooth.
     """
     x = noise
     for step in range(steps):
