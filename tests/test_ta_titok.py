@@ -199,7 +199,8 @@ def test_a_run_reads_texts_from_shards(words, tmp_path, monkeypatch, capsys):
     trained = [text for training, text in seen if training]
     assert len(trained) == 3 and all(t.shape == (4, 3, 6) and t.any() for t in trained)
     judged = [text for training, text in seen if not training and text is not None]
-    assert sum(map(len, judged)) == 20  # validation too
+    pictures = config_of(*words)["callbacks"]["num_pictures"]
+    assert sum(map(len, judged)) == 20 + min(20, pictures)  # validation and its picture too
     assert train(["resume=run", "trainer.max_steps=5"]) == 0
     assert evaluate(["run=run", "out=with"]) == 0
     assert evaluate(["run=run", "out=without", "data.fields=[]"]) == 0
@@ -216,6 +217,8 @@ def test_a_run_reads_texts_from_shards(words, tmp_path, monkeypatch, capsys):
     assert found["with"]["psnr"] != found["without"]["psnr"]
     for name in ("other", "exported"):
         assert found[name]["psnr"] == pytest.approx(found["with"]["psnr"], abs=1e-9)
+    drawn = [Path(f"{f}/reconstructions.png").read_bytes() for f in found]
+    assert drawn[0] != drawn[1] and drawn[0] == drawn[2] == drawn[3]
     assert [f["conditions"] for f in found.values()] == [["text"], [], ["text"], ["text"]]
     tok, back = vistok.load("run"), vistok.load("x")
     ids, text = tok.tokenize(images_of(2)), torch.randn(2, 3, 6)

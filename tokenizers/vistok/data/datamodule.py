@@ -509,13 +509,17 @@ class VistokDataModule(L.LightningDataModule):
         return batch["image"].contiguous()
 
     def val_images(self, num_images: int) -> Tensor:
-        """Validation images for pictures, `(n, C, H, W)` uint8: always the same, spread evenly.
+        """The images of `val_samples`, `(n, C, H, W)` uint8."""
+        return self.val_samples(num_images)["image"]
 
-        n is `num_images`, or less if there are fewer that decode.
+    def val_samples(self, num_images: int) -> dict[str, Any]:
+        """A validation batch for pictures, fields included: always the same, spread evenly.
+
+        Of `num_images` samples, or less if there are fewer that decode.
         """
         wanted = min(num_images, self.num_val)
         start = [int((i + 0.5) * self.num_val / wanted) for i in range(wanted)]
-        images, tried = [], set()
+        samples, tried = [], set()
         for first in start:
             for number in (*range(first, self.num_val), *range(first)):
                 if number in tried:
@@ -524,9 +528,15 @@ class VistokDataModule(L.LightningDataModule):
                 batch = self.val_set.__getitems__([(0, number)])
                 self._record_val(batch, counted=False)
                 if bool(batch["valid"][0]):
-                    images.append(batch["image"].contiguous())
+                    samples.append({name: batch[name] for name in ("image", *self.fields)})
                     break
-        return torch.cat(images)
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        return {
+            name: torch.cat(parts).contiguous()
+            if isinstance(parts[0], Tensor)
+            else [text for part in parts for text in part]
+            for name, parts in columns.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """What the data are, for a run's summary: plain values only."""

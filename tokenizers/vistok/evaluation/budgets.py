@@ -65,12 +65,11 @@ def evaluate_budgets(
         results["codec_images"] = len(images)
     draw(panels(results), out / "curve.png")
     if num_pictures:
-        images = data.val_images(num_pictures)
+        samples = data.val_samples(num_pictures)
+        images, conditions = samples["image"], tokenizer.conditions_of(samples)
+        painters = [Evaluator(tokenizer, [], num_tokens=k, sampling=sampling) for k in budgets]
         columns = [images.cpu()]
-        columns += [
-            Evaluator(tokenizer, [], num_tokens=k, sampling=sampling).update(images).cpu()
-            for k in budgets
-        ]
+        columns += [painter.update(images, None, conditions).cpu() for painter in painters]
         save_png(grid(torch.stack(columns, dim=1)), out / "budgets.png", picture_scale)
     return results
 

@@ -66,11 +66,12 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     with autocast:
         for batch in data.val_dataloader():
             evaluator.update(batch["image"], batch["valid"], tokenizer.conditions_of(batch))
-        images = data.val_images(num_pictures) if num_pictures else None
+        samples = data.val_samples(num_pictures) if num_pictures else None
         results: dict[str, Any] = evaluator.compute()
-        if images is not None:
-            reconstructions = Evaluator(tokenizer, metrics=[], sampling=sampling).update(images)
-            sheet = comparison(images.cpu(), reconstructions.cpu())
+        if samples is not None:
+            painter, given = Evaluator(tokenizer, [], sampling=sampling), samples["image"]
+            painted = painter.update(given, None, tokenizer.conditions_of(samples))
+            sheet = comparison(given.cpu(), painted.cpu())
             save_png(sheet, out / "reconstructions.png", config["picture_scale"])
         if budgets:
             curve = evaluate_budgets(

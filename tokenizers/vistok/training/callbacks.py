@@ -46,16 +46,17 @@ class ReconstructionGrid(L.Callback):
         """Draw with the averaged weights; on all ranks, for each may hold a part of them."""
         if trainer.sanity_checking or not self.num_images:
             return
-        images = module.data.val_images(self.num_images)
+        samples = module.data.val_samples(self.num_images)
         was_training = module.training
         module.eval()
         evaluator = Evaluator(module.tokenizer, metrics=[])
         with module.averaged():
-            reconstructions = evaluator.update(images)
+            conditions = module.tokenizer.conditions_of(samples)
+            reconstructions = evaluator.update(samples["image"], None, conditions)
         module.train(was_training)
         if not trainer.is_global_zero:
             return
-        sheet = comparison(images.cpu(), reconstructions.cpu())
+        sheet = comparison(samples["image"].cpu(), reconstructions.cpu())
         save_png(sheet, self.folder / f"step_{trainer.global_step:06d}.png", self.scale)
 
 
