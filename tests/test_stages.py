@@ -257,6 +257,34 @@ def test_a_choice_of_the_tokenizer_that_agrees_is_no_contradiction(stages, photo
     assert resolve_stage(config_of(*words), words) == resolve_stage(config_of(*words[1:]), words[1:])  # fmt: skip
 
 
+def test_an_experiment_for_another_kind_of_tokenizer_is_refused(stages, photos):
+    words = second_words(stages, photos)
+    kinds = {"titok_tiny": "TiTok", "one_d_piece_tiny": "OneDPiece"}
+    own = words[0].partition("=")[2]
+    (other,) = kinds.keys() - {own}
+    message = (
+        f"^experiment={other}: is for a {kinds[other]}, but stage=decoder trains the {kinds[own]} "
+        f"of stage.weights={stages[1]}; choose"
+    )
+    words[0] = f"experiment={other}"
+    with pytest.raises(ConfigError, match=message):
+        resolve_stage(config_of(*words), words)
+    found = resolve_stage(config_of(*words), words[1:])  # nobody asked for it
+    assert found["tokenizer"]["_target_"].endswith(kinds[own])
+    words[0] = f"tokenizer={other}"
+    with pytest.raises(
+        ConfigError, match=rf"^tokenizer={other}: stage=decoder takes tokenizer\._target_="
+    ):
+        resolve_stage(config_of(*words), words)
+
+
+@pytest.mark.parametrize("word", ["data.channels=1", "data.image_size=32"])
+def test_second_stage_refuses_images_of_another_shape(stages, photos, word):
+    words = [*second_words(stages, photos), word]
+    with pytest.raises(ConfigError, match=r"^stage\.weights=.*: takes 3 x \(16, 16\) images, but"):
+        resolve_stage(config_of(*words), words)
+
+
 def test_first_stage_refuses_what_the_proxy_decides(proxy_run, photos):
     words = [*WORDS, *data_words(photos), "stage=proxy", f"stage.proxy={proxy_run}"]
     resolve_stage(config_of(*words), [*words, "tokenizer.decoder.patch_size=8"])
@@ -401,6 +429,14 @@ def test_a_source_without_its_stage_is_told(key, chosen, owner):
 def test_a_loss_that_does_not_fit_the_stage_is_told(words, message):
     with pytest.raises(ConfigError, match=message):
         resolve_stage(config_of(*WORDS, *words))
+
+
+@pytest.mark.parametrize("frozen", ["['']", "['encoder.']", "[3]", "7", "[[encoder]]", "[null]"])
+def test_frozen_must_name_parts(frozen):
+    config = config_of(*TINY)
+    config["stage"]["frozen"] = yaml.safe_load(frozen)
+    with pytest.raises(ConfigError, match=r"^stage\.frozen: the tokenizer has no part "):
+        TokenizerModule(config)
 
 
 def test_one_frozen_part_may_be_a_word():
