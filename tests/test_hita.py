@@ -93,8 +93,15 @@ def test_the_last_patch_codes_reach_no_pixel():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"decoder\.shift=3: must be 0 to num_holistic_tokens=2"):
         small("tokenizer.decoder.shift=3")
-    with pytest.raises(ConfigError, match=r"latent_dim=8: must be decoder\.width=16"):
+    with pytest.raises(
+        ConfigError, match=r"^tokenizer\.decoder\.cnn\.latent_dim=8: must be width=16"
+    ):
         small("tokenizer.decoder.cnn.latent_dim=8")
+    both = (
+        r"^tokenizer\.decoder\.num_holistic_tokens=3: .*tokenizer\.encoder\.num_holistic_tokens=2$"
+    )
+    with pytest.raises(ConfigError, match=both):
+        small("tokenizer.decoder.num_holistic_tokens=3")
 
 
 # ---------------------------------------------------------------------- ids

@@ -332,10 +332,15 @@ def test_lengths_follow_the_published_law(shortest, n):
 
 def test_policies_out_of_range_are_refused():
     assert LevelPolicy()(0, 64).shape == (0,)
-    with pytest.raises(ConfigError, match=r"length\.shortest=0"):
-        LevelPolicy(0)
-    with pytest.raises(ConfigError, match=r"full_probability=1\.5: must be 0 to 1"):
+    for shortest in (0, 2.5, 3, 4.0):
+        with pytest.raises(ConfigError, match=f"^shortest={shortest}: must be"):
+            LevelPolicy(shortest)
+    with pytest.raises(ConfigError, match=r"full_probability=1\.5: must be a number, 0 to 1"):
         LevelPolicy(4, 1.5)
+    assert LevelPolicy(4).budgets(4) == [4]
+    for call in (LevelPolicy(8).budgets, lambda n: LevelPolicy(8)(1, n)):
+        with pytest.raises(ConfigError, match=r"length\.shortest=8: must be at most 4"):
+            call(4)
 
 
 def test_each_image_draws_its_own_length():

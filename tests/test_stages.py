@@ -225,7 +225,7 @@ def test_second_stage_computes_as_it_is_told(stages, photos):
         assert first["length"]["distribution"] == "uniform"
         assert told["length"]["distribution"] == "full"
     for part in ("encoder", "decoder"):  # and all else is the first stage's
-        rest = {"attention": "dense", "activation_checkpointing": False}
+        rest = {"attention": "auto", "activation_checkpointing": False}
         assert {**told[part], **rest} == first[part]
     state = TokenizerModule(config).tokenizer.state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in weights_of(stages[1]).items()}  # fmt: skip
@@ -255,6 +255,34 @@ def test_a_choice_of_the_tokenizer_that_agrees_is_no_contradiction(stages, photo
     words = second_words(stages, photos)
     words.insert(0, words[0].replace("experiment", "tokenizer"))
     assert resolve_stage(config_of(*words), words) == resolve_stage(config_of(*words[1:]), words[1:])  # fmt: skip
+
+
+def test_an_experiment_for_another_kind_of_tokenizer_is_refused(stages, photos):
+    words = second_words(stages, photos)
+    kinds = {"titok_tiny": "TiTok", "one_d_piece_tiny": "OneDPiece"}
+    own = words[0].partition("=")[2]
+    (other,) = kinds.keys() - {own}
+    message = (
+        f"^experiment={other}: is for a {kinds[other]}, but stage=decoder trains the {kinds[own]} "
+        f"of stage.weights={stages[1]}; choose"
+    )
+    words[0] = f"experiment={other}"
+    with pytest.raises(ConfigError, match=message):
+        resolve_stage(config_of(*words), words)
+    found = resolve_stage(config_of(*words), words[1:])  # nobody asked for it
+    assert found["tokenizer"]["_target_"].endswith(kinds[own])
+    words[0] = f"tokenizer={other}"
+    with pytest.raises(
+        ConfigError, match=rf"^tokenizer={other}: stage=decoder takes tokenizer\._target_="
+    ):
+        resolve_stage(config_of(*words), words)
+
+
+@pytest.mark.parametrize("word", ["data.channels=1", "data.image_size=32"])
+def test_second_stage_refuses_images_of_another_shape(stages, photos, word):
+    words = [*second_words(stages, photos), word]
+    with pytest.raises(ConfigError, match=r"^stage\.weights=.*: takes 3 x \(16, 16\) images, but"):
+        resolve_stage(config_of(*words), words)
 
 
 def test_first_stage_refuses_what_the_proxy_decides(proxy_run, photos):
@@ -401,6 +429,14 @@ def test_a_source_without_its_stage_is_told(key, chosen, owner):
 def test_a_loss_that_does_not_fit_the_stage_is_told(words, message):
     with pytest.raises(ConfigError, match=message):
         resolve_stage(config_of(*WORDS, *words))
+
+
+@pytest.mark.parametrize("frozen", ["['']", "['encoder.']", "[3]", "7", "[[encoder]]", "[null]"])
+def test_frozen_must_name_parts(frozen):
+    config = config_of(*TINY)
+    config["stage"]["frozen"] = yaml.safe_load(frozen)
+    with pytest.raises(ConfigError, match=r"^stage\.frozen: the tokenizer has no part "):
+        TokenizerModule(config)
 
 
 def test_one_frozen_part_may_be_a_word():

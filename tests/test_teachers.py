@@ -247,6 +247,18 @@ def test_grids_that_there_are_not(files):
         module(files, "titok_tiny", "alignment.grid=pixels")
 
 
+@pytest.mark.parametrize("value", ["-1", "null", "true", "nan"])
+def test_a_weight_that_leads_nowhere_is_refused(files, value):
+    with pytest.raises(ConfigError, match=r"^alignment\.weight=.*: must be a number, 0 or more$"):
+        module(files, "titok_tiny", f"alignment.weight={value}")
+
+
+@pytest.mark.parametrize("word", ["layer=0.5", "layer=-1", "layer=null", "input_size=0"])
+def test_whole_numbers_of_the_alignment(files, word):
+    with pytest.raises(ConfigError, match=rf"^alignment\.{word}: must be a whole number, "):
+        module(files, "titok_tiny", f"alignment.{word}")
+
+
 def test_alignment_teaches_what_lies_before_its_block(files):
     m = module(files, "titok_tiny", "tokenizer.decoder.depth=2")
     images = m.tokenizer.to_model_range(images_of(4))

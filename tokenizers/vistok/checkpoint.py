@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import pickle
 import re
@@ -26,11 +27,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import CheckpointError, ConfigError, nearest
+from vistok.errors import (
+    ArgumentError,
+    CheckpointError,
+    ConfigError,
+    as_written,
+    is_number,
+    is_whole,
+    nearest,
+)
 from vistok.models.tokenizer import Tokenizer
 
 _LAYERS = ("encoders", "decoders", "quantizers", "models", "losses")
 _registered: dict[str, type[nn.Module]] = {}
+
+#: Arguments that count or measure something, whatever part has them: the least of them is 1.
+_COUNTS = {
+    "base_channels",
+    "causal_depth",
+    "channel_multipliers",
+    "channels",
+    "code_dim",
+    "depth",
+    "dim",
+    "image_size",
+    "latent_dim",
+    "num_codes",
+    "num_heads",
+    "num_holistic_tokens",
+    "num_latent_tokens",
+    "num_res_blocks",
+    "num_text_tokens",
+    "patch_size",
+    "stem",
+    "text_dim",
+    "width",
+}
+#: What the annotation of an argument asks for: in words, and whether a value is that.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", is_whole),
+    "float": ("a number", is_number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "Sequence[int]": (
+        "a list of whole numbers",
+        lambda value: isinstance(value, (list, tuple)) and all(map(is_whole, value)),
+    ),
+    "None": ("null", lambda value: value is None),
+}
 
 
 def register(cls: type[nn.Module]) -> type[nn.Module]:
@@ -76,26 +119,69 @@ def resolve(target: str) -> type[nn.Module]:
     return cls
 
 
-def build(config: Any, **given: Any) -> Any:
+def build(config: Any, key: str = "", /, **given: Any) -> Any:
     """Build the object that a config of plain containers describes.
 
     Args:
         config: a mapping with `_target_` and constructor arguments; nested mappings with a
             `_target_` and lists are built first, everything else is passed as it is.
+        key: where it lies in the run's config, for messages.
         given: further constructor arguments.
+
+    Raises:
+        ConfigError: naming the class or the key that is wrong.
     """
+    _check_arguments(config, key)
+    return _build(config, key, given)
+
+
+def _build(config: Any, key: str, given: Mapping[str, Any]) -> Any:
     if isinstance(config, Mapping):
-        values = {key: build(value) for key, value in config.items() if key != "_target_"}
+        values = {k: _build(v, _inner(key, k), {}) for k, v in config.items() if k != "_target_"}
         if "_target_" not in config:
             return values
         cls = resolve(config["_target_"])
         try:
             return cls(**values, **given)
+        except ArgumentError as error:
+            raise ConfigError(_inner(key, str(error))) from error
         except TypeError as error:
             raise ConfigError(f"{config['_target_']}: {error}") from error
     if isinstance(config, (list, tuple)):
-        return [build(value) for value in config]
+        return [_build(value, f"{key}[{i}]", {}) for i, value in enumerate(config)]
     return config
+
+
+def _inner(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _check_arguments(config: Any, key: str) -> None:
+    """Refuse numbers that the annotation of an argument excludes, and counts below 1."""
+    if isinstance(config, (list, tuple)):
+        for i, value in enumerate(config):
+            _check_arguments(value, f"{key}[{i}]")
+    if not isinstance(config, Mapping):
+        return
+    target = config.get("_target_")
+    parameters = inspect.signature(resolve(target)).parameters if target else {}
+    for name, value in config.items():
+        _check_arguments(value, _inner(key, name))
+        annotation = parameters[name].annotation if name in parameters else ""
+        if not isinstance(annotation, str):
+            annotation = inspect.formatannotation(annotation)
+        names = annotation.split(" | ")
+        if not _KINDS.keys() >= set(names):
+            continue  # a part, a choice of words, ...
+        kinds = [_KINDS[kind] for kind in names]
+        right, least = any(fits(value) for _, fits in kinds), ""
+        if name in _COUNTS:
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            right = right and bool(numbers) and all(n is None or n >= 1 for n in numbers)
+            least = ", 1 or more"
+        if not right:
+            wanted = " or ".join(words for words, _ in kinds) + least
+            raise ConfigError(f"{_inner(key, name)}={as_written(value)}: must be {wanted}")
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
@@ -104,7 +190,9 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
         if not isinstance(config[part], Mapping):
             raise ConfigError(f"{part}={config[part]!r}: expected a mapping with a _target_")
     parts = {key: value for key, value in config["tokenizer"].items() if key != "latent_dim"}
-    tokenizer = build(parts, quantizer=build(config["quantizer"]))
+    _check_arguments(parts, "tokenizer")  # first: the quantizer's width follows from it
+    quantizer = build(config["quantizer"], "quantizer")
+    tokenizer = build(parts, "tokenizer", quantizer=quantizer)
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigError(f"tokenizer._target_={parts.get('_target_')}: not a Tokenizer")
     return tokenizer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class VistokError(ValueError):
@@ -12,6 +14,14 @@ class VistokError(ValueError):
 
 class ConfigError(VistokError):
     """A key or value of the configuration is wrong; the message names the key."""
+
+
+class ArgumentError(ConfigError):
+    """An argument of a part is wrong; the message begins with its name.
+
+    A part does not know whether it is in an encoder or a decoder: `checkpoint.build` puts its key
+    in front.
+    """
 
 
 class DataError(VistokError):
@@ -29,6 +39,37 @@ class Preempted(Exception):
     """
 
     EXIT_CODE = 75
+
+
+def as_written(value: Any) -> str:
+    """A value as a config has it: null, true, 2.5, word."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float, which true and false are not here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer: 8.0 is none."""
+    return is_number(value) and isinstance(value, int)
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is no integer of `least` or more."""
+    if not is_whole(value) or value < least:
+        found = f"{name}={as_written(value)}"
+        raise ArgumentError(f"{found}: must be a whole number, {least} or more")
+
+
+def check_number(name: str, value: Any, least: float, most: float = math.inf) -> None:
+    """Refuse what is no finite number of `least` to `most`; NaN is none."""
+    if not (is_number(value) and least <= value <= most and abs(value) != math.inf):
+        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise ArgumentError(f"{name}={as_written(value)}: must be a number, {bounds}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

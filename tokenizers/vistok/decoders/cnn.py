@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.cnn import (
     AdaptiveGroupNorm,
     DepthToSpace,
@@ -60,7 +60,7 @@ class CNNDecoder(Decoder):
         super().__init__()
         self.grid = grid_of(image_size, stem * 2 ** (len(channel_multipliers) - 1))
         if upsample not in ("nearest", "depth_to_space"):
-            raise ConfigError(f"upsample={upsample}: must be nearest or depth_to_space")
+            raise ArgumentError(f"upsample={upsample}: must be nearest or depth_to_space")
         self.dim = latent_dim
         self.stem = stem
         width = base_channels * channel_multipliers[-1]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
 from vistok.decoders.cnn import CNNDecoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.patches import grid_points, position_table, spread_points
 from vistok.nn.transformer import Transformer, init_transformer_
 
@@ -50,15 +50,13 @@ class HitaDecoder(Decoder):
     ) -> None:
         super().__init__()
         if cnn.dim != width:
-            raise ConfigError(
-                f"tokenizer.decoder.cnn.latent_dim={cnn.dim}: must be decoder.width={width}"
-            )
+            raise ArgumentError(f"cnn.latent_dim={cnn.dim}: must be width={width}")
         if not 0 <= shift <= num_holistic_tokens:
-            raise ConfigError(
-                f"tokenizer.decoder.shift={shift}: must be 0 to num_holistic_tokens="
-                f"{num_holistic_tokens}"
+            raise ArgumentError(
+                f"shift={shift}: must be 0 to num_holistic_tokens={num_holistic_tokens}"
             )
         self.dim = latent_dim
+        self.num_holistic_tokens = num_holistic_tokens
         self.grid = cnn.grid
         self.first = num_holistic_tokens - shift
         self.embed = nn.Linear(latent_dim, width)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.patches import (
     grid_of,
     grid_points,
@@ -66,7 +66,7 @@ class LatentTransformerDecoder(Decoder):
     ) -> None:
         super().__init__()
         if borders not in ("repeated", "black"):
-            raise ConfigError(f"tokenizer.decoder.borders={borders}: must be repeated or black")
+            raise ArgumentError(f"borders={borders}: must be repeated or black")
         self.borders = borders
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError, ConfigError
 from vistok.nn.frozen import Frozen
 from vistok.nn.transformer import init_transformer_
 
@@ -78,12 +78,9 @@ class ProxyDecoder(LatentTransformerDecoder):
             attention,
         )
         if learns not in ("codes", "pixels"):
-            raise ConfigError(f"tokenizer.decoder.learns={learns}: must be codes or pixels")
+            raise ArgumentError(f"learns={learns}: must be codes or pixels")
         if pixel_decoder.dim != code_dim:
-            raise ConfigError(
-                f"tokenizer.decoder.code_dim={code_dim}: its pixel_decoder takes "
-                f"{pixel_decoder.dim}"
-            )
+            raise ArgumentError(f"code_dim={code_dim}: its pixel_decoder takes {pixel_decoder.dim}")
         self.learns = learns
         del self.smooth  # belongs to the pixel head, which this one replaces
         self.head = nn.Sequential(

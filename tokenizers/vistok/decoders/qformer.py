@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
 from vistok.decoders.cnn import CNNDecoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.linear_start import start_conv_
 from vistok.nn.patches import grid_points, position_table
 from vistok.nn.qformer import QFormer, read_by_position_, token_positions
@@ -48,9 +48,7 @@ class QFormerDecoder(Decoder):
     ) -> None:
         super().__init__()
         if cnn.dim != latent_dim:
-            raise ConfigError(
-                f"tokenizer.decoder.cnn.latent_dim={cnn.dim}: must be latent_dim={latent_dim}"
-            )
+            raise ArgumentError(f"cnn.latent_dim={cnn.dim}: must be latent_dim={latent_dim}")
         self.dim = latent_dim
         self.grid = cnn.grid
         self.embed = nn.Linear(latent_dim, width)

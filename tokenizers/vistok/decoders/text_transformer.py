@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_number
 from vistok.nn.draws import uniform
 
 
@@ -80,8 +80,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
             attention,
             borders,
         )
-        if not 0 <= text_dropout <= 1:
-            raise ConfigError(f"tokenizer.decoder.text_dropout={text_dropout}: must be 0 to 1")
+        check_number("text_dropout", text_dropout, 0, 1)
         self.text_shape = (num_text_tokens, text_dim)
         self.text_dropout = text_dropout
         self.text_embed = nn.Linear(text_dim, width)

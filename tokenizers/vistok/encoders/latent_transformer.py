@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.encoders.base import Encoder
+from vistok.errors import check_number
 from vistok.nn.patches import (
     grid_of,
     grid_points,
@@ -46,7 +47,7 @@ class LatentTransformerEncoder(Encoder):
         content: strength of the patches' content at the start, over that of the positions. A
             codebook follows latents that training moves about as a whole, so there an eighth
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
-            about 1 the latents would leave it before they are of use.
+            about 1 the latents would leave it before they are of use. 0 or more.
         legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
             two-stage TiTok and One-D-Piece do: each token gets channels of every latent.
     """
@@ -70,6 +71,7 @@ class LatentTransformerEncoder(Encoder):
         legacy_reshape: bool = False,
     ) -> None:
         super().__init__()
+        check_number("content", content, 0)
         self.legacy_reshape = legacy_reshape
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size

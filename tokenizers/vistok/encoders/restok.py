@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.encoders.base import Encoder
 from vistok.encoders.cnn import CNNEncoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.attention import check_kind, mask_for
 from vistok.nn.hierarchy import (
     LevelLinear,
@@ -77,8 +77,8 @@ class ResTokEncoder(Encoder):
         self.levels = pooling_pyramid(num_latent_tokens)
         self.merge_layers = list(merge_layers)
         if sorted({i for i in self.merge_layers if 0 <= i < depth}) != self.merge_layers:
-            raise ConfigError(
-                f"tokenizer.encoder.merge_layers={self.merge_layers}: must be rising indices of "
+            raise ArgumentError(
+                f"merge_layers={self.merge_layers}: must be rising indices of "
                 f"the blocks, 0 to {depth - 1}"
             )
         self.activation_checkpointing = activation_checkpointing

@@ -46,6 +46,7 @@ class FlexibleTokenizer(Tokenizer):
         channels: int = 3,
     ) -> None:
         super().__init__(encoder, quantizer, decoder, image_size, channels)
+        length.budgets(encoder.num_tokens)  # refuses a policy for longer codes
         self.length = length
 
     # ------------------------------------------------------------------ training

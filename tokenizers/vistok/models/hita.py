@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vistok.decoders.base import Decoder
 from vistok.encoders.hita import HitaEncoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError, ConfigError
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.segments import Segments
@@ -47,6 +47,11 @@ class Hita(Tokenizer):
     ) -> None:
         books = [holistic_quantizer or copy.deepcopy(quantizer), quantizer]
         holistic = encoder.num_holistic_tokens
+        if (taken := getattr(decoder, "num_holistic_tokens", holistic)) != holistic:
+            raise ArgumentError(
+                f"decoder.num_holistic_tokens={taken}: must be that of the encoder, "
+                f"tokenizer.encoder.num_holistic_tokens={holistic}"
+            )
         parts = Segments(books, [holistic, encoder.num_tokens - holistic])
         super().__init__(encoder, parts, decoder, image_size, channels)
 

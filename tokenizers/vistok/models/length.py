@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError, nearest
+from vistok.errors import ArgumentError, check_number, check_whole, nearest
 from vistok.nn.draws import integers, shared_integer, uniform
 
 _DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up", "full")
@@ -37,12 +37,12 @@ class LengthPolicy(nn.Module):
         super().__init__()
         if distribution not in _DISTRIBUTIONS:
             meant = _OFFICIAL.get(str(distribution), str(distribution))
-            raise ConfigError(
-                f"tokenizer.length.distribution={distribution}: must be one of "
+            raise ArgumentError(
+                f"distribution={distribution}: must be one of "
                 f"{', '.join(_DISTRIBUTIONS)}{nearest(meant, _DISTRIBUTIONS)}"
             )
         if per not in ("sample", "batch"):
-            raise ConfigError(f"tokenizer.length.per={per}: must be sample or batch")
+            raise ArgumentError(f"per={per}: must be sample or batch")
         self.distribution = distribution
         self.per = per
 
@@ -80,18 +80,17 @@ class LevelPolicy(nn.Module):
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
     Args:
-        shortest: the shortest length; levels of a pyramid 1, 1, 2, 4, ... end at powers of two.
+        shortest: the shortest length, at most N; levels of a pyramid 1, 1, 2, 4, ... end at powers
+            of two, and so must this.
         full_probability: of keeping all, 0 to 1.
     """
 
     def __init__(self, shortest: int = 4, full_probability: float = 0.8) -> None:
         super().__init__()
-        if shortest < 1:
-            raise ConfigError(f"tokenizer.length.shortest={shortest}: must be 1 or more")
-        if not 0 <= full_probability <= 1:
-            raise ConfigError(
-                f"tokenizer.length.full_probability={full_probability}: must be 0 to 1"
-            )
+        check_whole("shortest", shortest, 1)
+        if shortest & (shortest - 1):
+            raise ArgumentError(f"shortest={shortest}: must be a power of two, where a level ends")
+        check_number("full_probability", full_probability, 0, 1)
         self.shortest = shortest
         self.full_probability = full_probability
         self.per = "sample"
@@ -112,6 +111,10 @@ class LevelPolicy(nn.Module):
         return sorted(drawn | {num_tokens} if self.full_probability > 0 else drawn)
 
     def _levels(self, num_tokens: int) -> list[int]:
+        if self.shortest > num_tokens:
+            raise ArgumentError(
+                f"length.shortest={self.shortest}: must be at most {num_tokens}, the whole code"
+            )
         levels = [self.shortest * 2**i for i in range(num_tokens.bit_length())]
         return [level for level in levels if level < num_tokens] or [num_tokens]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vistok.errors import ConfigError, nearest
+from vistok.errors import ArgumentError, nearest
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -83,7 +83,7 @@ def check_kind(attention: str) -> str:
         ConfigError: if it is none.
     """
     if attention not in ATTENTION:
-        raise ConfigError(
+        raise ArgumentError(
             f"attention={attention}: must be one of {', '.join(ATTENTION)}"
             f"{nearest(str(attention), ATTENTION)}"
         )

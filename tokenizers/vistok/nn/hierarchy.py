@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.patches import grid_points
 
 Grid = tuple[int, int]
@@ -40,8 +40,8 @@ def halved(grid: Grid) -> Grid:
     """
     rows, columns = grid
     if max(grid) == 1 or max(grid) % 2:
-        raise ConfigError(
-            f"tokenizer.encoder.merge_layers: a grid of {rows} x {columns} cells can't be halved; "
+        raise ArgumentError(
+            f"merge_layers: a grid of {rows} x {columns} cells can't be halved; "
             "merge in fewer layers or use larger images"
         )
     return (rows // 2, columns) if rows >= columns else (rows, columns // 2)

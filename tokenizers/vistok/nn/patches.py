@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError, ConfigError
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -75,7 +75,9 @@ def sincos_positions(points: Tensor, width: int, grid: tuple[int, int]) -> Tenso
         `(N, width)` float32 in [-1, 1]; half of it for each coordinate.
     """
     if width % 4:
-        raise ConfigError(f"width={width}: must be a multiple of 4 for sine-cosine positions")
+        raise ArgumentError(
+            f"width: sine-cosine positions take {width} of its channels, must be a multiple of 4"
+        )
     steps = torch.arange(width // 4) / max(1, width // 4 - 1)
     frequencies = math.pi * max(2.0, float(max(grid))) ** -steps
     angles = points.float()[:, :, None] * frequencies

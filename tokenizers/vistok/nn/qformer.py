@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.attention import attend
 from vistok.nn.hierarchy import level_points
 from vistok.nn.patches import position_table
@@ -23,7 +23,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise ConfigError(f"num_heads={num_heads} does not divide the width {width}")
+            raise ArgumentError(f"num_heads={num_heads} does not divide the width {width}")
         self.num_heads = num_heads
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
@@ -131,7 +131,7 @@ def pooling_pyramid(count: int) -> list[tuple[int, int]]:
         ConfigError: if `count` is no power of two.
     """
     if count < 1 or count & (count - 1):
-        raise ConfigError(f"num_latent_tokens={count}: pooled queries need a power of two")
+        raise ArgumentError(f"num_latent_tokens={count}: pooled queries need a power of two")
     exponents = range(count.bit_length() - 1)
     return [(1, 1), *((2 ** (e // 2), 2 ** ((e + 1) // 2)) for e in exponents)]
 
@@ -157,8 +157,8 @@ def token_positions(
     table = position_table(points, width, width // 2, grid)
     if padding_start is not None:
         if not 0 <= padding_start < count:
-            raise ConfigError(
-                f"tokenizer.encoder.padding_start={padding_start}: must be 0 to {count - 1}, or "
+            raise ArgumentError(
+                f"padding_start={padding_start}: must be 0 to {count - 1}, or "
                 f"null, with num_latent_tokens={count}; an eighth of it, as in ReTok's paper, is "
                 f"{count // 8}"
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.attention import Mask, attend
 
 
@@ -23,7 +23,7 @@ def rotation(points: Tensor, head_dim: int, theta: float = 1e4) -> Tensor:
         theta: the longest wavelength over 2 pi, nearly.
     """
     if head_dim % 4:
-        raise ConfigError(f"num_heads: heads of width {head_dim}, must be a multiple of 4")
+        raise ArgumentError(f"num_heads: heads of width {head_dim}, must be a multiple of 4")
     steps = torch.arange(head_dim // 4) / (head_dim // 4)
     angles = (points.float()[:, :, None] * theta**-steps).flatten(1)
     return torch.stack([angles.cos(), angles.sin()])
@@ -47,7 +47,7 @@ class RotaryAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise ConfigError(f"num_heads={num_heads} does not divide the width {width}")
+            raise ArgumentError(f"num_heads={num_heads} does not divide the width {width}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError
 from vistok.nn.attention import Mask, attend, check_kind, mask_for
 
 
@@ -26,7 +26,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if width % num_heads:
-            raise ConfigError(f"num_heads={num_heads} does not divide the width {width}")
+            raise ArgumentError(f"num_heads={num_heads} does not divide the width {width}")
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
@@ -86,7 +86,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         if style not in ("vit", "flextok"):
-            raise ConfigError(f"block={style}: must be vit or flextok")
+            raise ArgumentError(f"block={style}: must be vit or flextok")
         plain = style == "flextok"
         self.norm1 = nn.LayerNorm(width, elementwise_affine=not plain)
         self.attn = Attention(width, num_heads, bias=not plain, qk_norm=plain)

@@ -33,7 +33,7 @@ class Adversary:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.discriminator = build(config["discriminator"])
+        self.discriminator = build(config["discriminator"], "adversary.discriminator")
         self.weight = float(config["weight"])
         self.start_samples = int(config["start_samples"])
         self.clip = config["gradient_clip_val"]

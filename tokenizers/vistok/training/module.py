@@ -55,7 +55,7 @@ class TokenizerModule(L.LightningModule):
         self.tokenizer = build_tokenizer(config)
         prepare_stage(self.tokenizer, config)
         check_fields(self.tokenizer, config["data"].get("fields") or ())
-        self.loss = build(config["loss"])
+        self.loss = build(config["loss"], "loss")
         self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
         self.adversary = build_adversary(config.get("adversary"))
         self._played: tuple[Tensor, Tensor] | None = None  # images and pictures for the adversary

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vistok.decoders.restok import ResTokDecoder
 from vistok.encoders.restok import ResTokEncoder
-from vistok.errors import ConfigError, nearest
+from vistok.errors import ConfigError, check_number, check_whole, nearest
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.tokenizer import Tokenizer
 from vistok.nn.frozen import Frozen
@@ -141,6 +141,9 @@ def build_alignment(tokenizer: Tokenizer, config: Mapping[str, Any] | None) -> n
         raise ConfigError(
             f"alignment.form={form}: must be one of {', '.join(_FORMS)}{nearest(str(form), _FORMS)}"
         )
+    check_number("alignment.weight", config["weight"], 0)
+    check_whole("alignment.layer", config["layer"], 0)
+    check_whole("alignment.input_size", config["input_size"], 1)
     teacher = Teacher(config["teacher"], config["weights"], config["input_size"])
     grid = config.get("grid", "tokens")  # nor a choice of grids
     return _FORMS[form](tokenizer, teacher, config["layer"], grid)

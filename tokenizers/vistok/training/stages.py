@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoint import build_tokenizer, find_checkpoint, load, read_config
 from vistok.decoders.proxy import ProxyDecoder
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_whole
 from vistok.models.flextok import FlexTok
 from vistok.models.latents import LatentSpace
 from vistok.models.tokenizer import Tokenizer
@@ -78,12 +78,11 @@ def prepare_stage(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         assert isinstance(tokenizer, FlexTok) and tokenizer.autoencoder is not None
         _fill(tokenizer.autoencoder, stage["autoencoder"])
     frozen = stage["frozen"] or []
-    frozen = [frozen] if isinstance(frozen, str) else frozen
+    frozen = frozen if isinstance(frozen, list) else [frozen]
+    parts = [name for name, _ in tokenizer.named_modules(remove_duplicate=False) if name]
     for name in frozen:
-        try:
-            tokenizer.get_submodule(name)
-        except AttributeError as error:
-            raise ConfigError(f"stage.frozen: the tokenizer has no part {name}") from error
+        if name not in parts:
+            raise ConfigError(f"stage.frozen: the tokenizer has no part {name or repr(name)}")
     tokenizer.freeze(*frozen)
 
 
@@ -196,6 +195,7 @@ def _learn_latents(config: dict[str, Any], source: Path) -> dict[str, Any]:
     # A patch stays as large as it was, counted in pixels.
     factor = found.image_size[0] // space.grid[0]
     for name, part in parts.items():
+        check_whole(f"tokenizer.{name}.patch_size", part["patch_size"], 1)
         patch, rest = divmod(part["patch_size"], factor)
         if rest or not patch:
             raise ConfigError(
@@ -235,20 +235,15 @@ def _described(
 
 def _learn_pixels(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """The tokenizer of stage 1, its weights as the start, its decoder set to learn pixels."""
-    own = copy.deepcopy(read_config(source))
-    decoder = own["tokenizer"].get("decoder", {})
-    if decoder.get("_target_") != _PROXY_DECODER:
+    own, found = _described(config, "weights", source)
+    if not isinstance(found.decoder, ProxyDecoder):
         raise ConfigError(f"stage.weights={source}: is no run of stage=proxy")
-    if as_pair(decoder["image_size"]) != as_pair(config["data"]["image_size"]):
-        raise ConfigError(
-            f"data.image_size={config['data']['image_size']}: stage.weights={source} has "
-            f"{decoder['image_size']}"
-        )
-    decoder["learns"] = "pixels"
+    tokenizer = copy.deepcopy(own["tokenizer"])
+    tokenizer["decoder"]["learns"] = "pixels"
     return {
         **config,
-        "tokenizer": own["tokenizer"],
-        "quantizer": own["quantizer"],
+        "tokenizer": tokenizer,
+        "quantizer": copy.deepcopy(own["quantizer"]),
         "init_from": config["init_from"] or str(config["stage"]["weights"]),
     }
 
@@ -261,6 +256,13 @@ def _with_words(
     tokenizer, own = found["tokenizer"], config["tokenizer"]
     for word in reversed(words):  # of two for one key the later one holds
         given = word.lstrip("+~").partition("=")[0]
+        if given == "experiment" and own["_target_"] != tokenizer["_target_"]:
+            # Of the same kind, it is the recipe of the source's tokenizer, whatever its size.
+            source = next(key for key, owner in _SOURCES.items() if owner == stage)
+            raise ConfigError(
+                f"{word}: is for a {_class(own)}, but stage={stage} trains the {_class(tokenizer)} "
+                f"of stage.{source}={found['stage'][source]}; choose an experiment of that"
+            )
         if given.split(".")[0] not in ("tokenizer", "quantizer"):
             continue
         option = given.split(".")[-1]
@@ -279,6 +281,10 @@ def _with_words(
                     f"stage.{source}={found['stage'][source]}; leave the word out"
                 )
     return found
+
+
+def _class(config: Mapping[str, Any]) -> str:
+    return str(config["_target_"]).rpartition(".")[2]
 
 
 def _at(config: Any, key: str) -> Any:

@@ -1,0 +1,104 @@
+"""What a part of a tokenizer can't be built from is refused in one line that begins with the key."""
+
+import pytest
+import torch
+from torch import nn
+
+import vistok
+from helpers import config_of
+from vistok.checkpoint import build, build_tokenizer
+from vistok.errors import ConfigError, check_number, check_whole
+
+E, D = "tokenizer.encoder", "tokenizer.decoder"
+WHOLE = "must be a whole number, 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "override", "message"),
+    [
+        ("titok_tiny", f"{E}.num_latent_tokens=0", WHOLE),
+        ("titok_tiny", f"{E}.num_latent_tokens=-4", WHOLE),
+        ("flextok_tiny", f"{E}.num_latent_tokens=2.5", WHOLE),
+        ("gigatok_tiny", f"{E}.depth=-1", WHOLE),
+        ("retok_tiny", f"{D}.depth=0", WHOLE),
+        ("titok_tiny", f"{E}.depth=0", WHOLE),
+        ("hita_tiny", f"{E}.causal_depth=-1", WHOLE),
+        ("titok_tiny", f"{E}.num_heads=0", WHOLE),
+        ("titok_tiny", f"{E}.patch_size=0", WHOLE),
+        ("flextok_tiny", f"{E}.patch_size=8.0", WHOLE),
+        ("titok_tiny", f"{E}.width=0", WHOLE),
+        ("titok_tiny", f"{E}.width=null", WHOLE),
+        ("restok_tiny", f"{E}.cnn.stem=0", WHOLE),
+        ("vqgan_tiny", f"{E}.stem=true", WHOLE),
+        ("vqgan_tiny", f"{D}.num_res_blocks=-1", WHOLE),
+        ("vqgan_tiny", f"{E}.channel_multipliers=[]", "a list of whole numbers, 1 or more"),
+        ("vqgan_tiny", f"{E}.channel_multipliers=[1,0]", "a list of whole numbers, 1 or more"),
+        ("vqgan_tiny", f"{E}.channel_multipliers=2", "a list of whole numbers, 1 or more"),
+        ("titok_tiny", f"{E}.content=-1", "must be a number, 0 or more"),
+        ("titok_tiny", f"{E}.content=null", "must be a number"),
+        ("titok_tiny", f"{E}.causal=1", "must be true or false"),
+        ("retok_tiny", f"{E}.padding_start=8.5", "must be a whole number or null"),
+        ("restok_tiny", f"{E}.merge_layers=0", "must be a list of whole numbers"),
+        ("restok_tiny", f"{E}.merge_layers=[4]", "rising indices of the blocks, 0 to 3"),
+        ("restok_tiny", f"{E}.depth=0", WHOLE),
+        ("ta_titok_tiny", f"{D}.text_dropout=null", "must be a number"),
+        ("ta_titok_tiny", f"{D}.text_dropout=2", "must be a number, 0 to 1"),
+        ("titok_tiny", f"{E}.num_heads=5", "does not divide the width 192"),
+        ("gigatok_tiny", f"{D}.num_heads=5", "does not divide the width 128"),
+        ("restok_tiny", f"{D}.num_heads=5", "does not divide the width 128"),
+        ("gigatok_tiny", f"{E}.num_latent_tokens=100", "pooled queries need a power of two"),
+        ("titok_tiny", f"{E}.block=nonsense", "must be vit or flextok"),
+        ("hita_tiny", f"{E}.attention=sparse", "must be one of auto, dense, flex"),
+        ("titok_tiny", f"{D}.borders=white", "must be repeated or black"),
+        ("vqgan_tiny", f"{D}.upsample=cubic", "must be nearest or depth_to_space"),
+        ("gigatok_tiny", f"{D}.cnn.upsample=cubic", "must be nearest or depth_to_space"),
+        ("hita_tiny", f"{D}.num_holistic_tokens=4", f"{E}.num_holistic_tokens=16"),
+        ("titok_tiny", "quantizer.codebook_dim=2.5", "must be a whole number"),
+        ("restok_tiny", "tokenizer.length.shortest=0", WHOLE),
+        ("restok_tiny", "tokenizer.length.shortest=2.5", "must be a whole number"),
+        ("restok_tiny", "tokenizer.length.shortest=3", "must be a power of two"),
+        ("restok_tiny", "tokenizer.length.shortest=128", "must be at most 64, the whole code"),
+        ("restok_tiny", "tokenizer.length.full_probability=null", "must be a number"),
+        ("restok_tiny", "tokenizer.length.full_probability=1.5", "must be a number, 0 to 1"),
+        ("flextok_tiny", "tokenizer.length.per=image", "must be sample or batch"),
+        ("flextok_tiny", "tokenizer.length.distribution=pow2", "did you mean 'powers_of_two'"),
+    ],
+)
+def test_values_that_build_nothing(tokenizer, override, message):
+    with torch.device("meta"), pytest.raises(ConfigError) as error:
+        build_tokenizer(config_of(f"experiment={tokenizer}", override))
+    text = str(error.value)
+    assert text.startswith(override.replace("[1,0]", "[1, 0]")) and message in text
+    assert "\n" not in text
+
+
+def test_a_whole_number_is_wanted_where_the_annotation_says_so():
+    @vistok.register
+    class Part(nn.Module):
+        def __init__(self, size: int, depth: int | None, rate: float, other):
+            super().__init__()
+
+    good = {"_target_": f"{__name__}.{Part.__qualname__}", "size": -1, "depth": None, "rate": 1}
+    good |= {"other": "any"}
+    assert isinstance(build(good), Part)
+    for changed, message in [
+        ({"size": 1.0}, "^size=1.0: must be a whole number$"),
+        ({"size": True}, "^size=true: must be a whole number$"),
+        ({"depth": 0}, "^depth=0: must be a whole number or null, 1 or more$"),
+        ({"rate": "half"}, "^rate=half: must be a number$"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            build({**good, **changed})
+    with pytest.raises(ConfigError, match=r"^a\[0\]\.b\.rate=false: must be a number$"):
+        build([{"b": {**good, "rate": False}}], "a")
+
+
+def test_numbers_in_bounds():
+    check_whole("x", 0, 0)
+    check_number("x", 1, 0, 1)
+    for value in (-1, True, 1.0, None, "1"):
+        with pytest.raises(ConfigError, match=r"^x=.*: must be a whole number, 0 or more$"):
+            check_whole("x", value, 0)
+    for value in (-0.1, True, None, "1", float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"^x=.*: must be a number, 0 or more$"):
+            check_number("x", value, 0)
