@@ -260,7 +260,8 @@ class FlowDecoder(Decoder):
             if not isinstance(s, int) or isinstance(s, bool) or not -(2**63) <= s < 2**63:
                 raise ConfigError(f"seed={s!r}: must be a whole number of 64 bits")
         draws = [torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(draws).expand(batch, *self.shape)
+        noise = torch.stack(draws) if draws else torch.empty(0, *self.shape)
+        return noise.expand(batch, *self.shape)
 
     def _check_sampling(self, steps: Any, guidance: Any, prefix: str = "") -> None:
         if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
