@@ -179,9 +179,12 @@ class FlowDecoder(Decoder):
 
     def features(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""
-        patches = self.patch_embed(patchify(noisy, self.patch_size)) + self.patch_positions
+        dtype, width = self.patch_embed.weight.dtype, self.patch_embed.out_features
+        # The walk is float32, also where the weights are not.
+        patches = self.patch_embed(patchify(noisy.to(dtype), self.patch_size))
+        patches = patches + self.patch_positions
         count = patches.shape[1]
-        condition = self.time_embed(time_features(time, self.time_embed[0].in_features))  # type: ignore[arg-type]
+        condition = self.time_embed(time_features(time, width).to(dtype))
         x = torch.cat([patches.to(registers.dtype), registers], dim=1)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():

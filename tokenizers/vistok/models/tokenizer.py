@@ -183,7 +183,7 @@ class Tokenizer(nn.Module):
             `(B, N, Q)` int64 ids, or `(B, num_tokens, Q)`; Q is kept when it is 1.
         """
         signal = self.to_signal(self.to_model_range(images))
-        latents = self.encode(signal)[:, : self.encoder.num_tokens]
+        latents = self.encode(signal.to(_precision(self.encoder)))[:, : self.encoder.num_tokens]
         return self._budget(self.quantizer.encode(latents), num_tokens)[0]
 
     @torch.no_grad()
@@ -205,7 +205,8 @@ class Tokenizer(nn.Module):
         self._check_shape(ids)
         ids, mask = self._budget(ids.to(self.device), num_tokens)
         self._check_range(ids)
-        signal = self.decode(self.quantizer.decode(ids), mask, **sampling)
+        quantized = self.quantizer.decode(ids).to(_precision(self.decoder))
+        signal = self.decode(quantized, mask, **sampling)
         return to_unit_range(self.to_images(signal))
 
     def tokenize_to_target(
@@ -362,6 +363,11 @@ class Tokenizer(nn.Module):
                 if low[slot] < 0 or high[slot] >= size:
                     bad = low[slot] if low[slot] < 0 else high[slot]
                     raise ConfigError(f"ids: slot {slot} holds {bad}, valid are 0 to {size - 1}")
+
+
+def _precision(part: nn.Module) -> torch.dtype:
+    """What a part computes in; after `tok.bfloat16()` not what the quantizer does."""
+    return next(part.parameters()).dtype
 
 
 def to_unit_range(images: Tensor) -> Tensor:
