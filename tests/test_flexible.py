@@ -377,6 +377,10 @@ def test_targets_that_are_none():
         (lambda: tok.tokenize_to_target(images, psnr=nan), r"psnr: expected dB, .*found nan"),
         (lambda: tok.tokenize_to_target(images, psnr="28"), "psnr: expected dB, .*found '28'"),
         (lambda: tok.tokenize_to_target(images, psnr=[1.0] * 3), r"\(2,\) of them, found \(3,\)"),
+        (lambda: tok.tokenize_to_target(images, psnr=True), "psnr: expected dB, .*found True"),
+        (lambda: tok.tokenize_to_target(images, psnr=[True, False]), "psnr: expected dB, .*bool"),
+        (lambda: tok.tokenize_to_target(images, psnr=1j), "psnr: expected dB, .*found .*complex"),
+        (lambda: tok.tokenize_to_target(images, max_bytes=True), "max_bytes: .*found True"),
         (lambda: tok.tokenize_to_target(images, max_bytes=nan), "max_bytes: .*found nan"),
         (lambda: tok.tokenize_to_target(images, max_bytes="4"), "max_bytes: .*found '4'"),
         (lambda: tok.tokenize_to_target(images, max_bytes=-math.inf), "max_bytes=-inf: one token"),
@@ -400,7 +404,7 @@ def test_an_image_keeps_its_seed_while_others_are_done():
     targets[5] = 99.0
     wanted = [[1, 2, 4][int((row >= t).int().argmax())] for row, t in zip(quality, targets, strict=True)]  # fmt: skip
     wanted[5] = 4
-    for given in (seeds, tuple(seeds), torch.tensor(seeds)):
+    for given in (seeds, tuple(seeds), torch.tensor(seeds), np.array(seeds), range(1, 7)):
         with pytest.warns(UserWarning, match="1 of 6"):
             assert tok.tokenize_to_target(images, psnr=targets, seed=given)[1].tolist() == wanted
     assert len(set(wanted)) > 1
@@ -468,9 +472,15 @@ def test_more_ids_than_a_code_has_are_cut_or_refused(name):
     ids = tok.tokenize(images_of(2))
     longer = torch.cat([ids, ids[:, :1]], dim=1)
     assert torch.equal(tok.detokenize(longer, num_tokens=4), tok.detokenize(ids))
-    for num_tokens in (None, 5):
-        with pytest.raises(ConfigError, match="num_tokens=5: must be 1 to 4 for ids of 5 tokens"):
-            tok.detokenize(longer, num_tokens=num_tokens)
+    assert tok.detokenize_progressive(longer, budgets=[4]).shape[1] == 1
+    with pytest.raises(ConfigError, match="num_tokens=5: must be 1 to 4 for ids of 5 tokens"):
+        tok.detokenize(longer, num_tokens=5)
+    for call in (tok.detokenize, tok.detokenize_progressive, tok.to_bytes):
+        for wrong, count in ((longer, 5), (ids[:, :0], 0)):
+            with pytest.raises(ConfigError, match=f"ids: expected 1 to 4 tokens .*found {count}$"):
+                call(wrong)
+    with pytest.raises(ConfigError, match=r"ids: expected 1 to 4 tokens .*found 0$"):
+        tok.detokenize(ids[:, :0], num_tokens=1)
 
 
 def test_arguments_of_sampling_are_refused_where_nothing_is_sampled():
@@ -579,7 +589,7 @@ def test_bytes_that_are_no_code():
     for bad, words in (
         ([packed[0], packed[1][:1]], "image 1 is no code of 4 tokens: 1 bytes, where 2 are"),
         ([packed[0], b"\xff\xff"], "image 1 is no code of 4 tokens: a number beyond"),
-        (packed[0], "image 0 is no code"),
+        (packed[0], r"packed: expected the bytes of each image, .*found bytes"),
     ):
         with pytest.raises(ConfigError, match=words):
             tok.from_bytes(bad)

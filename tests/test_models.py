@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import awake, images_of, tiny_tokenizer
+from helpers import SIZES, awake, images_of, tiny_tokenizer
 from vistok.decoders.flow import FlowDecoder
 from vistok.decoders.latent_transformer import LatentTransformerDecoder
 from vistok.encoders.latent_transformer import LatentTransformerEncoder
 from vistok.errors import ConfigError
+from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.tokenizer import Tokenizer, to_unit_range
 from vistok.nn.attention import attend
 from vistok.nn.patches import (
@@ -64,12 +65,25 @@ def test_sizes_channels_and_batches(tokenizer, size, channels, batch):
     assert output.prediction.shape == images.shape
 
 
-@pytest.mark.parametrize("tokenizer", ["titok_tiny"])  # PyTorch's pixel_unshuffle refuses none
+@pytest.mark.parametrize("tokenizer", list(SIZES))
 def test_an_empty_batch(tokenizer):
     tok = tiny_tokenizer(tokenizer=tokenizer)
-    ids = tok.tokenize(images_of(2)[:0])
-    assert ids.shape == (0, 4, 1) and ids.dtype == torch.int64
+    none = images_of(2)[:0]
+    for images in (none, none.float()):
+        ids = tok.tokenize(images)
+        assert ids.shape == (0, tok.num_tokens, 1) and ids.dtype == torch.int64
     assert tok.detokenize(ids).shape == (0, 3, 16, 16)
+    assert tok.to_bytes(ids) == [] and torch.equal(tok.from_bytes([]), ids)
+    if not isinstance(tok, FlexibleTokenizer):
+        return
+    assert tok.detokenize_progressive(ids, budgets=[1, 4]).shape == (0, 2, 3, 16, 16)
+    for target in ({"psnr": 20.0}, {"psnr": []}, {"max_bytes": 5}):
+        fewest, num_tokens = tok.tokenize_to_target(none, **target)
+        assert fewest.shape == (0, 4, 1) and num_tokens.shape == (0,)
+    if tok.decoder.sampling:
+        assert tok.detokenize(ids, seed=[]).shape == (0, 3, 16, 16)
+        assert tok.detokenize_progressive(ids, seed=[]).shape == (0, 4, 3, 16, 16)
+        tok.tokenize_to_target(none, psnr=20.0, seed=[])
 
 
 @both

@@ -36,6 +36,13 @@ class Decoder(nn.Module, ABC):
             sampling: arguments named in `sampling` or `conditions`.
         """
 
+    def check_sampling(self, **sampling: Any) -> None:
+        """Refuse values of arguments of `reconstruct` that it could not work with.
+
+        Raises:
+            ConfigError: of decoders that sample.
+        """
+
     def forward(
         self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, **conditions: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -179,9 +179,12 @@ class FlowDecoder(Decoder):
 
     def features(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""
-        patches = self.patch_embed(patchify(noisy, self.patch_size)) + self.patch_positions
+        dtype, width = self.patch_embed.weight.dtype, self.patch_embed.out_features
+        # The walk is float32, also where the weights are not.
+        patches = self.patch_embed(patchify(noisy.to(dtype), self.patch_size))
+        patches = patches + self.patch_positions
         count = patches.shape[1]
-        condition = self.time_embed(time_features(time, self.time_embed[0].in_features))  # type: ignore[arg-type]
+        condition = self.time_embed(time_features(time, width).to(dtype))
         x = torch.cat([patches.to(registers.dtype), registers], dim=1)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -248,24 +251,44 @@ class FlowDecoder(Decoder):
         noise = self.noise(len(quantized), self.seed if seed is None else seed)
         return integrate(velocity, noise.to(quantized.device), steps)
 
+    def check_sampling(  # type: ignore[override]
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | Tensor | None = None,
+    ) -> None:
+        """Refuse what `reconstruct` would refuse, but for the number of seeds."""
+        self._check_sampling(
+            self.steps if steps is None else steps,
+            self.guidance if guidance is None else guidance,
+        )
+        self._seeds(self.seed if seed is None else seed)
+
     def noise(self, batch: int, seed: int | Tensor) -> Tensor:
         """Noise `(B, C, H, W)`, drawn on the CPU so that every device gets the same."""
+        seeds = self._seeds(seed)
+        if len(seeds) not in (1, batch):
+            raise ConfigError(f"seed: expected one number or {batch}, found {len(seeds)}")
+        draws = [torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        noise = torch.stack(draws) if draws else torch.empty(0, *self.shape)
+        return noise.expand(batch, *self.shape)
+
+    def _seeds(self, seed: Any) -> list[int]:
+        """One or several, as a list."""
         try:
             seeds: list[Any] = torch.as_tensor(seed).reshape(-1).tolist()
         except (TypeError, ValueError, RuntimeError):  # a word, a number beyond 64 bits
             seeds = [seed]
-        if len(seeds) not in (1, batch):
-            raise ConfigError(f"seed: expected one number or {batch}, found {len(seeds)}")
         for s in seeds:
             if not isinstance(s, int) or isinstance(s, bool) or not -(2**63) <= s < 2**63:
                 raise ConfigError(f"seed={s!r}: must be a whole number of 64 bits")
-        draws = [torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(draws).expand(batch, *self.shape)
+        return seeds
 
     def _check_sampling(self, steps: Any, guidance: Any, prefix: str = "") -> None:
         if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
             raise ConfigError(f"{prefix}steps={steps!r}: must be a whole number, 1 or more")
-        if not (isinstance(guidance, (int, float)) and math.isfinite(guidance) and guidance >= 0):
+        number = isinstance(guidance, Real) and not isinstance(guidance, bool)
+        if not (number and 0 <= float(guidance) < math.inf):
             raise ConfigError(f"{prefix}guidance={guidance!r}: must be a number, 0 or more")
         if guidance != 1 and not self.null_probability:
             raise ConfigError(

@@ -105,6 +105,7 @@ class ProxyDecoder(LatentTransformerDecoder):
             # Over a thousand codes, bf16 weights would not add up to one.
             with torch.autocast(logits.device.type, enabled=False):
                 vectors = logits.float().softmax(dim=-1) @ self.code_vectors.weight.float()
+                vectors = vectors.to(self.code_vectors.weight.dtype)
         return self.pixel_decoder.reconstruct(vectors)
 
     def forward(

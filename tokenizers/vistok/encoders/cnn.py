@@ -69,15 +69,14 @@ class CNNEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
-        x = F.pixel_unshuffle(images, self.stem) if self.stem > 1 else images
-        x = self.norm_out(self.layers(self.conv_in(x)))
+        x = self.norm_out(self.layers(self.conv_in(_fold(images, self.stem))))
         return F.silu(x).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Start as a map that keeps the principal components; see `linear_start`."""
         few = images[: max(8, 2**18 // images[0, 0].numel())]
-        x = F.pixel_unshuffle(few, self.stem)
+        x = _fold(few, self.stem)
         start_conv_(self.conv_in, x)
         x = self.conv_in(x)
         for layer in self.layers:
@@ -85,3 +84,11 @@ class CNNEncoder(Encoder):
             if isinstance(layer, Downsample):
                 start_conv_(layer.conv, x)
             x = layer(x)
+
+
+def _fold(images: Tensor, side: int) -> Tensor:
+    """Squares of `side` pixels of `(B, C, H, W)` as channels: `(B, C * side ** 2, ...)`."""
+    if len(images):
+        return F.pixel_unshuffle(images, side) if side > 1 else images
+    _, channels, height, width = images.shape  # which torch 2.15 leaves as they are
+    return images.new_empty(0, channels * side * side, height // side, width // side)

@@ -1,10 +1,11 @@
-"""Numbers that users give: as Python's, NumPy's or torch's, one or several."""
+"""What users give: numbers of Python's, NumPy's or torch's, one or several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +14,28 @@ from vistok.errors import ConfigError
 
 def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor | None:
     """A number, or a list, an array or a tensor of numbers; None for anything else."""
+    if isinstance(value, np.ndarray):  # torch takes none that is flipped, and warns of read-only
+        value = value.copy()
     try:
         return torch.as_tensor(value, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def as_numbers(value: Any) -> Tensor | None:
+    """One number or several as float64; None for NaN, truth values and anything else."""
+    found, numbers = as_tensor(value), as_tensor(value, torch.float64)
+    if found is not None and (found.is_complex() or found.dtype == torch.bool):
+        return None
+    return None if numbers is None or numbers.isnan().any() else numbers
+
+
+def as_plain(value: Any) -> Any:
+    """A number of NumPy's or torch's as Python's, several as a tensor; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    found = as_tensor(value)
+    return value if found is None else found if found.ndim else found.item()
 
 
 def is_whole(numbers: Tensor) -> bool:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
-from vistok.models.arguments import as_budgets, as_tensor, in_words
+from vistok.models.arguments import as_budgets, as_numbers, in_words
 from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
@@ -81,7 +82,7 @@ class FlexibleTokenizer(Tokenizer):
     @torch.no_grad()
     def tokenize_to_target(
         self,
-        images: Tensor,
+        images: Tensor | ArrayLike,
         psnr: float | Sequence[float] | Tensor | None = None,
         max_bytes: float | None = None,
         budgets: int | Iterable[int] | None = None,
@@ -102,7 +103,7 @@ class FlexibleTokenizer(Tokenizer):
             budgets: numbers of tokens to choose from; by default all of 1..N, or ResTok's levels
                 (`tok.length.budgets(N)`). With `psnr` each costs a decoding of the images that
                 have not reached the target yet.
-            sampling: as in `detokenize`; a list or a tensor of B values has one for each image.
+            sampling: as in `detokenize`; B values are one for each image.
 
         Returns:
             ids `(B, n, Q)` int64, n the largest budget given out, and num_tokens `(B,)` int64.
@@ -113,18 +114,17 @@ class FlexibleTokenizer(Tokenizer):
         """
         if psnr is None and max_bytes is None:
             raise ConfigError("tokenize_to_target: needs psnr= (dB) or max_bytes=")
-        tried = self._budgets_within(max_bytes, budgets)
+        tried, sampling = self._budgets_within(max_bytes, budgets), self._sampling(sampling)
         ids = self.tokenize(images)
         num_tokens = torch.full((len(ids),), tried[-1], device=ids.device)
         if psnr is None:
             return ids[:, : tried[-1]], num_tokens
-        targets = as_tensor(psnr, torch.float64)
-        if targets is None or targets.shape not in ((), (len(ids),)) or targets.isnan().any():
+        targets = as_numbers(psnr)
+        if targets is None or targets.shape not in ((), (len(ids),)):
             raise ConfigError(
                 f"psnr: expected dB, one number or ({len(ids)},) of them, found {in_words(psnr)}"
             )
         targets = targets.to(ids.device).expand(len(ids))
-        sampling = {name: _per_image(value) for name, value in sampling.items()}
         originals = (self.to_model_range(images) + 1) / 2
         best = torch.full_like(targets, -torch.inf)
         open_ = torch.arange(len(ids), device=ids.device)
@@ -154,20 +154,20 @@ class FlexibleTokenizer(Tokenizer):
 
     @torch.no_grad()
     def detokenize_progressive(
-        self, ids: Tensor, budgets: int | Iterable[int] | None = None, **sampling: Any
+        self, ids: Tensor | ArrayLike, budgets: int | Iterable[int] | None = None, **sampling: Any
     ) -> Tensor:
         """One picture per prefix.
 
         Args:
-            ids: `(B, n, Q)`.
+            ids: `(B, n, Q)`, as `detokenize` takes them.
             budgets: lengths of the prefixes, by default all of 1..n.
             sampling: as in `detokenize`.
 
         Returns:
             `(B, len(budgets), C, H, W)` float in [0, 1].
         """
-        self._check_shape(ids)
-        most = min(ids.shape[1], self.num_tokens)
+        ids = self._as_ids(ids)
+        most = self._available(ids, budgets)
         lengths = range(1, most + 1) if budgets is None else as_budgets(budgets, most)
         return torch.stack([self.detokenize(ids, k, **sampling) for k in lengths], dim=1)
 
@@ -177,8 +177,8 @@ class FlexibleTokenizer(Tokenizer):
         Raises:
             ConfigError: if not even one does.
         """
-        limit = as_tensor(max_bytes, torch.float64)
-        if limit is None or limit.ndim or limit.isnan():
+        limit = as_numbers(max_bytes)
+        if limit is None or limit.ndim:
             raise ConfigError(f"max_bytes: expected a number, found {in_words(max_bytes)}")
         bits = self.quantizer.bits_per_token
         fitting = min(8 * limit.floor().item() / bits + 1e-9, self.num_tokens)  # whole bytes
@@ -205,6 +205,15 @@ class FlexibleTokenizer(Tokenizer):
             )
         return fitting
 
+    def _available(self, ids: Tensor, budget: Any) -> int:
+        """The longest budget of ids `(B, n, Q)`; more than N tokens are cut to a named one only."""
+        count = ids.shape[1]
+        if count < 1 or (count > self.num_tokens and budget is None):
+            raise ConfigError(
+                f"ids: expected 1 to {self.num_tokens} tokens for each image, found {count}"
+            )
+        return min(count, self.num_tokens)
+
     def _refuse_scales(self, what: str) -> NoReturn:
         raise ConfigError(
             f"{what}: ids of {type(self.quantizer).__name__} stand for scales, not for "
@@ -218,12 +227,13 @@ class FlexibleTokenizer(Tokenizer):
             return ids, None
         if self.quantizer.num_index_tokens(available) != available:
             self._refuse_scales("num_tokens")
-        lengths = self._lengths(ids, available if num_tokens is None else num_tokens)
+        most = self._available(ids, num_tokens)
+        lengths = self._lengths(ids, most if num_tokens is None else num_tokens)
         low, high = (int(lengths.min()), int(lengths.max())) if lengths.numel() else (1, 1)
-        if low < 1 or high > min(available, self.num_tokens):
+        if low < 1 or high > most:
             raise ConfigError(
-                f"num_tokens={low if low < 1 else high}: must be 1 to "
-                f"{min(available, self.num_tokens)} for ids of {available} tokens"
+                f"num_tokens={low if low < 1 else high}: must be 1 to {most} for ids of "
+                f"{available} tokens"
             )
         ids = ids[:, :high]
         if low == high:
@@ -231,12 +241,6 @@ class FlexibleTokenizer(Tokenizer):
         mask = prefix_mask(lengths, high)
         # What lies behind an image's own length may be padding of any kind.
         return torch.where(mask[..., None], ids, 0), mask
-
-
-def _per_image(value: Any) -> Any:
-    """A list of values as the tensor that the decoder would make of it."""
-    found = as_tensor(value) if isinstance(value, (list, tuple)) else None
-    return value if found is None else found
 
 
 def prefix_mask(lengths: Tensor, total: int) -> Tensor:

@@ -22,7 +22,8 @@ class LatentSpace(nn.Module):
     learned to decode these; one with a codebook decodes them too, for it has seen points all
     around them. Nothing is sampled: an image has one map.
 
-    Encoder and decoder compute in float32 whatever the precision of the run.
+    Encoder and decoder compute in the precision of their weights, float32, whatever that of the
+    run.
 
     Args:
         encoder: of the 2D tokenizer, with a `grid`.
@@ -75,12 +76,12 @@ class LatentSpace(nn.Module):
     def decode(self, maps: Tensor) -> Tensor:
         """Images `(B, C, H, W)`, unclamped, of maps `(B, dim, rows, columns)`."""
         with torch.autocast(maps.device.type, enabled=False):
-            codes = maps.float().flatten(2).transpose(1, 2) * self.std + self.mean
+            codes = maps.to(self.mean.dtype).flatten(2).transpose(1, 2) * self.std + self.mean
             return self.decoder.reconstruct(self.project_out(self._metric(codes)))
 
     def _codes(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            return self._metric(self.project_in(self.encoder(images.float())))
+            return self._metric(self.project_in(self.encoder(images.to(self.mean.dtype))))
 
     def _metric(self, codes: Tensor) -> Tensor:
         return F.normalize(codes, dim=-1, eps=1e-6) if self.unit_length else codes

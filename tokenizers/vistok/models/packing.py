@@ -27,7 +27,7 @@ def pack(ids: Sequence[int], alphabet: Alphabet) -> bytes:
     return number.to_bytes(packed_size(alphabet), "big")
 
 
-def unpack(data: bytes, alphabet: Alphabet) -> list[int]:
+def unpack(data: bytes | memoryview, alphabet: Alphabet) -> list[int]:
     """Inverse of `pack`.
 
     Raises:

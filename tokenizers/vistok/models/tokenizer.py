@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
-from vistok.models.arguments import as_tensor, in_words, is_whole
+from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
 from vistok.models.packing import Alphabet, pack, unpack
 from vistok.nn.patches import as_pair
 from vistok.quantizers.base import Quantizer
@@ -160,40 +161,34 @@ class Tokenizer(nn.Module):
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
             sampling: as in `detokenize`.
         """
-        taken = (*self.decoder.sampling, *self.decoder.conditions)
-        for name in sampling:
-            if name not in taken:
-                known = ", ".join(taken) or "none"
-                raise ConfigError(
-                    f"{name}: {type(self.decoder).__name__} takes no such argument; it has: {known}"
-                )
-        return self.decoder.reconstruct(quantized, mask, **sampling)
+        return self.decoder.reconstruct(quantized, mask, **self._sampling(sampling))
 
     # ------------------------------------------------------------------ what users call
 
     @torch.no_grad()
-    def tokenize(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+    def tokenize(self, images: Tensor | ArrayLike, num_tokens: int | None = None) -> Tensor:
         """Turn images into integers.
 
         Args:
-            images: `(B, C, H, W)`, uint8 or float in [0, 1].
+            images: `(B, C, H, W)`, uint8 or float in [0, 1]; a tensor or an array.
             num_tokens: budget of a flexible tokenizer, 1 to N; None for all of them.
 
         Returns:
             `(B, N, Q)` int64 ids, or `(B, num_tokens, Q)`; Q is kept when it is 1.
         """
         signal = self.to_signal(self.to_model_range(images))
-        latents = self.encode(signal)[:, : self.encoder.num_tokens]
+        latents = self.encode(signal.to(_precision(self.encoder)))[:, : self.encoder.num_tokens]
         return self._budget(self.quantizer.encode(latents), num_tokens)[0]
 
     @torch.no_grad()
     def detokenize(
-        self, ids: Tensor, num_tokens: int | Tensor | None = None, **sampling: Any
+        self, ids: Tensor | ArrayLike, num_tokens: int | Tensor | None = None, **sampling: Any
     ) -> Tensor:
         """Turn ids back into images.
 
         Args:
-            ids: `(B, N, Q)`; for a flexible tokenizer also fewer than N tokens.
+            ids: `(B, N, Q)` integers, in a tensor, an array or lists; for a flexible tokenizer
+                also fewer than N tokens.
             num_tokens: how many of them to use, by flexible tokenizers: one number, or `(B,)` of
                 them. Ids behind an image's own number are not looked at.
             sampling: arguments of a decoder that samples (`steps`, `guidance`, `seed` of a flow)
@@ -202,15 +197,15 @@ class Tokenizer(nn.Module):
         Returns:
             `(B, C, H, W)` float in [0, 1].
         """
-        self._check_shape(ids)
-        ids, mask = self._budget(ids.to(self.device), num_tokens)
+        ids, mask = self._budget(self._as_ids(ids).to(self.device), num_tokens)
         self._check_range(ids)
-        signal = self.decode(self.quantizer.decode(ids), mask, **sampling)
+        quantized = self.quantizer.decode(ids).to(_precision(self.decoder))
+        signal = self.decode(quantized, mask, **sampling)
         return to_unit_range(self.to_images(signal))
 
     def tokenize_to_target(
         self,
-        images: Tensor,
+        images: Tensor | ArrayLike,
         psnr: float | Sequence[float] | Tensor | None = None,
         max_bytes: float | None = None,
         budgets: int | Iterable[int] | None = None,
@@ -220,12 +215,14 @@ class Tokenizer(nn.Module):
         self._refuse_length("tokenize_to_target")
 
     def detokenize_progressive(
-        self, ids: Tensor, budgets: int | Iterable[int] | None = None, **sampling: Any
+        self, ids: Tensor | ArrayLike, budgets: int | Iterable[int] | None = None, **sampling: Any
     ) -> Tensor:
         """One picture per prefix; see `FlexibleTokenizer`."""
         self._refuse_length("detokenize_progressive")
 
-    def to_bytes(self, ids: Tensor, num_tokens: int | Tensor | None = None) -> list[bytes]:
+    def to_bytes(
+        self, ids: Tensor | ArrayLike, num_tokens: int | Tensor | None = None
+    ) -> list[bytes]:
         """Pack the ids of each image into as few bytes as all codes of its length need.
 
         Those of k tokens are the digits of one number and take `k * bits_per_token` bits, filled
@@ -233,14 +230,13 @@ class Tokenizer(nn.Module):
         entropy coding, and the number of tokens is not among them.
 
         Args:
-            ids: `(B, n, Q)`.
+            ids: `(B, n, Q)`, as `detokenize` takes them.
             num_tokens: how many of them to pack, as in `detokenize`.
 
         Returns:
             The bytes of each image.
         """
-        self._check_shape(ids)
-        ids, mask = self._budget(ids, num_tokens)
+        ids, mask = self._budget(self._as_ids(ids), num_tokens)
         self._check_range(ids)
         lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
         return [
@@ -248,7 +244,7 @@ class Tokenizer(nn.Module):
             for row, length in zip(ids.cpu(), lengths, strict=True)
         ]
 
-    def from_bytes(self, packed: Sequence[bytes], num_tokens: int | Tensor | None = None) -> Tensor:
+    def from_bytes(self, packed: Iterable[bytes], num_tokens: int | Tensor | None = None) -> Tensor:
         """Inverse of `to_bytes`.
 
         Args:
@@ -261,13 +257,18 @@ class Tokenizer(nn.Module):
         Raises:
             ConfigError: if the bytes of an image are no code of its length.
         """
-        slots = self.quantizer.num_indices
+        if isinstance(packed, (bytes, str)) or not isinstance(packed, Iterable):
+            raise ConfigError(
+                f"packed: expected the bytes of each image, such as a list of them, "
+                f"found {in_words(packed)}"
+            )
+        packed, slots = list(packed), self.quantizer.num_indices
         ids = torch.zeros(len(packed), self.num_tokens, slots, dtype=torch.long)
         ids, mask = self._budget(ids, num_tokens)
         lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
         for number, (data, length) in enumerate(zip(packed, lengths, strict=True)):
             try:
-                found = unpack(data, self._alphabet(length))
+                found = unpack(memoryview(data), self._alphabet(length))
             except (TypeError, ValueError) as error:
                 raise ConfigError(
                     f"packed: image {number} is no code of {length} tokens: {error}"
@@ -294,19 +295,20 @@ class Tokenizer(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def to_model_range(self, images: Tensor) -> Tensor:
+    def to_model_range(self, images: Tensor | ArrayLike) -> Tensor:
         """Check images `(B, C, H, W)`, uint8 or float in [0, 1], and map them to [-1, 1].
 
         Raises:
             ConfigError: if shape, type or range is another.
         """
-        expected = (self.channels, *self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        expected, found = (self.channels, *self.image_size), as_tensor(images)
+        if found is None or found.ndim != 4 or tuple(found.shape[1:]) != expected:
             raise ConfigError(
                 f"images: expected (B, {', '.join(map(str, expected))}), "
-                f"found {tuple(images.shape)}"
+                f"found {in_words(images) if found is None else tuple(found.shape)}; "
+                "give a tensor or an array (B, C, H, W)"
             )
-        images = images.to(self.device)
+        images = found.to(self.device)
         if images.dtype == torch.uint8:
             return images.float() / 127.5 - 1
         if not images.is_floating_point():
@@ -347,12 +349,28 @@ class Tokenizer(nn.Module):
             "budgets need a flexible tokenizer, such as tokenizer=one_d_piece_tiny"
         )
 
-    def _check_shape(self, ids: Tensor) -> None:
-        slots = self.quantizer.num_indices
-        if ids.ndim != 3 or ids.shape[-1] != slots:
-            raise ConfigError(f"ids: expected (B, N, {slots}), found {tuple(ids.shape)}")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ConfigError(f"ids: expected integers, found {ids.dtype}")
+    def _sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the decoder: numbers as Python's, values for each image as a tensor."""
+        taken = (*self.decoder.sampling, *self.decoder.conditions)
+        for name in sampling:
+            if name not in taken:
+                known = ", ".join(taken) or "none"
+                raise ConfigError(
+                    f"{name}: {type(self.decoder).__name__} takes no such argument; it has: {known}"
+                )
+        plain = {name: as_plain(value) for name, value in sampling.items()}
+        self.decoder.check_sampling(**plain)
+        return plain
+
+    def _as_ids(self, ids: Any) -> Tensor:
+        """What a user gave as ids: `(B, n, Q)` int64."""
+        slots, found = self.quantizer.num_indices, as_tensor(ids)
+        if found is None or found.ndim != 3 or found.shape[-1] != slots:
+            shape = in_words(ids) if found is None else tuple(found.shape)
+            raise ConfigError(f"ids: expected (B, N, {slots}), found {shape}")
+        if not is_whole(found):
+            raise ConfigError(f"ids: expected integers, found {found.dtype}")
+        return found.long()
 
     def _check_range(self, ids: Tensor) -> None:
         if ids.numel():
@@ -362,6 +380,11 @@ class Tokenizer(nn.Module):
                 if low[slot] < 0 or high[slot] >= size:
                     bad = low[slot] if low[slot] < 0 else high[slot]
                     raise ConfigError(f"ids: slot {slot} holds {bad}, valid are 0 to {size - 1}")
+
+
+def _precision(part: nn.Module) -> torch.dtype:
+    """What a part computes in; after `tok.bfloat16()` not what the quantizer does."""
+    return next(part.parameters()).dtype
 
 
 def to_unit_range(images: Tensor) -> Tensor:

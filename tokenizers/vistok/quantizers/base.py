@@ -240,12 +240,11 @@ class Quantizer(nn.Module, ABC):
             return self.project_out(self._lookup(indices.long()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        """Move, but stay float32 under `.bfloat16()` or `.half()`, which would change ids."""
+        """Move, but stay float32 under `.bfloat16()`, which would change ids, or `.double()`."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            lost = tensor.is_floating_point() and moved.itemsize < tensor.itemsize
-            return tensor.to(moved.device) if lost else moved
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_precision, recurse)
         return self
