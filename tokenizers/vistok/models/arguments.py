@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from vistok.errors import ConfigError
 
 def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor | None:
     """A number, or a list, an array or a tensor of numbers; None for anything else."""
-    if isinstance(value, np.ndarray):  # torch takes none that is flipped, and warns of read-only
+    if hasattr(value, "__array_interface__"):  # NumPy's; torch takes none flipped or read-only
         value = value.copy()
     try:
         return torch.as_tensor(value, dtype=dtype)

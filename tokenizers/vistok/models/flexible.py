@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from vistok.decoders.base import Decoder
@@ -82,7 +81,7 @@ class FlexibleTokenizer(Tokenizer):
     @torch.no_grad()
     def tokenize_to_target(
         self,
-        images: Tensor | ArrayLike,
+        images: Any,
         psnr: float | Sequence[float] | Tensor | None = None,
         max_bytes: float | None = None,
         budgets: int | Iterable[int] | None = None,
@@ -154,7 +153,7 @@ class FlexibleTokenizer(Tokenizer):
 
     @torch.no_grad()
     def detokenize_progressive(
-        self, ids: Tensor | ArrayLike, budgets: int | Iterable[int] | None = None, **sampling: Any
+        self, ids: Any, budgets: int | Iterable[int] | None = None, **sampling: Any
     ) -> Tensor:
         """One picture per prefix.
 

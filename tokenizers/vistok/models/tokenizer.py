@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from vistok.decoders.base import Decoder
@@ -166,7 +165,7 @@ class Tokenizer(nn.Module):
     # ------------------------------------------------------------------ what users call
 
     @torch.no_grad()
-    def tokenize(self, images: Tensor | ArrayLike, num_tokens: int | None = None) -> Tensor:
+    def tokenize(self, images: Any, num_tokens: int | None = None) -> Tensor:
         """Turn images into integers.
 
         Args:
@@ -182,7 +181,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def detokenize(
-        self, ids: Tensor | ArrayLike, num_tokens: int | Tensor | None = None, **sampling: Any
+        self, ids: Any, num_tokens: int | Tensor | None = None, **sampling: Any
     ) -> Tensor:
         """Turn ids back into images.
 
@@ -205,7 +204,7 @@ class Tokenizer(nn.Module):
 
     def tokenize_to_target(
         self,
-        images: Tensor | ArrayLike,
+        images: Any,
         psnr: float | Sequence[float] | Tensor | None = None,
         max_bytes: float | None = None,
         budgets: int | Iterable[int] | None = None,
@@ -215,14 +214,12 @@ class Tokenizer(nn.Module):
         self._refuse_length("tokenize_to_target")
 
     def detokenize_progressive(
-        self, ids: Tensor | ArrayLike, budgets: int | Iterable[int] | None = None, **sampling: Any
+        self, ids: Any, budgets: int | Iterable[int] | None = None, **sampling: Any
     ) -> Tensor:
         """One picture per prefix; see `FlexibleTokenizer`."""
         self._refuse_length("detokenize_progressive")
 
-    def to_bytes(
-        self, ids: Tensor | ArrayLike, num_tokens: int | Tensor | None = None
-    ) -> list[bytes]:
+    def to_bytes(self, ids: Any, num_tokens: int | Tensor | None = None) -> list[bytes]:
         """Pack the ids of each image into as few bytes as all codes of its length need.
 
         Those of k tokens are the digits of one number and take `k * bits_per_token` bits, filled
@@ -295,7 +292,7 @@ class Tokenizer(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def to_model_range(self, images: Tensor | ArrayLike) -> Tensor:
+    def to_model_range(self, images: Any) -> Tensor:
         """Check images `(B, C, H, W)`, uint8 or float in [0, 1], and map them to [-1, 1].
 
         Raises:
