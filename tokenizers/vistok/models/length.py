@@ -107,7 +107,8 @@ class LevelPolicy(nn.Module):
 
     def budgets(self, num_tokens: int) -> list[int]:
         """What a code of `num_tokens` may be cut to: whole levels, those that training draws."""
-        drawn = set(self._levels(num_tokens)) if self.full_probability < 1 else set()
+        levels = self._levels(num_tokens)
+        drawn = set(levels) if self.full_probability < 1 else set()
         return sorted(drawn | {num_tokens} if self.full_probability > 0 else drawn)
 
     def _levels(self, num_tokens: int) -> list[int]:
