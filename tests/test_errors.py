@@ -60,6 +60,8 @@ def test_mistyped_words(fails, override, expected):
         ("trainer.precision=17", ("trainer.precision=17", "bf16")),
         ("trainer.matmul_precision=hi", ("trainer.matmul_precision=hi", "highest, high, medium")),
         ("trainer.precision=16", ("trainer.precision=16", "needs a GPU")),
+        ("data.image_size=16.5", ("data.image_size=16.5", "positive number of pixels")),
+        ("tokenizer.decoder=null", ("tokenizer.decoder=null", "_target_")),
         ("data.image_size=20", ("data.image_size=20", "patch of 8 px", "data.image_size=16")),
         ("tokenizer=vqgan_tiny data.image_size=20", ("data.image_size=20", "divisible")),
         ("quantizer.codebook_size=1", ("quantizer.codebook_size=1", "2 or more")),

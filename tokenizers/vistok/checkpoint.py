@@ -186,9 +186,12 @@ def _check_arguments(config: Any, key: str) -> None:
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     """A tokenizer from the `tokenizer` and `quantizer` parts of a resolved config."""
-    for part in ("tokenizer", "quantizer"):
-        if not isinstance(config[part], Mapping):
-            raise ConfigError(f"{part}={config[part]!r}: expected a mapping with a _target_")
+    ends = config["tokenizer"] if isinstance(config["tokenizer"], Mapping) else {}
+    described = {key: config[key] for key in ("tokenizer", "quantizer")}
+    described |= {f"tokenizer.{key}": ends[key] for key in ("encoder", "decoder") if key in ends}
+    for key, part in described.items():
+        if not isinstance(part, Mapping):
+            raise ConfigError(f"{key}={as_written(part)}: expected a mapping with a _target_")
     parts = {key: value for key, value in config["tokenizer"].items() if key != "latent_dim"}
     _check_arguments(parts, "tokenizer")  # first: the quantizer's width follows from it
     quantizer = build(config["quantizer"], "quantizer")

@@ -55,7 +55,7 @@ def share_pair(name: str, value: Any) -> tuple[float, float]:
 
 def image_size(value: Any, name: str = "image_size") -> tuple[int, int]:
     """Height and width, of one number or two."""
-    sides = [value, value] if isinstance(value, int) else list(value or [])
+    sides = list(value) if isinstance(value, Sequence) else [value, value]
     if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
         raise ConfigError(
             f"data.{name}={value!r} must be a positive number of pixels, or [height, width]"
