@@ -503,14 +503,9 @@ def quantized_by(name, **changes):
     return build_tokenizer({**config, "quantizer": {**quantizer_config(name), **changes}}).eval()
 
 
-def test_ids_of_scales_have_no_budget():
-    tok = quantized_by("var")
-    ids = tok.tokenize(images_of(2))
-    assert tok.detokenize(ids).shape == (2, 3, 16, 16)
-    with pytest.raises(ConfigError, match="stand for scales"):
-        tok.detokenize(ids, num_tokens=2)
-    with pytest.raises(ConfigError, match="stand for scales"):
-        tok.tokenize_to_target(images_of(2), max_bytes=8)
+def test_a_code_of_scales_has_no_prefixes():
+    with pytest.raises(ConfigError, match=r"^quantizer: .*scales.* such as tokenizer=titok_tiny$"):
+        quantized_by("var")
 
 
 @flexible

@@ -52,11 +52,6 @@ class ReTok(FlexibleTokenizer):
         channels: int = 3,
     ) -> None:
         super().__init__(encoder, quantizer, decoder, image_size, length, channels)
-        if quantizer.num_index_tokens(encoder.num_tokens) != encoder.num_tokens:
-            raise ConfigError(
-                f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
-                "code, so ReTok's padding can't be cut off; use one with an id per token"
-            )
         total = len(encoder.latent_positions)
         if (taken := getattr(decoder, "num_tokens", total)) < total:
             raise ConfigError(
