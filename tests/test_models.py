@@ -65,6 +65,7 @@ def test_sizes_channels_and_batches(tokenizer, size, channels, batch):
     assert output.prediction.shape == images.shape
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tokenizer", list(SIZES))
 def test_an_empty_batch(tokenizer):
     tok = tiny_tokenizer(tokenizer=tokenizer)

@@ -38,8 +38,9 @@ class AdaptiveGroupNorm(nn.Module):
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C, H, W)`, given latents `(B, D, h, w)`."""
         flat = latents.flatten(2).float()
-        # The root of a variance of zero has no gradient.
-        deviations = (flat.var(dim=2, correction=0) + 1e-6).sqrt()
+        # Of no images torch would warn.
+        variances = flat.var(dim=2, correction=0) if len(flat) else flat.mean(dim=2)
+        deviations = (variances + 1e-6).sqrt()  # the root of a variance of zero has no gradient
         scale = self.scale(deviations.to(latents.dtype))[..., None, None]
         shift = self.shift(flat.mean(dim=2).to(latents.dtype))[..., None, None]
         return scale * self.norm(x) + shift
