@@ -20,7 +20,7 @@ import inspect
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from vistok.errors import (
     CheckpointError,
     ConfigError,
     as_written,
+    check_whole,
     is_number,
     is_whole,
     nearest,
@@ -63,6 +64,8 @@ _COUNTS = {
     "text_dim",
     "width",
 }
+#: Widths that a config takes from `tokenizer.latent_dim`, or from the width of what they meet.
+_FOLLOWING = ("dim", "latent_dim")
 #: What the annotation of an argument asks for: in words, and whether a value is that.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("a whole number", is_whole),
@@ -156,17 +159,25 @@ def _inner(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _check_arguments(config: Any, key: str) -> None:
-    """Refuse numbers that the annotation of an argument excludes, and counts below 1."""
+def _check_arguments(config: Any, key: str, but: Collection[str] = ()) -> None:
+    """Refuse numbers that the annotation of an argument excludes, and counts below 1.
+
+    Args:
+        config: as for `build`.
+        key: where it lies in the run's config.
+        but: names of arguments to leave unchecked.
+    """
     if isinstance(config, (list, tuple)):
         for i, value in enumerate(config):
-            _check_arguments(value, f"{key}[{i}]")
+            _check_arguments(value, f"{key}[{i}]", but)
     if not isinstance(config, Mapping):
         return
     target = config.get("_target_")
     parameters = inspect.signature(resolve(target)).parameters if target else {}
     for name, value in config.items():
-        _check_arguments(value, _inner(key, name))
+        _check_arguments(value, _inner(key, name), but)
+        if name in but:
+            continue
         annotation = parameters[name].annotation if name in parameters else ""
         if not isinstance(annotation, str):
             annotation = inspect.formatannotation(annotation)
@@ -193,7 +204,9 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
         if not isinstance(part, Mapping):
             raise ConfigError(f"{key}={as_written(part)}: expected a mapping with a _target_")
     parts = {key: value for key, value in config["tokenizer"].items() if key != "latent_dim"}
-    _check_arguments(parts, "tokenizer")  # first: the quantizer's width follows from it
+    # First what others follow from in the configs: latent_dim itself may follow from a width.
+    _check_arguments(parts, "tokenizer", but=_FOLLOWING)
+    check_whole("tokenizer.latent_dim", config["tokenizer"].get("latent_dim", 1), 1)
     quantizer = build(config["quantizer"], "quantizer")
     tokenizer = build(parts, "tokenizer", quantizer=quantizer)
     if not isinstance(tokenizer, Tokenizer):
