@@ -62,6 +62,8 @@ WHOLE = "must be a whole number, 1 or more"
         ("gigatok_tiny", f"{D}.cnn.upsample=cubic", "must be nearest or depth_to_space"),
         ("hita_tiny", f"{D}.num_holistic_tokens=4", f"{E}.num_holistic_tokens=16"),
         ("titok_tiny", "quantizer.codebook_dim=2.5", "must be a whole number"),
+        ("flextok_tiny", "quantizer.num_codebooks=0", WHOLE),
+        ("flextok_tiny", "quantizer.noise_dropout=2", "must be a number, 0 to 1"),
         ("restok_tiny", "tokenizer.length.shortest=0", WHOLE),
         ("restok_tiny", "tokenizer.length.shortest=2.5", "must be a whole number"),
         ("restok_tiny", "tokenizer.length.shortest=3", "must be a power of two"),
@@ -78,6 +80,16 @@ def test_values_that_build_nothing(tokenizer, override, message):
     text = str(error.value)
     assert text.startswith(override.replace("[1,0]", "[1, 0]")) and message in text
     assert "\n" not in text
+
+
+def test_a_count_is_refused_by_the_key_of_the_quantizer_that_has_it():
+    config = config_of("experiment=hita_tiny")
+    second = config_of("~experiment", "quantizer=fsq")["quantizer"] | {"num_codebooks": 0}
+    config["tokenizer"]["holistic_quantizer"] = second
+    with pytest.raises(
+        ConfigError, match=r"^tokenizer.holistic_quantizer.num_codebooks=0: must be"
+    ):
+        build_tokenizer(config)
 
 
 def test_a_whole_number_is_wanted_where_the_annotation_says_so():

@@ -217,7 +217,7 @@ def test_one_token_and_no_tokens():
         ({"levels": [8] * 9}, "quantizer.num_codebooks"),
         ({"grid": "cubic"}, "quantizer.grid=cubic"),
         ({"slope": 0.8}, "quantizer.slope=0.8"),
-        ({"noise_dropout": 1.5}, "quantizer.noise_dropout=1.5"),
+        ({"noise_dropout": 1.5}, "^noise_dropout=1.5: must be a number, 0 to 1"),
         ({"corruption_rate": [0.5, 0.2]}, "quantizer.corruption_rate="),
     ],
 )

@@ -343,7 +343,7 @@ def test_two_ranks_equal_the_joined_batch(tmp_path):
         (lambda: LFQ(8, 2**9, 4), "quantizer.entropy=joint"),
         (lambda: LFQ(8, 16, entropy="pooled"), "quantizer.entropy=pooled"),
         (lambda: LFQ(8, 16, temperature=0.0), "quantizer.temperature=0.0"),
-        (lambda: GroupLFQ(8, 16, 0), "quantizer.num_codebooks=0"),
+        (lambda: GroupLFQ(8, 16, 0), "num_codebooks=0: must be a whole number, 1 or more"),
     ],
 )
 def test_bad_values_name_their_key(build, key):

@@ -175,9 +175,9 @@ def test_what_cannot_work_is_refused():
         build(ResidualVQ(4, 32, num_layers=2))
     with pytest.raises(ConfigError, match="inner"):
         build(size=64, inner=VectorQuantizer(4, 32))
-    with pytest.raises(ConfigError, match="alpha"):
+    with pytest.raises(ConfigError, match=r"^alpha=1.5: must be a number, 0 to 1"):
         build(alpha=1.5)
-    with pytest.raises(ConfigError, match="delta"):
+    with pytest.raises(ConfigError, match=r"^delta=0: must be a whole number, 1 or more"):
         build(delta=0)
     with pytest.raises(ConfigError, match="anneal_start"):
         build(anneal_start=9, anneal_end=8)

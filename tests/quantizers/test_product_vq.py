@@ -139,7 +139,7 @@ def test_projection_usage_and_start():
     ("options", "key"),
     [
         ({"num_codebooks": 3}, "num_codebooks"),
-        ({"num_codebooks": 0}, "num_codebooks"),
+        ({"num_codebooks": 0}, "^num_codebooks=0: must be a whole number, 1 or more"),
         ({"num_codebooks": 1, "disentanglement_weight": 1.0}, "disentanglement"),
     ],
 )

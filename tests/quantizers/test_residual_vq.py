@@ -258,8 +258,8 @@ def test_no_matrix_of_tokens_by_codes():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"num_layers": 0}, "num_layers"),
-        ({"quantizer_dropout": 1.5}, "quantizer_dropout"),
+        ({"num_layers": 0}, "^num_layers=0: must be a whole number, 1 or more"),
+        ({"quantizer_dropout": 1.5}, "^quantizer_dropout=1.5: must be a number, 0 to 1"),
         ({"assignment": "gumbel"}, "gumbel"),
     ],
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vistok.errors import check_whole
 from vistok.nn.draws import uniform
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
     binary_radices,
     bits_of,
-    check_count,
     check_positive,
     pack_digits,
     straight_through,
@@ -63,8 +63,8 @@ class BinaryLatents(Quantizer):
         anneal_steps: int = 0,
         binarization_weight: float = 0.0,
     ) -> None:
-        check_count("num_codebooks", num_codebooks)
-        check_count("anneal_steps", anneal_steps, 0)
+        check_whole("num_codebooks", num_codebooks, 1)
+        check_whole("anneal_steps", anneal_steps, 0)
         final = temperature if final_temperature is None else final_temperature
         check_positive(temperature=temperature, final_temperature=final)
         bits = bits_of(codebook_size)

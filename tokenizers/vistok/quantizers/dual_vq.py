@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_whole
 from vistok.quantizers.composite import sample_depths
 from vistok.quantizers.multi_scale_vq import MultiScale, MultiScaleVQ
 from vistok.quantizers.product_vq import Product
@@ -236,7 +236,8 @@ class ImageFolder(Product):
         min_scales: int = 3,
         **options: Any,
     ) -> None:
-        if num_branches < 1 or (codebook_dim is None and dim % num_branches):
+        check_whole("num_branches", num_branches, 1)
+        if codebook_dim is None and dim % num_branches:
             raise ConfigError(
                 f"quantizer.num_branches={num_branches} does not divide dim={dim}; set "
                 "quantizer.codebook_dim"

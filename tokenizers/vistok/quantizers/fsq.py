@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_number, check_whole
 from vistok.nn.draws import integers, uniform
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
     check_choice,
-    check_count,
     check_positive,
-    check_probability,
     check_slot,
     pack_digits,
     straight_through,
@@ -83,14 +81,12 @@ class FSQ(Quantizer):
         corruption_rate: Sequence[float] = (0.0, 1.0),
     ) -> None:
         levels = list(levels)
-        check_count("num_codebooks", num_codebooks)
+        check_whole("num_codebooks", num_codebooks, 1)
         check_choice("grid", grid, ("standard", "symmetric"))
         check_positive(slope=slope)
-        check_probability(
-            noise_dropout=noise_dropout,
-            quantization_dropout=quantization_dropout,
-            corruption_probability=corruption_probability,
-        )
+        check_number("noise_dropout", noise_dropout, 0, 1)
+        check_number("quantization_dropout", quantization_dropout, 0, 1)
+        check_number("corruption_probability", corruption_probability, 0, 1)
         if not levels or any(int(level) != level or level < 2 for level in levels):
             raise ConfigError(f"quantizer.levels={levels}: needs integers of 2 or more")
         if grid == "standard" and 2 in levels:

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.distributed import all_reduce_mean_with_grad
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.scalar import (
     binary_radices,
     bits_of,
     check_choice,
-    check_count,
     check_positive,
     pack_digits,
     straight_through,
@@ -91,7 +90,7 @@ class LFQ(Quantizer):
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.1,
     ) -> None:
-        check_count("num_codebooks", num_codebooks)
+        check_whole("num_codebooks", num_codebooks, 1)
         check_choice("entropy", entropy, self.entropies)
         check_positive(temperature=temperature, scale=scale)
         bits = bits_of(codebook_size)

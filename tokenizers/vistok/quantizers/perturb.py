@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_number, check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.product_vq import Product
 from vistok.quantizers.vq import VectorQuantizer
@@ -64,15 +64,13 @@ class Perturb(Quantizer):
                 f"quantizer.dim={dim}, codebook_size={codebook_size} are not those of "
                 f"quantizer.inner: {inner.dim}, {list(inner.codebook_sizes)}"
             )
-        if not (0 <= alpha <= 1 and 0 <= beta <= 1 and 0 <= final_ratio <= 1):
+        for name, share in (("alpha", alpha), ("beta", beta), ("final_ratio", final_ratio)):
+            check_number(name, share, 0, 1)
+        check_whole("delta", delta, 1)
+        if not 0 <= anneal_start <= anneal_end:
             raise ConfigError(
-                f"quantizer.alpha={alpha}, beta={beta}, final_ratio={final_ratio} are shares in "
-                "[0, 1]"
-            )
-        if delta < 1 or not 0 <= anneal_start <= anneal_end:
-            raise ConfigError(
-                f"quantizer.delta={delta} must be at least 1 and quantizer.anneal_start="
-                f"{anneal_start} at most anneal_end={anneal_end}"
+                f"quantizer.anneal_start={anneal_start}: must be 0 to quantizer.anneal_end="
+                f"{anneal_end}"
             )
         super().__init__(dim, None, inner.codebook_sizes, inner.loss_weights)
         self.inner = inner

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_whole
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.composite import Composite, mean_over
 from vistok.quantizers.vq import VectorQuantizer
@@ -129,7 +129,8 @@ class ProductVQ(Product):
         disentanglement_weight: float = 0.0,
         **codebook_options: Any,
     ) -> None:
-        if num_codebooks < 1 or (codebook_dim is None and dim % num_codebooks):
+        check_whole("num_codebooks", num_codebooks, 1)
+        if codebook_dim is None and dim % num_codebooks:
             raise ConfigError(
                 f"quantizer.num_codebooks={num_codebooks} does not divide dim={dim}; set "
                 "quantizer.codebook_dim"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_number, check_whole
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.composite import (
     Composite,
@@ -63,10 +63,8 @@ class ResidualVQ(Composite):
         quantizer_dropout: float = 0.0,
         **codebook_options: Any,
     ) -> None:
-        if num_layers < 1:
-            raise ConfigError(f"quantizer.num_layers={num_layers}: one layer is the least")
-        if not 0 <= quantizer_dropout <= 1:
-            raise ConfigError(f"quantizer.quantizer_dropout={quantizer_dropout} is not in [0, 1]")
+        check_whole("num_layers", num_layers, 1)
+        check_number("quantizer_dropout", quantizer_dropout, 0, 1)
         if codebook_options.get("assignment") == "gumbel":
             raise ConfigError(
                 "quantizer.assignment=gumbel brings a gradient per layer, but a residual has one "

@@ -59,12 +59,6 @@ def check_slot(key: str, value: object, num_codes: int) -> None:
         )
 
 
-def check_count(key: str, value: int, minimum: int = 1) -> None:
-    """Refuse a count below `minimum`."""
-    if int(value) != value or value < minimum:
-        raise ConfigError(f"quantizer.{key}={value}: must be an integer, {minimum} or more")
-
-
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a name that is not among `choices`."""
     if value not in choices:
@@ -76,13 +70,6 @@ def check_positive(**values: float) -> None:
     for key, value in values.items():
         if not value > 0:
             raise ConfigError(f"quantizer.{key}={value}: must be above 0")
-
-
-def check_probability(**values: float) -> None:
-    """Refuse values outside [0, 1]."""
-    for key, value in values.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"quantizer.{key}={value}: must lie in [0, 1]")
 
 
 def bits_of(codebook_size: int) -> int:

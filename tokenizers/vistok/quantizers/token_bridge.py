@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vistok.distributed import all_reduce_mean_with_grad
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_whole
 from vistok.quantizers.base import Quantizer
-from vistok.quantizers.scalar import check_count, check_positive, straight_through, token_weights
+from vistok.quantizers.scalar import check_positive, straight_through, token_weights
 from vistok.types import QuantizerOutput
 
 
@@ -75,9 +75,9 @@ class TokenBridge(Quantizer):
         check_positive(value_range=value_range, std_range=std_range)
         if not 0 <= decay < 1:
             raise ConfigError(f"quantizer.decay={decay} must lie in [0, 1)")
-        check_count("codebook_size", codebook_size, 2)
+        check_whole("codebook_size", codebook_size, 2)
         if codebook_dim is not None:
-            check_count("codebook_dim", codebook_dim)
+            check_whole("codebook_dim", codebook_dim, 1)
         levels = normal_levels(codebook_size, std_range)
         if not torch.all(levels.diff() > 1e-4):
             raise ConfigError(
