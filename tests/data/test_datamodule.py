@@ -399,7 +399,7 @@ def test_configs_write_out_every_argument(name):
         ({"image_size": "big"}, "data.image_size='big'"),
         ({"image_size": True}, "data.image_size=True"),
         ({"channels": 2}, r"data.channels=2; 1 \(grey\), 3"),
-        ({"batch_size": 0}, "data.batch_size=0 must be a whole number of at least 1"),
+        ({"batch_size": 0}, "data.batch_size=0: must be a whole number, 1 or more"),
         ({"batch_size": 1.5}, "data.batch_size=1.5"),
         ({"eval_batch_size": 0}, "data.eval_batch_size=0"),
         ({"num_workers": -1}, "data.num_workers=-1"),

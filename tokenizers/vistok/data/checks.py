@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vistok.errors import ConfigError
+from vistok.errors import ConfigError, check_whole
 
 
 def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
@@ -32,8 +32,7 @@ def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
 
 def at_least(least: int, name: str, value: Any) -> int:
     """A whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"data.{name}={value!r} must be a whole number of at least {least}")
+    check_whole(f"data.{name}", value, least)
     return value
 
 
