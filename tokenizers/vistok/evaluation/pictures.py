@@ -47,8 +47,3 @@ def save_png(image: Tensor, path: Path, scale: int = 1) -> None:
     temporary = path.with_name(path.name + ".tmp")
     picture.save(temporary, format="PNG")
     os.replace(temporary, path)
-
-
-def wrap(images: Tensor, columns: int) -> list[Tensor]:
-    """Split `(B, ...)` into rows of at most `columns` images."""
-    return list(torch.split(images, columns))
