@@ -14,7 +14,7 @@ from test_pipeline import assert_same_training, state_of
 from vistok.cli import train
 from vistok.errors import ConfigError
 from vistok.training.optimizers import learning_rate
-from vistok.training.run import split_batch
+from vistok.training.trainer import split_batch
 
 #: Leaves what each rank holds at the end in the working folder.
 PROBE = """

@@ -488,7 +488,7 @@ def test_float32_products_have_the_precision_of_the_run(words, monkeypatch, prec
 
 
 def test_auto_precision_follows_the_processor(monkeypatch):
-    from vistok.training.run import precision
+    from vistok.training.trainer import precision
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for answers, expected in (

@@ -1,0 +1,243 @@
+"""The Lightning Trainer of a config: devices, precision, batches and loggers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from vistok import distributed
+from vistok.console import say
+from vistok.data.datamodule import VistokDataModule
+from vistok.errors import ConfigError, nearest
+from vistok.training.callbacks import (
+    CodebookWatch,
+    DataWatch,
+    ProgressBar,
+    RandomState,
+    ReconstructionGrid,
+    ValidationLine,
+)
+from vistok.training.checkpoints import Checkpoints
+from vistok.training.metrics_file import ContinuedCSVLogger
+from vistok.training.sharding import ShardedStrategy
+from vistok.training.stopping import StopAfterStep
+
+PRECISIONS = {
+    "bf16": "bf16-mixed",
+    "16": "16-mixed",
+    "32": "32-true",
+    "bf16-mixed": "bf16-mixed",
+    "16-mixed": "16-mixed",
+    "32-true": "32-true",
+}
+#: Of products of float32 matrices, in torch's words.
+MATMUL_PRECISIONS = ("highest", "high", "medium")
+
+
+def build_trainer(
+    config: dict[str, Any],
+    folder: Path,
+    first_step: int,
+    stop: StopAfterStep,
+    checkpoints: Checkpoints,
+) -> L.Trainer:
+    """The Lightning Trainer of a config."""
+    options = dict(config["trainer"])
+    accelerator = str(options.pop("accelerator"))
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}: no usable GPU was found; use cpu or auto"
+        )
+    options["precision"] = precision(options["precision"], accelerator)
+    devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
+    strategy: Any = options.pop("strategy")
+    timeout = timedelta(seconds=options.pop("timeout", 600))
+    show_bar = options.pop("enable_progress_bar")
+    options.pop("global_batch_size", None)  # see `set_batches`
+    options.pop("matmul_precision", None)  # see `float32_products`
+    many = nodes > 1 or devices not in (1, "1", "auto", [0])
+    if devices == "auto":
+        many = many or (accelerator != "cpu" and torch.cuda.device_count() > 1)
+    if strategy in ("ddp", "ddp_unused") or (strategy == "auto" and many):
+        # Codebook statistics are all-reduced by the quantizers; broadcasting rank 0's buffers
+        # before every forward would cost time and hide a mistake. Lightning takes NCCL for GPUs
+        # and gloo for CPUs.
+        strategy = DDPStrategy(
+            broadcast_buffers=False,
+            find_unused_parameters=strategy == "ddp_unused",
+            timeout=timeout,
+        )
+    elif strategy == "fsdp2":
+        if options["precision"] == "16-mixed":
+            raise ConfigError("trainer.precision=16: trainer.strategy=fsdp2 takes bf16 or 32")
+        if torch.__version__ < "2.15":  # TorchVersion compares numbers
+            raise ConfigError(
+                f"trainer.strategy=fsdp2: needs torch 2.15, with which it is tested, found "
+                f"{torch.__version__}"
+            )
+        if config["compile"]:
+            raise ConfigError("compile=true: does not go with trainer.strategy=fsdp2")
+        strategy = ShardedStrategy(timeout)
+    callbacks = config["callbacks"]
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        strategy=strategy,
+        **options,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        logger=build_loggers(config, folder, first_step),
+        plugins=[checkpoints.writer],
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=[
+            RandomState(),
+            CodebookWatch(callbacks["codebook_window"]),
+            DataWatch(folder / "skipped.tsv"),
+            ReconstructionGrid(
+                folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
+            ),
+            ValidationLine(),
+            *([ProgressBar()] if show_bar else []),
+            stop,
+            checkpoints,
+        ],
+    )
+    # Lightning's handlers of SIGTERM (and of SIGUSR1 under SLURM) run collectives and save inside
+    # the handler, which hangs if another collective is under way; and each batch pays a broadcast
+    # and a wait for the GPU. `StopAfterStep` does their work, scripts/slurm.sh the requeueing.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
+
+
+def set_batches(config: dict[str, Any], data: VistokDataModule, trainer: L.Trainer) -> None:
+    """Derive batch per device and accumulation from `trainer.global_batch_size`, if it is given.
+
+    Raises:
+        ConfigError: if it does not divide.
+    """
+    options = config["trainer"]
+    accumulate = options["accumulate_grad_batches"]
+    if wanted := options.get("global_batch_size"):
+        if accumulate != 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={accumulate}: follows from "
+                f"trainer.global_batch_size={wanted}; give one of the two"
+            )
+        data.batch_size, accumulate = split_batch(wanted, trainer.world_size, data.batch_size)
+        trainer.accumulate_grad_batches = accumulate
+    data.batches_per_step = accumulate
+    if isinstance(trainer.val_check_interval, int):  # ours counts steps, Lightning's batches
+        trainer.val_check_interval *= accumulate
+
+
+def split_batch(total: int, ranks: int, largest: int) -> tuple[int, int]:
+    """Batch size per device (at most `largest`) and batches per step that make `total` images.
+
+    Raises:
+        ConfigError: if it does not divide.
+    """
+    share, rest = divmod(total, ranks)
+    if rest:
+        raise ConfigError(
+            f"trainer.global_batch_size={total}: does not divide among {ranks} devices; "
+            f"{max(1, share) * ranks} or {(share + 1) * ranks} would"
+        )
+    batches = -(-share // largest)
+    if share % batches:
+        raise ConfigError(
+            f"trainer.global_batch_size={total}: {share} images per device do not divide into "
+            f"{batches} batches of at most data.batch_size={largest}; "
+            f"{ranks * batches * largest} would"
+        )
+    return share // batches, batches
+
+
+def precision(name: Any, accelerator: str) -> str:
+    """Lightning's name of a precision; `auto` takes bf16 where the processor computes in it."""
+    name = str(name)
+    if name != "auto":
+        if name not in PRECISIONS:
+            known = ["auto", "bf16", "16", "32"]
+            raise ConfigError(
+                f"trainer.precision={name}: must be one of {', '.join(known)}{nearest(name, known)}"
+            )
+        if PRECISIONS[name] == "16-mixed" and (
+            accelerator == "cpu" or not torch.cuda.is_available()
+        ):
+            raise ConfigError(f"trainer.precision={name}: needs a GPU; use bf16, 32 or auto")
+        return PRECISIONS[name]
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    has_units = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return "bf16-mixed" if has_units else "32-true"
+
+
+@contextmanager
+def float32_products(name: Any) -> Iterator[None]:
+    """A context in which torch multiplies float32 matrices in this precision.
+
+    Raises:
+        ConfigError: if it is none of torch's.
+    """
+    if name not in MATMUL_PRECISIONS:
+        raise ConfigError(
+            f"trainer.matmul_precision={name}: must be one of {', '.join(MATMUL_PRECISIONS)}"
+            f"{nearest(str(name), MATMUL_PRECISIONS)}"
+        )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list[Logger]:
+    """CSV always, and wandb or TensorBoard if chosen."""
+    loggers: list[Logger] = [ContinuedCSVLogger(folder, first_step)]
+    kind = config["logger"]["name"]
+    if kind == "tensorboard":
+        loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
+    elif kind == "wandb":
+        # Without a login wandb would stop and ask; offline runs can be synced later.
+        known = os.environ.get("WANDB_API_KEY") or has_wandb_login()
+        offline = config["logger"]["offline"] or not known
+        if offline and not config["logger"]["offline"] and distributed.rank() == 0:
+            say("wandb: not logged in, so this run is kept offline (sync: wandb sync)")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ["WANDB_MODE"] = "offline" if offline else "online"
+        loggers.append(
+            WandbLogger(
+                project=config["logger"]["project"],
+                name=folder.name,
+                id=folder.name,
+                save_dir=str(folder),
+                offline=offline,
+                config=config,
+            )
+        )
+    return loggers
+
+
+def has_wandb_login() -> bool:
+    """Whether `wandb login` was done on this machine."""
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
