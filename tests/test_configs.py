@@ -109,11 +109,11 @@ RECIPES = {
     "hita_336": (256, 4 * 1_281_000 / 256, 1.0, [0.9, 0.95]),
 }
 
-#: Pairs that make no sense, and the one line says so: ids of scales have no tokens to part, nor
-#: a prefix that is a code.
+#: Pairs that make no sense, and the one line says so: ids of scales have no tokens to part.
 SCALES = ("image_folder", "token_flow_multi_scale", "var")
-PARTED = ("one_d_piece_tiny", "flextok_tiny", "retok_tiny", "restok_tiny", "hita_tiny")
-REFUSED = {(tokenizer, quantizer) for tokenizer in PARTED for quantizer in SCALES}
+REFUSED = {
+    (tokenizer, quantizer) for tokenizer in ("retok_tiny", "hita_tiny") for quantizer in SCALES
+}
 
 
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if "tiny" not in n])

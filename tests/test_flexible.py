@@ -503,9 +503,19 @@ def quantized_by(name, **changes):
     return build_tokenizer({**config, "quantizer": {**quantizer_config(name), **changes}}).eval()
 
 
-def test_a_code_of_scales_has_no_prefixes():
-    with pytest.raises(ConfigError, match=r"^quantizer: .*scales.* such as tokenizer=titok_tiny$"):
-        quantized_by("var")
+def test_a_code_of_scales_keeps_its_full_length():
+    with pytest.warns(
+        UserWarning, match=r"^quantizer: .*scales.* OneDPiece keeps its full length$"
+    ):
+        tok = quantized_by("var")
+    images = images_of(3)
+    assert tok.train()(tok.to_model_range(images)).mask.all()  # no tail is dropped in training
+    ids = tok.eval().tokenize(images)
+    assert tok.detokenize(ids).shape == (3, 3, 16, 16)
+    with pytest.raises(ConfigError, match="stand for scales"):
+        tok.detokenize(ids, num_tokens=2)
+    with pytest.raises(ConfigError, match="stand for scales"):
+        tok.tokenize_to_target(images, max_bytes=8)
 
 
 @flexible

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class FlexibleTokenizer(Tokenizer):
 
     Args:
         encoder: images to latents.
-        quantizer: latents to indices and vectors, an id (of any number of slots) per token.
+        quantizer: latents to indices and vectors. One whose ids stand for scales of the whole code
+            leaves no prefixes: then all N tokens are kept, and a warning says so.
         decoder: vectors to images; it must take a mask.
         image_size: (H, W) in pixels, or the side of squares.
         length: how many tokens a training step keeps.
@@ -46,14 +47,14 @@ class FlexibleTokenizer(Tokenizer):
         channels: int = 3,
     ) -> None:
         super().__init__(encoder, quantizer, decoder, image_size, channels)
-        if quantizer.num_index_tokens(encoder.num_tokens) != encoder.num_tokens:
-            # Each vector is made of all scales: vectors without their tail are no prefix of ids.
-            raise ConfigError(
-                f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
-                f"code, so no prefix of {type(self).__name__}'s tokens is a code; use one with an "
-                "id per token, or a tokenizer of a fixed length, such as tokenizer=titok_tiny"
-            )
         length.budgets(encoder.num_tokens)  # refuses a policy for longer codes
+        if not self._has_prefixes:
+            warnings.warn(
+                f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
+                f"code, of which no prefix is a code: {type(self).__name__} keeps its full length",
+                stacklevel=2,
+            )
+            length = LengthPolicy("full")
         self.length = length
 
     # ------------------------------------------------------------------ training
@@ -196,6 +197,8 @@ class FlexibleTokenizer(Tokenizer):
 
     def _budgets_within(self, max_bytes: float | None, budgets: Any) -> list[int]:
         """Those given, or the length policy's, that fit into `max_bytes`; rising, never none."""
+        if not self._has_prefixes:
+            self._refuse_scales("tokenize_to_target")
         if budgets is None:
             known = self.length.budgets(self.num_tokens)
         else:
@@ -218,11 +221,24 @@ class FlexibleTokenizer(Tokenizer):
             )
         return min(count, self.num_tokens)
 
+    @property
+    def _has_prefixes(self) -> bool:
+        """Whether there is an id (of any number of slots) per token."""
+        return self.quantizer.num_index_tokens(self.encoder.num_tokens) == self.encoder.num_tokens
+
+    def _refuse_scales(self, what: str) -> NoReturn:
+        raise ConfigError(
+            f"{what}: ids of {type(self.quantizer).__name__} stand for scales, not for "
+            f"tokens; pass all {self.num_tokens} of them and no num_tokens"
+        )
+
     def _budget(self, ids: Tensor, num_tokens: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Ids cut to the longest budget, and a mask if budgets differ."""
         available = ids.shape[1]
         if num_tokens is None and available == self.num_tokens:
             return ids, None
+        if not self._has_prefixes:
+            self._refuse_scales("num_tokens")
         most = self._available(ids, num_tokens)
         lengths = self._lengths(ids, most if num_tokens is None else num_tokens)
         low, high = (int(lengths.min()), int(lengths.max())) if lengths.numel() else (1, 1)

@@ -51,6 +51,11 @@ class ReTok(FlexibleTokenizer):
         length: LengthPolicy | LevelPolicy,
         channels: int = 3,
     ) -> None:
+        if quantizer.num_index_tokens(encoder.num_tokens) != encoder.num_tokens:
+            raise ConfigError(
+                f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
+                "code, so ReTok's padding can't be cut off; use one with an id per token"
+            )
         super().__init__(encoder, quantizer, decoder, image_size, length, channels)
         total = len(encoder.latent_positions)
         if (taken := getattr(decoder, "num_tokens", total)) < total:
