@@ -8,7 +8,7 @@ that is missing or left over is an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +76,8 @@ def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
     """The VQGAN of MaskGIT (https://arxiv.org/abs/2202.04200), the proxy of TiTok's stages."""
     size = image_size or 256  # convolutions take any
     codes = published.take("quantize.embedding.weight")
-    encoder, encoder_state = _maskgit_encoder(published, size)
-    decoder, decoder_state = _maskgit_decoder(published, "decoder", size)
+    encoder, encoder_state = maskgit_encoder(published, "encoder", size)
+    decoder, decoder_state = maskgit_decoder(published, "decoder", size)
     tokenizer = {
         "_target_": "vistok.models.vqgan.VQGAN",
         "image_size": size,
@@ -85,9 +85,9 @@ def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
         "encoder": encoder,
         "decoder": decoder,
     }
-    state = _inside("encoder", encoder_state) | _inside("decoder", decoder_state)
+    state = inside("encoder", encoder_state) | inside("decoder", decoder_state)
     state["quantizer.embedding"] = codes
-    return Released(tokenizer, _quantizer(codes, codes.shape[1], "euclidean"), state)
+    return Released(tokenizer, quantizer_config(codes, codes.shape[1], "euclidean"), state)
 
 
 def titok(published: Published, image_size: int | None) -> Released:
@@ -111,26 +111,21 @@ def one_d_piece(published: Published, image_size: int | None) -> Released:
     return released
 
 
-#: What `source=` may name.
-SOURCES: dict[str, Callable[[Published, int | None], Released]] = {
-    converter.__name__: converter for converter in (maskgit_vqgan, titok, one_d_piece, ta_titok)
-}
-
-
 # ---------------------------------------------------------------------- MaskGIT's VQGAN
 
 
-def _maskgit_encoder(
-    published: Published, image_size: int
+def maskgit_encoder(
+    published: Published, prefix: str, image_size: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    blocks = published.count("encoder.mid")
+    """Config and state of MaskGIT's encoder, whose published names begin with `prefix`."""
+    blocks = published.count(f"{prefix}.mid")
     layers: list[str] = []
-    for level in range(published.count("encoder.down")):
+    for level in range(published.count(f"{prefix}.down")):
         layers += ["an average over 2x2 cells"] * (level > 0)
-        layers += [f"encoder.down.{level}.block.{n}" for n in range(blocks)]
-    layers += [f"encoder.mid.{n}" for n in range(blocks)]
-    names = {name: f"layers.{n}" for n, name in enumerate(layers) if name.startswith("encoder.")}
-    ends = {f"encoder.{end}": end for end in ("conv_in", "norm_out", "conv_out")}
+        layers += [f"{prefix}.down.{level}.block.{n}" for n in range(blocks)]
+    layers += [f"{prefix}.mid.{n}" for n in range(blocks)]
+    names = {name: f"layers.{n}" for n, name in enumerate(layers) if name.startswith(prefix)}
+    ends = {f"{prefix}.{end}": end for end in ("conv_in", "norm_out", "conv_out")}
     state = _maskgit_state(published, names | ends)
     widths = [
         len(state[f"{ours}.conv1.weight"])
@@ -149,9 +144,10 @@ def _maskgit_encoder(
     return config, state
 
 
-def _maskgit_decoder(
+def maskgit_decoder(
     published: Published, prefix: str, image_size: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As `maskgit_encoder`, of the decoder."""
     blocks = published.count(f"{prefix}.mid")
     layers = [f"{prefix}.mid.{n}" for n in range(blocks)]
     for level in reversed(range(published.count(f"{prefix}.up"))):
@@ -261,7 +257,7 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
         "decoder": decoder,
     }
     return Released(
-        tokenizer, _quantizer(codes, width, "cosine" if two_stages else "euclidean"), state
+        tokenizer, quantizer_config(codes, width, "cosine" if two_stages else "euclidean"), state
     )
 
 
@@ -300,9 +296,9 @@ def _two_stage_head(
         state[f"decoder.head.{layer}.weight"] = weight[:, :, 0, 0]
         state[f"decoder.head.{layer}.bias"] = published.take(f"decoder.ffn.{layer}.bias")
     vectors = published.take("pixel_quantize.embedding.weight")
-    pixels, pixel_state = _maskgit_decoder(published, "pixel_decoder", decoder["image_size"])
+    pixels, pixel_state = maskgit_decoder(published, "pixel_decoder", decoder["image_size"])
     state["decoder.code_vectors.weight"] = vectors
-    state |= _inside("decoder.pixel_decoder", pixel_state)
+    state |= inside("decoder.pixel_decoder", pixel_state)
     decoder |= {
         "_target_": "vistok.decoders.proxy.ProxyDecoder",
         "num_codes": len(vectors),
@@ -343,7 +339,8 @@ def _add_text(published: Published, decoder: dict[str, Any], state: dict[str, Te
 # ---------------------------------------------------------------------- shared
 
 
-def _quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:
+def quantizer_config(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:
+    """Config of the quantizer of a codebook `(K, d)`, for latents of width `dim`."""
     return {
         "_target_": "vistok.quantizers.vq.VectorQuantizer",
         "dim": dim,
@@ -356,5 +353,6 @@ def _quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:
     }
 
 
-def _inside(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def inside(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a part, named as in the whole."""
     return {f"{part}.{name}": value for name, value in state.items()}
