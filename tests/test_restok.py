@@ -88,7 +88,7 @@ def test_merging_takes_every_other_token_off_the_grid():
                     assert not expected.any()
 
 
-def test_grids_of_the_paper():
+def test_grids_are_halved():
     grids = [(16, 16)]
     for _ in range(3):
         grids.append(halved(grids[-1]))

@@ -14,7 +14,8 @@ from torch import Tensor
 from vistok.checkpoint import build_tokenizer, load_weights
 from vistok.errors import CheckpointError, ConfigError, nearest
 from vistok.export.exporter import check_out, place_export
-from vistok.export.released import Published, Released, maskgit_vqgan, one_d_piece, ta_titok, titok
+from vistok.export.published import Published, Released
+from vistok.export.released import maskgit_vqgan, one_d_piece, ta_titok, titok
 from vistok.export.restok import restok
 
 #: What `source=` may name.

@@ -1,4 +1,4 @@
-"""ResTok's released weights, in our names; as `released.py`, which see."""
+"""ResTok's released weights in our names."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.export.released import (
-    Published,
-    Released,
-    inside,
-    maskgit_decoder,
-    maskgit_encoder,
-    quantizer_config,
-)
+from vistok.export.published import Published, Released, inside, vector_quantizer
+from vistok.export.released import maskgit_decoder, maskgit_encoder
 
 #: What only training needs: the teacher, the projections to it, and the mask token painted for it.
 _OF_TRAINING = ("foundation_model.", "vf_proj", "decoder.feat_mask_token")
@@ -48,7 +42,7 @@ def restok(published: Published, image_size: int | None) -> Released:
     }
     state = inside("encoder", encoder_state) | inside("decoder", decoder_state)
     state["quantizer.embedding"] = codes
-    return Released(tokenizer, quantizer_config(codes, codes.shape[1], "cosine"), state)
+    return Released(tokenizer, vector_quantizer(codes, codes.shape[1], "cosine"), state)
 
 
 def _encoder(published: Published, image_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
