@@ -474,6 +474,27 @@ def test_restoks_checkpoint_of_a_training_is_taken_without_its_teacher(tmp_path)
         import_weights("restok", tmp_path / "less.safetensors", tmp_path / "l", image_size=16)
 
 
+def test_released_restok_starts_the_preset(tmp_path):
+    """`experiment=restok_l tokenizer.encoder.legacy_reshape=true init_from=`, in small."""
+    save_file(restok(), tmp_path / "w.safetensors")
+    out = import_weights("restok", tmp_path / "w.safetensors", tmp_path / "o", image_size=16)
+    sizes = ["width=64", "depth=4", "num_heads=4", "cnn.latent_dim=12"]
+    config = config_of(
+        "experiment=restok_l", "data.image_size=16", "tokenizer.latent_dim=6",
+        "tokenizer.encoder.cnn.base_channels=64", "tokenizer.encoder.merge_layers=[0,1]",
+        "tokenizer.encoder.cnn.channel_multipliers=[1,1,2]",
+        "tokenizer.encoder.num_latent_tokens=8", "tokenizer.encoder.legacy_reshape=true",
+        *(f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in sizes),
+        f"quantizer.codebook_size={CODES}", "quantizer.codebook_dim=6",
+    )  # fmt: skip
+    tok, released = build_tokenizer(config).eval(), vistok.load(out)
+    tok.load_state_dict(released.state_dict())
+    images = images_of(4)
+    ids = released.tokenize(images)
+    assert torch.equal(tok.tokenize(images), ids) and ids.unique().numel() > 3
+    assert torch.equal(tok.detokenize(ids), released.detokenize(ids))
+
+
 def test_restok_l_has_the_published_number_of_parameters():
     """Counted there, but for the vectors of 8 levels in the decoder, which go into biases."""
     config = config_of("experiment=restok_l")
