@@ -317,7 +317,7 @@ def oracle_places(*parts):
     return places
 
 
-def oracle_restok(p, images, keep=None):
+def oracle_restok_encoder(p, images):
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()
     x = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     x = oracle_conv(p, "encoder.patch_embed", oracle_maskgit_encoder(p, "pixel_encoder", x), 0)
@@ -356,11 +356,16 @@ def oracle_restok(p, images, keep=None):
         oracle_linear(p, f"encoder.conv_out.{level}", x[:, start:stop])
         for level, (start, stop) in enumerate(pairwise(edges))
     ]
-    z = F.normalize(torch.cat(parts, dim=1), dim=-1)
-    codes = F.normalize(p["quantize.embedding.weight"], dim=-1)
-    ids = torch.cdist(z.flatten(0, 1), codes).argmin(1).view(len(z), count)
+    return torch.cat(parts, dim=1)
 
-    x = codes[ids]
+
+def oracle_restok(p, images, keep=None):
+    z = F.normalize(oracle_restok_encoder(p, images), dim=-1)
+    codes = F.normalize(p["quantize.embedding.weight"], dim=-1)
+    ids = torch.cdist(z.flatten(0, 1), codes).argmin(1).view(len(z), -1)
+
+    x, count = codes[ids], ids.shape[1]
+    edges = [0, 1, 2, 4, 8]  # of the levels
     x[:, count if keep is None else keep :] = p["decoder.latent_mask_token"]
     parts = [
         oracle_linear(p, f"decoder.decoder_embed.{level}", x[:, start:stop])
@@ -457,6 +462,19 @@ def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):
     assert not torch.equal(before.decoder.pixel_decoder.conv_out.weight, after.decoder.pixel_decoder.conv_out.weight)  # fmt: skip
     evaluated = [f"run={start}", "data=folder", f"data.val={photos}", f"out={tmp_path / 'eval'}"]
     assert evaluate(evaluated) == 0
+
+
+def test_restoks_latents_are_the_published_ones(tmp_path):
+    """What ids hide: all levels, and what each place, mask and level vector does to them."""
+    tensors = restok()
+    save_file(tensors, tmp_path / "w.safetensors")
+    tok = vistok.load(
+        import_weights("restok", tmp_path / "w.safetensors", tmp_path / "o", image_size=16)
+    )
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    wanted = oracle_restok_encoder({k: v.double() for k, v in tensors.items()}, images.double())
+    with torch.no_grad():
+        assert torch.allclose(tok.encoder(2 * images - 1), wanted.float(), atol=1e-4)
 
 
 def test_restoks_checkpoint_of_a_training_is_taken_without_its_teacher(tmp_path):
