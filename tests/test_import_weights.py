@@ -1,10 +1,12 @@
 """Released weights: ids and pictures are those of the published architecture, written down here.
 
 The oracles know the published names, shapes and ranges alone ([0, 1] images), and compute in
-float64 by torch's functions. Sizes are small; heads are 64 wide, as in all published ones.
+float64 by torch's functions. Sizes are small; heads are 64 wide, as in all published ones (ResTok's
+say themselves how wide they are).
 """
 
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import vistok
-from helpers import TINY, config_of, errors_while_learning, images_of
+from helpers import TINY, Names, config_of, errors_while_learning, images_of
 from vistok.checkpoint import build_tokenizer
 from vistok.cli import evaluate, train
 from vistok.cli import import_weights as command
+from vistok.encoders.maskgit import MaskGITEncoder
 from vistok.errors import CheckpointError, ConfigError
 from vistok.export.importer import import_weights
 
@@ -23,29 +26,6 @@ CODES = 24
 
 
 # ---------------------------------------------------------------------- published tensors
-
-
-class Names:
-    """Random tensors by name."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.tensors = {}
-
-    def add(self, name, *shape, scale=None):
-        fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
-        scale = fan_in**-0.5 if scale is None else scale
-        self.tensors[name] = torch.randn(shape, generator=self.generator) * scale
-
-    def layer(self, name, *shape, bias=True):
-        self.add(f"{name}.weight", *shape)
-        if bias:
-            self.add(f"{name}.bias", shape[0], scale=0.1)
-
-    def norm(self, name, width):
-        self.add(f"{name}.weight", width, scale=0.1)
-        self.tensors[f"{name}.weight"] += 1
-        self.add(f"{name}.bias", width, scale=0.1)
 
 
 WIDTHS = (64, 64, 128)
@@ -75,18 +55,22 @@ def maskgit_decoder(names, prefix, dim):
     names.layer(f"{prefix}.conv_out", 3, width, 3, 3)
 
 
-def maskgit(seed=0, dim=12):
-    names = Names(seed)
-    names.layer("encoder.conv_in", WIDTHS[0], 3, 3, 3, bias=False)
+def maskgit_encoder(names, prefix, dim):
+    names.layer(f"{prefix}.conv_in", WIDTHS[0], 3, 3, 3, bias=False)
     width = WIDTHS[0]
     for level, out in enumerate(WIDTHS):
         for n in range(2):
-            res_block(names, f"encoder.down.{level}.block.{n}", width, out)
+            res_block(names, f"{prefix}.down.{level}.block.{n}", width, out)
             width = out
     for n in range(2):
-        res_block(names, f"encoder.mid.{n}", width, width)
-    names.norm("encoder.norm_out", width)
-    names.layer("encoder.conv_out", dim, width, 1, 1)
+        res_block(names, f"{prefix}.mid.{n}", width, width)
+    names.norm(f"{prefix}.norm_out", width)
+    names.layer(f"{prefix}.conv_out", dim, width, 1, 1)
+
+
+def maskgit(seed=0, dim=12):
+    names = Names(seed)
+    maskgit_encoder(names, "encoder", dim)
     maskgit_decoder(names, "decoder", dim)
     names.add("quantize.embedding.weight", CODES, dim, scale=1.0)
     return names.tensors
@@ -132,6 +116,46 @@ def titok(seed=0, two_stages=True, text=False, tokens=8, dim=6, widths=(64, 128)
     return names.tensors
 
 
+LEVELS = ((1, 1), (1, 1), (1, 2), (2, 2))  # of ResTok's 8 latents
+GRIDS = ((4, 4), (4, 2), (4, 1))  # its image tokens, before and after two merges
+
+
+def restok(seed=0, dim=6, width=64, head=16, depth=4):
+    names = Names(seed)
+    maskgit_encoder(names, "pixel_encoder", 12)
+    maskgit_decoder(names, "pixel_decoder", 12)
+    names.layer("encoder.patch_embed", width, 12, 1, 1)
+    for part in ("encoder", "decoder"):
+        names.norm(f"{part}.ln_pre", width)
+        names.norm(f"{part}.ln_post", width)
+        for n in range(depth):
+            block = f"{part}.blocks.{n}"
+            names.norm(f"{block}.norm1", width)
+            names.norm(f"{block}.norm2", width)
+            names.norm(f"{block}.attn.q_norm", head)
+            names.norm(f"{block}.attn.k_norm", head)
+            names.layer(f"{block}.attn.qkv", 3 * width, width, bias=False)
+            for bias in ("q_bias", "v_bias"):
+                names.add(f"{block}.attn.{bias}", width, scale=0.3)
+            for scale in ("gamma_1", "gamma_2"):
+                names.add(f"{block}.{scale}", width, scale=0.5)
+            names.layer(f"{block}.attn.proj", width, width)
+            names.layer(f"{block}.mlp.fc1", 4 * width, width)
+            names.layer(f"{block}.mlp.fc2", width, 4 * width)
+        for n in range(len(LEVELS)):
+            names.add(f"{part}.latent_token_level_embedding.{n}", 1, width, scale=0.5)
+    for n in range(len(GRIDS)):
+        names.add(f"encoder.level_embedding.{n}", 1, width, scale=0.5)
+    for n in range(len(LEVELS)):
+        names.layer(f"encoder.conv_out.{n}", dim, width, 1, 1)
+        names.layer(f"decoder.decoder_embed.{n}", width, dim)
+    names.layer("decoder.ffn", 12, width, 1, 1)
+    names.add("decoder.latent_mask_token", 1, 1, dim, scale=0.5)
+    names.add("decoder.mask_token", 1, 1, width, scale=0.5)
+    names.add("quantize.embedding.weight", CODES, dim, scale=1.0)
+    return names.tensors
+
+
 # ---------------------------------------------------------------------- oracles
 
 
@@ -168,16 +192,20 @@ def oracle_maskgit_decoder(p, prefix, x):
     return oracle_end(p, prefix, x, 1)
 
 
-def oracle_maskgit(p, images):
-    x = oracle_conv(p, "encoder.conv_in", images)
+def oracle_maskgit_encoder(p, prefix, images):
+    x = oracle_conv(p, f"{prefix}.conv_in", images)
     for level in range(3):
         for n in range(2):
-            x = oracle_res_block(p, f"encoder.down.{level}.block.{n}", x)
+            x = oracle_res_block(p, f"{prefix}.down.{level}.block.{n}", x)
         if level < 2:
             x = F.avg_pool2d(x, 2)
     for n in range(2):
-        x = oracle_res_block(p, f"encoder.mid.{n}", x)
-    x = oracle_end(p, "encoder", x, 0).permute(0, 2, 3, 1)
+        x = oracle_res_block(p, f"{prefix}.mid.{n}", x)
+    return oracle_end(p, prefix, x, 0)
+
+
+def oracle_maskgit(p, images):
+    x = oracle_maskgit_encoder(p, "encoder", images).permute(0, 2, 3, 1)
     codes = p["quantize.embedding.weight"]
     ids = torch.cdist(x.flatten(0, 2), codes).argmin(1)
     quantized = codes[ids].view(x.shape).permute(0, 3, 1, 2)
@@ -243,6 +271,116 @@ def oracle_titok(p, images, keep=None, text=None):
     return ids, oracle_conv(p, "decoder.conv_out", x)
 
 
+def oracle_norm(p, name, x):
+    return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+
+def oracle_linear(p, name, x):
+    weight = p[f"{name}.weight"]
+    return F.linear(x, weight.flatten(1), p.get(f"{name}.bias"))
+
+
+def oracle_rotary_block(p, name, x, places, levels, between=lambda x: x):
+    """One block of ResTok; a token sees those of no higher level."""
+    y = oracle_norm(p, f"{name}.norm1", x)
+    width, head = x.shape[-1], p[f"{name}.attn.q_norm.weight"].numel()
+    q, k, v = oracle_linear(p, f"{name}.attn.qkv", y).split(width, dim=-1)
+    heads = [
+        part.unflatten(-1, (-1, head)).transpose(1, 2)
+        for part in (q + p[f"{name}.attn.q_bias"], k, v + p[f"{name}.attn.v_bias"])
+    ]
+    speeds = 1e4 ** -(torch.arange(head // 4, dtype=torch.float64) * 4 / head)
+    angles = torch.tensor(places, dtype=torch.float64)[:, :, None] * speeds  # rows, then columns
+    turns = torch.polar(torch.ones_like(angles), angles).flatten(1)
+    turned = []
+    for part, norm in zip(heads, ("q_norm", "k_norm"), strict=False):
+        pairs = oracle_norm(p, f"{name}.attn.{norm}", part).unflatten(-1, (-1, 2)).contiguous()
+        turned.append(torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2))
+    logits = turned[0] @ turned[1].mT / head**0.5
+    hidden = torch.tensor([[own < theirs for theirs in levels] for own in levels])
+    y = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ heads[2]
+    y = oracle_linear(p, f"{name}.attn.proj", y.transpose(1, 2).flatten(2))
+    x = between(x + p[f"{name}.gamma_1"] * y)
+    y = F.gelu(oracle_linear(p, f"{name}.mlp.fc1", oracle_norm(p, f"{name}.norm2", x)))
+    return x + p[f"{name}.gamma_2"] * oracle_linear(p, f"{name}.mlp.fc2", y)
+
+
+def oracle_places(*parts):
+    """Grids, and numbers of tokens on the diagonal, each behind all tokens before it."""
+    places = []
+    for part in parts:
+        rows, columns = (part, 0) if isinstance(part, int) else part
+        start = len(places)
+        for row in range(rows):
+            places += [(start + row, start + column) for column in range(columns)]
+            places += [(start + row, start + row)] * (not columns)
+    return places
+
+
+def oracle_restok_encoder(p, images):
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()
+    x = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    x = oracle_conv(p, "encoder.patch_embed", oracle_maskgit_encoder(p, "pixel_encoder", x), 0)
+    edges = [0]
+    tokens, left = [x.flatten(2).mT + p["encoder.level_embedding.0"]], x
+    for level, (rows, columns) in enumerate(LEVELS):
+        high, wide = 4 // rows, 4 // columns
+        pooled = F.avg_pool2d(left, (high, wide))
+        left = left - pooled.repeat_interleave(high, dim=2).repeat_interleave(wide, dim=3)
+        vector = p[f"encoder.latent_token_level_embedding.{level}"]
+        tokens.append(pooled.flatten(2).mT + vector)
+        edges.append(edges[-1] + rows * columns)
+    x = oracle_norm(p, "encoder.ln_pre", torch.cat(tokens, dim=1))
+    count = edges[-1]
+    for n in range(4):
+        merges = min(n, 2)
+        grids = GRIDS[merges::-1]
+        sizes = [r * c for r, c in (*grids, *LEVELS)]
+        levels = [level for level, size in enumerate(sizes) for _ in range(size)]
+        first, last = sizes[0], n >= 2
+
+        def merge(x, first=first):
+            taken = x[:, :first:2]
+            rest = x[:, :first] - taken.repeat_interleave(2, dim=1)
+            return torch.cat([taken, rest, x[:, first:]], dim=1)
+
+        x = oracle_rotary_block(
+            p, f"encoder.blocks.{n}", x, oracle_places(*grids, count), levels,
+            *([] if last else [merge]),
+        )  # fmt: skip
+        if not last:
+            x[:, : first // 2] += p[f"encoder.level_embedding.{merges + 1}"]
+    x = oracle_norm(p, "encoder.ln_post", x[:, -count:])
+    x = x.flatten(1).view(len(x), -1, count).mT  # memory read in another shape
+    parts = [
+        oracle_linear(p, f"encoder.conv_out.{level}", x[:, start:stop])
+        for level, (start, stop) in enumerate(pairwise(edges))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def oracle_restok(p, images, keep=None):
+    z = F.normalize(oracle_restok_encoder(p, images), dim=-1)
+    codes = F.normalize(p["quantize.embedding.weight"], dim=-1)
+    ids = torch.cdist(z.flatten(0, 1), codes).argmin(1).view(len(z), -1)
+
+    x, count = codes[ids], ids.shape[1]
+    edges = [0, 1, 2, 4, 8]  # of the levels
+    x[:, count if keep is None else keep :] = p["decoder.latent_mask_token"]
+    parts = [
+        oracle_linear(p, f"decoder.decoder_embed.{level}", x[:, start:stop])
+        + p[f"decoder.latent_token_level_embedding.{level}"]
+        for level, (start, stop) in enumerate(pairwise(edges))
+    ]
+    x = torch.cat([*parts, p["decoder.mask_token"].expand(len(x), 16, -1)], dim=1)
+    x = oracle_norm(p, "decoder.ln_pre", x)
+    for n in range(4):
+        places = oracle_places(count, (4, 4))
+        x = oracle_rotary_block(p, f"decoder.blocks.{n}", x, places, [0] * (count + 16))
+    x = oracle_linear(p, "decoder.ffn", oracle_norm(p, "decoder.ln_post", x[:, count:]))
+    return ids, oracle_maskgit_decoder(p, "pixel_decoder", x.mT.unflatten(2, (4, 4)))
+
+
 # ---------------------------------------------------------------------- tests
 
 TEXT = torch.randn(6, 3, 7, generator=torch.Generator().manual_seed(3))
@@ -252,7 +390,10 @@ CASES = {
     "titok, one stage": (lambda: titok(two_stages=False), oracle_titok, {}),
     "one_d_piece": (titok, oracle_titok, {}),
     "ta_titok": (lambda: titok(two_stages=False, text=True), oracle_titok, {"text": TEXT}),
+    "restok": (restok, oracle_restok, {}),
 }
+#: Sources without positions that are learned: any size will do.
+ANY_SIZE = ("maskgit_vqgan", "restok")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -262,7 +403,7 @@ def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
     tensors, source = make(), case.partition(",")[0]
     file = tmp_path / f"weights{suffix}"
     save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
-    size = 16 if source == "maskgit_vqgan" else None
+    size = 16 if source in ANY_SIZE else None
     tok = vistok.load(import_weights(source, file, tmp_path / "out", image_size=size))
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     p = {k: v.double() for k, v in tensors.items()}
@@ -277,16 +418,18 @@ def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
     assert torch.allclose((raw + 1) / 2, pictures.float(), atol=1e-4)
 
 
-def test_one_d_piece_decodes_prefixes_as_published(tmp_path):
-    tensors = titok()
+@pytest.mark.parametrize("source", ["one_d_piece", "restok"])
+def test_prefixes_are_decoded_as_published(source, tmp_path):
+    make, oracle = {"one_d_piece": (titok, oracle_titok), "restok": (restok, oracle_restok)}[source]
+    tensors, size = make(), 16 if source in ANY_SIZE else None
     save_file(tensors, tmp_path / "weights.safetensors")
     tok = vistok.load(
-        import_weights("one_d_piece", tmp_path / "weights.safetensors", tmp_path / "o")
+        import_weights(source, tmp_path / "weights.safetensors", tmp_path / "o", image_size=size)
     )
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     p = {k: v.double() for k, v in tensors.items()}
     for count in (1, 3, 8):
-        ids, pictures = oracle_titok(p, images.double(), keep=count)
+        ids, pictures = oracle(p, images.double(), keep=count)
         found = tok.tokenize(images, num_tokens=count)
         assert torch.equal(found[..., 0], ids[:, :count])
         assert torch.allclose(tok.detokenize(found), pictures.clamp(0, 1).float(), atol=1e-5)
@@ -321,6 +464,63 @@ def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):
     assert evaluate(evaluated) == 0
 
 
+def test_restoks_latents_are_the_published_ones(tmp_path):
+    """What ids hide: all levels, and what each place, mask and level vector does to them."""
+    tensors = restok()
+    save_file(tensors, tmp_path / "w.safetensors")
+    tok = vistok.load(
+        import_weights("restok", tmp_path / "w.safetensors", tmp_path / "o", image_size=16)
+    )
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    wanted = oracle_restok_encoder({k: v.double() for k, v in tensors.items()}, images.double())
+    with torch.no_grad():
+        assert torch.allclose(tok.encoder(2 * images - 1), wanted.float(), atol=1e-4)
+
+
+def test_restoks_checkpoint_of_a_training_is_taken_without_its_teacher(tmp_path):
+    plain = restok()
+    more = ("foundation_model.model.norm.weight", "vf_proj.weight", "vf_proj_dec.weight")
+    tensors = plain | {name: torch.zeros(2) for name in (*more, "decoder.feat_mask_token")}
+    torch.save({f"_orig_mod.{k}": v for k, v in tensors.items()}, tmp_path / "w.bin")
+    tok = vistok.load(import_weights("restok", tmp_path / "w.bin", tmp_path / "o", image_size=16))
+    assert torch.equal(tok.decoder.mask_token, plain["decoder.mask_token"])
+    assert tok.encoder.merge_layers == [0, 1] and tok.length.budgets(8) == [4, 8]
+    assert not any("foundation" in name for name in tok.state_dict())
+    del plain["encoder.level_embedding.1"]
+    save_file(plain, tmp_path / "less.safetensors")
+    with pytest.raises(CheckpointError):
+        import_weights("restok", tmp_path / "less.safetensors", tmp_path / "l", image_size=16)
+
+
+def test_released_restok_starts_the_preset(tmp_path):
+    """`experiment=restok_l tokenizer.encoder.legacy_reshape=true init_from=`, in small."""
+    save_file(restok(), tmp_path / "w.safetensors")
+    out = import_weights("restok", tmp_path / "w.safetensors", tmp_path / "o", image_size=16)
+    sizes = ["width=64", "depth=4", "num_heads=4", "cnn.latent_dim=12"]
+    config = config_of(
+        "experiment=restok_l", "data.image_size=16", "tokenizer.latent_dim=6",
+        "tokenizer.encoder.cnn.base_channels=64", "tokenizer.encoder.merge_layers=[0,1]",
+        "tokenizer.encoder.cnn.channel_multipliers=[1,1,2]",
+        "tokenizer.encoder.num_latent_tokens=8", "tokenizer.encoder.legacy_reshape=true",
+        *(f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in sizes),
+        f"quantizer.codebook_size={CODES}", "quantizer.codebook_dim=6",
+    )  # fmt: skip
+    tok, released = build_tokenizer(config).eval(), vistok.load(out)
+    tok.load_state_dict(released.state_dict())
+    images = images_of(4)
+    ids = released.tokenize(images)
+    assert torch.equal(tok.tokenize(images), ids) and ids.unique().numel() > 3
+    assert torch.equal(tok.detokenize(ids), released.detokenize(ids))
+
+
+def test_restok_l_has_the_published_number_of_parameters():
+    """Counted there, but for the vectors of 8 levels in the decoder, which go into biases."""
+    config = config_of("experiment=restok_l")
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(config)
+    assert sum(p.numel() for p in tokenizer.parameters()) == 659_693_771 - 8 * 1024
+
+
 def test_a_tokenizer_config_has_the_published_shapes():
     """tokenizer=maskgit_vqgan_f16 is what the importer finds in the released file, to the number."""
     words = ["tokenizer=maskgit_vqgan_f16", "quantizer=vq", "quantizer.codebook_dim=256"]
@@ -332,6 +532,18 @@ def test_a_tokenizer_config_has_the_published_shapes():
         sum(p.numel() for p in m.parameters()) for m in (tokenizer.encoder, tokenizer.decoder)
     ]
     assert counts == [23_775_104, 30_478_339]  # of the published modules, counted there
+
+
+def test_means_are_those_of_the_channels():
+    with pytest.raises(ConfigError, match="mean: 3 values for 1 channels"):
+        MaskGITEncoder(16, 1, 32, [1, 2], 8, mean=[0.1, 0.2, 0.3])
+    torch.manual_seed(0)
+    plain = MaskGITEncoder(16, 3, 32, [1, 2], 8)
+    normed = MaskGITEncoder(16, 3, 32, [1, 2], 8, mean=[0.1, 0.2, 0.3], std=0.5)
+    normed.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 16, 16)
+    given = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.5  # of [0, 1]
+    assert torch.allclose(normed(2 * images - 1), plain(2 * given - 1), atol=1e-5)
 
 
 def test_maskgit_vqgan_learns_from_scratch():

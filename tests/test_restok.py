@@ -16,6 +16,7 @@ from vistok.nn.hierarchy import (
     halved,
     level_points,
     merge_residual,
+    queued_points,
     residual_pyramid,
 )
 from vistok.nn.qformer import pooling_pyramid
@@ -87,7 +88,7 @@ def test_merging_takes_every_other_token_off_the_grid():
                     assert not expected.any()
 
 
-def test_grids_of_the_paper():
+def test_grids_are_halved():
     grids = [(16, 16)]
     for _ in range(3):
         grids.append(halved(grids[-1]))
@@ -95,6 +96,11 @@ def test_grids_of_the_paper():
     for grid in ((1, 1), (3, 3)):
         with pytest.raises(ConfigError, match="can't be halved"):
             halved(grid)
+    assert halved((16, 16), columns_only=True) == (16, 8)  # what the released code does
+    assert halved((16, 4), columns_only=True) == (16, 2)
+    for grid in ((16, 1), (4, 3)):
+        with pytest.raises(ConfigError, match="can't be halved"):
+            halved(grid, columns_only=True)
     with pytest.raises(ConfigError, match=r"merge_layers=\[1\]: must be rising indices.*0 to 0"):
         small("tokenizer.encoder.merge_layers=[1]")
 
@@ -113,6 +119,14 @@ def test_tokens_lie_at_the_centres_of_their_cells():
     expected = [[0.5, 0.5], [0.5, 0], [0.5, 1], [0, 0], [0, 1], [1, 0], [1, 1]]
     assert points.tolist() == expected
     assert level_points([(2, 4)], (4, 4))[5].tolist() == [2.5, 1]
+
+
+def test_released_places_lie_one_behind_the_other():
+    """Each part begins behind as many places as there are tokens before it, in both axes."""
+    found = queued_points([(2, 1), (2, 2), 3]).tolist()
+    grids = [[0, 0], [1, 0], [2, 2], [2, 3], [3, 2], [3, 3]]
+    assert found == [*grids, [6, 6], [7, 7], [8, 8]]
+    assert queued_points([2, (1, 2)]).tolist() == [[0, 0], [1, 1], [2, 2], [2, 3]]
 
 
 def test_attention_starts_among_neighbours():
@@ -304,6 +318,41 @@ def test_initialisation_gives_uncorrelated_channels_on_one_scale():
         strongest = torch.linalg.eigvalsh(torch.cov(rows.T, correction=0))[-4:].flip(0)
         found = code.flatten(0, 1).double().var(dim=0, correction=0)
         assert torch.allclose(found, strongest / (total / 4), rtol=0.02, atol=1e-3)
+
+
+#: 4 x 4 cells, merged to 4 x 2 and 4 x 1, as the released code does it.
+RELEASED = [
+    *DEEP[:-1],
+    "tokenizer.encoder.merge_layers=[0,1]",
+    "tokenizer.encoder.released=true",
+    "tokenizer.encoder.legacy_reshape=true",
+]
+
+
+def test_released_form_names_a_grid_behind_the_block():
+    """Who is right about the numbers: the oracle of test_import_weights.py."""
+    encoder, seen = awake(small(*RELEASED).encoder), []
+    encoder.blocks[0].register_forward_hook(lambda b, i, o: seen.append(o))
+    encoder.blocks[1].norm1.register_forward_pre_hook(lambda n, i: seen.append(i[0]))
+    encoder(torch.rand(1, 3, 32, 32))
+    named = seen[1] - seen[0]
+    assert torch.allclose(named[:, :8], encoder.image_levels[1].expand(1, 8, -1), atol=1e-5)
+    assert named.shape[1] == 16 + 8 + 8 and not named[:, 8:].any()
+    assert encoder.grids == [(4, 4), (4, 2), (4, 1)]
+
+
+def test_released_form_learns_and_recomputes():
+    tok = small(*RELEASED).train()
+    images = tok.to_model_range(images_of(16, 32))
+    before = {name: p.clone() for name, p in tok.named_parameters()}
+    errors = errors_while_learning(tok, images, lr=2e-3, steps=40)
+    assert errors[-1] < 0.7 * errors[0]
+    still = [name for name, p in tok.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+    plain = tok.encoder(images)
+    for part in (tok.encoder, tok.decoder):
+        part.activation_checkpointing = True
+    assert torch.allclose(tok.encoder(images), plain, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- what is dropped

@@ -34,6 +34,7 @@ class HitaDecoder(Decoder):
         shift: k, 0 to H.
         activation_checkpointing: see `Transformer`.
         attention: auto, dense or flex; see `nn/attention.py`.
+        released: blocks of the released code, as in the encoder, and no norm behind them.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class HitaDecoder(Decoder):
         shift: int = 4,
         activation_checkpointing: bool = False,
         attention: str = "auto",
+        released: bool = False,
     ) -> None:
         super().__init__()
         if cnn.dim != width:
@@ -66,10 +68,10 @@ class HitaDecoder(Decoder):
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block="flextok",
+            block="hita" if released else "flextok",
             attention=attention,
         )
-        self.norm_out = nn.LayerNorm(width)
+        self.norm_out = nn.Identity() if released else nn.LayerNorm(width)
         init_transformer_(self)
         if latent_dim == width:
             nn.init.eye_(self.embed.weight)

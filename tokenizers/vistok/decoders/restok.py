@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.decoders.base import Decoder
 from vistok.decoders.cnn import CNNDecoder
-from vistok.nn.hierarchy import LevelLinear, level_points
+from vistok.decoders.maskgit import MaskGITDecoder
+from vistok.nn.hierarchy import LevelLinear, level_points, queued_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
 from vistok.nn.transformer import init_transformer_
@@ -21,7 +22,8 @@ class ResTokDecoder(Decoder):
 
     Tokens that are missing (masked, or behind the end) become one learned vector of the code
     space, before the linear layer of their level. Positions are rotary, as in the encoder, and the
-    first block starts by copying from the latents that lie near.
+    first block starts by copying from the latents that lie near. The biases of the linear layers
+    tell the levels apart; the released code adds vectors of their own, which say no more.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
@@ -33,17 +35,20 @@ class ResTokDecoder(Decoder):
         depth: number of blocks.
         num_heads: attention heads.
         activation_checkpointing: recompute each block in the backward pass.
+        released: as in the released code, the latents lie on a diagonal and the cells behind
+            them, and a norm stands before and behind the blocks. The encoder's must agree.
     """
 
     def __init__(
         self,
-        cnn: CNNDecoder,
+        cnn: CNNDecoder | MaskGITDecoder,
         num_latent_tokens: int,
         latent_dim: int,
         width: int,
         depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
+        released: bool = False,
     ) -> None:
         super().__init__()
         self.dim = latent_dim
@@ -53,7 +58,9 @@ class ResTokDecoder(Decoder):
         levels = pooling_pyramid(num_latent_tokens)
         counts = [rows * columns for rows, columns in levels]
         self.embed = LevelLinear(counts, latent_dim, width)
+        self.norm_in = nn.LayerNorm(width) if released else nn.Identity()
         self.blocks = nn.ModuleList(RotaryBlock(width, num_heads) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(width) if released else nn.Identity()
         self.project = nn.Linear(width, cnn.dim)
         init_transformer_(self)
         attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
@@ -62,7 +69,10 @@ class ResTokDecoder(Decoder):
         self.cnn = cnn
         self.dropped = nn.Parameter(torch.randn(1, 1, latent_dim) * 0.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        points = level_points([*levels, cnn.grid], cnn.grid)
+        if released:
+            points = queued_points([num_latent_tokens, cnn.grid])
+        else:
+            points = level_points([*levels, cnn.grid], cnn.grid)
         self.turn: Tensor
         self.register_buffer("turn", rotation(points, width // num_heads), persistent=False)
 
@@ -73,7 +83,7 @@ class ResTokDecoder(Decoder):
     def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
         latents = self.embed(self.filled(quantized, mask))
-        return self.project(self.paint(latents, self.mask_token))
+        return self.project(self.norm_out(self.paint(latents, self.mask_token)))
 
     def filled(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """All K tokens `(B, K, D)`, the missing ones replaced."""
@@ -88,7 +98,7 @@ class ResTokDecoder(Decoder):
         """Cells `(B, rows * columns, W)` that start as `mask_token` `(1, 1, W)`, by all blocks."""
         tokens = mask_token.to(latents.dtype)
         cells = self.grid[0] * self.grid[1]
-        x = torch.cat([latents, tokens.expand(len(latents), cells, -1)], dim=1)
+        x = self.norm_in(torch.cat([latents, tokens.expand(len(latents), cells, -1)], dim=1))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vistok.encoders.base import Encoder
 from vistok.encoders.cnn import CNNEncoder
+from vistok.nn.linear_start import start_conv_
 from vistok.nn.patches import grid_points, position_table, spread_points, start_at_components_
 from vistok.nn.transformer import Transformer, attend_by_position_, init_transformer_
 
@@ -21,7 +22,7 @@ class HitaEncoder(Encoder):
     Differs from the released code: it feeds the features of a frozen teacher (DINOv2) to the full
     blocks as well. Here an encoder needs no second network at encode time, and no weights but the
     tokenizer's own, so that part is left out. Queries start at positions spread over the image,
-    and each token's mean over images is taken off.
+    and each token's mean over images is taken off. It has no dropout.
 
     Paper: Hita, Zheng et al. 2025, https://arxiv.org/abs/2507.02358.
 
@@ -34,6 +35,8 @@ class HitaEncoder(Encoder):
         num_heads: attention heads.
         activation_checkpointing: see `Transformer`.
         attention: auto, dense or flex, in the causal blocks; see `nn/attention.py`.
+        released: blocks of the released code (learned norms, biases, no normalised queries and
+            keys), a 3x3 convolution behind the CNN and not a linear layer, and no norm at the end.
     """
 
     def __init__(
@@ -46,19 +49,23 @@ class HitaEncoder(Encoder):
         num_heads: int,
         activation_checkpointing: bool = False,
         attention: str = "auto",
+        released: bool = False,
     ) -> None:
         super().__init__()
         self.dim = width
         self.num_holistic_tokens = num_holistic_tokens
         self.num_tokens = num_holistic_tokens + cnn.num_tokens
-        self.embed = nn.Linear(cnn.dim, width)
+        self.grid = cnn.grid
+        self.embed = (
+            nn.Conv2d(cnn.dim, width, 3, padding=1) if released else nn.Linear(cnn.dim, width)
+        )
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
             width,
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block="flextok",
+            block="hita" if released else "flextok",
         )
         self.norm_causal = nn.LayerNorm(width)
         self.causal = Transformer(
@@ -66,10 +73,10 @@ class HitaEncoder(Encoder):
             causal_depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block="flextok",
+            block="hita" if released else "flextok",
             attention=attention,
         )
-        self.norm_out = nn.LayerNorm(width)
+        self.norm_out = nn.Identity() if released else nn.LayerNorm(width)
         init_transformer_(self)
         self.num_position_dims = head = width // num_heads
         attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
@@ -87,20 +94,34 @@ class HitaEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, H + cells, D)`, holistic tokens first."""
-        patches = self.embed(self.cnn(images)) + self.patch_positions
+        patches = self.patches(self.cnn(images)) + self.patch_positions
         queries = self.queries.expand(len(patches), -1, -1).to(patches.dtype)
         x = self.transformer(self.norm_in(torch.cat([queries, patches], dim=1)))
         return self.norm_out(self.causal(self.norm_causal(x), self.mask)) - self.latent_means
+
+    def patches(self, features: Tensor) -> Tensor:
+        """The embedding `(B, cells, W)` of the CNN's features `(B, cells, D)`."""
+        if isinstance(self.embed, nn.Linear):
+            return self.embed(features)
+        return self.embed(self._map(features)).flatten(2).transpose(1, 2)
+
+    def _map(self, features: Tensor) -> Tensor:
+        return features.transpose(1, 2).unflatten(2, self.grid)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Start the embedding at the principal components of the CNN's features.
 
-        In the dimensions that positions leave free. Then take the latents' means off.
+        In the dimensions that positions leave free (`released`: in all). Then take the latents'
+        means off.
         """
         self.cnn.initialize(images)
         chunks = images.split(32)
         features = torch.cat([self.cnn(chunk).float() for chunk in chunks])
-        start_at_components_(self.embed, features.flatten(0, 1), self.dim - self.num_position_dims)
+        if isinstance(self.embed, nn.Linear):
+            free = self.dim - self.num_position_dims
+            start_at_components_(self.embed, features.flatten(0, 1), free)
+        else:
+            start_conv_(self.embed, self._map(features[:128]))
         latents = torch.cat([self(chunk).float() for chunk in chunks])
         self.latent_means += latents.mean(dim=0)

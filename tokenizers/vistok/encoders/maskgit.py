@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.encoders.base import Encoder
+from vistok.errors import ArgumentError
 from vistok.nn.cnn import OutputSkipBlock, group_norm
 from vistok.nn.patches import grid_of
 
@@ -26,6 +28,8 @@ class MaskGITEncoder(Encoder):
         channel_multipliers: one per level, times `base_channels`.
         latent_dim: D of the latents.
         num_res_blocks: residual blocks per level, and behind the last one.
+        mean: of each channel in [0, 1], taken off first; the first convolution has no bias.
+        std: of each channel, divided by.
     """
 
     def __init__(
@@ -36,8 +40,17 @@ class MaskGITEncoder(Encoder):
         channel_multipliers: Sequence[int],
         latent_dim: int,
         num_res_blocks: int = 2,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        for name, values in (("mean", mean), ("std", std)):
+            values = torch.tensor(values).view(-1, 1, 1)
+            if len(values) not in (1, channels):
+                raise ArgumentError(f"{name}: {len(values)} values for {channels} channels")
+            self.register_buffer(name, values, persistent=False)
         self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
         self.num_tokens = self.grid[0] * self.grid[1]
         self.dim = latent_dim
@@ -57,5 +70,6 @@ class MaskGITEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
-        x = self.layers(self.conv_in((images + 1) / 2))  # the weights know images in [0, 1]
+        images = ((images + 1) / 2 - self.mean) / self.std  # the weights know images in [0, 1]
+        x = self.layers(self.conv_in(images))
         return self.conv_out(F.silu(self.norm_out(x))).flatten(2).transpose(1, 2)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.encoders.base import Encoder
 from vistok.encoders.cnn import CNNEncoder
+from vistok.encoders.maskgit import MaskGITEncoder
 from vistok.errors import ArgumentError
 from vistok.nn.attention import check_kind, mask_for
 from vistok.nn.hierarchy import (
@@ -19,6 +20,7 @@ from vistok.nn.hierarchy import (
     halved,
     level_points,
     merge_residual,
+    queued_points,
     residual_pyramid,
 )
 from vistok.nn.patches import start_at_components_
@@ -38,10 +40,12 @@ class ResTokEncoder(Encoder):
       the latents. So a level of the code is the same whatever comes behind it.
     - Each level is projected to the code by a layer of its own.
 
-    Positions are rotary. Differs from the released code: every token lies at the centre of its
-    part of the image, and not one grid behind the other on a diagonal with the latents behind
-    them; no reshape mixes the channels of all latents; and `initialize` starts embedding and
-    projections at principal components.
+    Positions are rotary: every token lies at the centre of its part of the image. The longer side
+    of a grid is halved, and the vector that tells its level is added where it is made. With
+    `released` as in the released code: grids lie one behind the other and the latents behind
+    them on a diagonal; the columns alone are halved; and the vector is added behind the block.
+    Differs from it either way: `initialize` starts embedding and projections at principal
+    components.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
@@ -55,11 +59,14 @@ class ResTokEncoder(Encoder):
         merge_layers: indices of the blocks that merge, rising.
         activation_checkpointing: recompute each block in the backward pass.
         attention: auto, dense or flex, under the mask; see `nn/attention.py`.
+        released: places, merging and level vectors of the released code. The decoder's must agree.
+        legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
+            weights need it: each token gets channels of every latent, of all levels.
     """
 
     def __init__(
         self,
-        cnn: CNNEncoder,
+        cnn: CNNEncoder | MaskGITEncoder,
         num_latent_tokens: int,
         dim: int,
         width: int,
@@ -68,8 +75,12 @@ class ResTokEncoder(Encoder):
         merge_layers: Sequence[int],
         activation_checkpointing: bool = False,
         attention: str = "auto",
+        released: bool = False,
+        legacy_reshape: bool = False,
     ) -> None:
         super().__init__()
+        self.released = released
+        self.legacy_reshape = legacy_reshape
         self.attention = check_kind(attention)
         self.num_heads = num_heads
         self.dim = dim
@@ -85,7 +96,7 @@ class ResTokEncoder(Encoder):
         counts = [rows * columns for rows, columns in self.levels]
         self.grids = [cnn.grid]  # fine to coarse: each merge adds one
         for _ in self.merge_layers:
-            self.grids.append(halved(self.grids[-1]))
+            self.grids.append(halved(self.grids[-1], columns_only=released))
         self.embed = nn.Linear(cnn.dim, width)
         self.norm_in = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(RotaryBlock(width, num_heads) for _ in range(depth))
@@ -100,7 +111,11 @@ class ResTokEncoder(Encoder):
         for merges in range(len(self.grids)):
             grids = self.grids[merges::-1]  # coarse to fine, as they stand in the sequence
             sizes = [rows * columns for rows, columns in grids] + counts
-            turn = rotation(level_points([*grids, *self.levels], cnn.grid), width // num_heads)
+            if released:
+                points = queued_points([*grids, num_latent_tokens])
+            else:
+                points = level_points([*grids, *self.levels], cnn.grid)
+            turn = rotation(points, width // num_heads)
             self.register_buffer(f"turn{merges}", turn, persistent=False)
             self.register_buffer(f"mask{merges}", block_causal_mask(sizes), persistent=False)
 
@@ -123,7 +138,12 @@ class ResTokEncoder(Encoder):
                 x = checkpoint(block, *inputs, between, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(*inputs, between)
-        return self.norm_out(x[:, -self.num_tokens :])
+            if between is not None and self.released:
+                x = self.name_coarsest(x, merges)
+        x = self.norm_out(x[:, -self.num_tokens :])
+        if self.legacy_reshape:
+            x = x.reshape(len(x), -1, self.num_tokens).transpose(1, 2)
+        return x
 
     def sequence(self, features: Tensor) -> Tensor:
         """`[image tokens | levels of latents]` `(B, cells + K, W)` of features `(B, cells, W)`."""
@@ -137,8 +157,14 @@ class ResTokEncoder(Encoder):
         """Put the coarser half of the coarsest grid in front; `merges` counts this one too."""
         grid = self.grids[merges - 1]
         cells = grid[0] * grid[1]
-        coarse, rest = merge_residual(x[:, :cells], grid)
-        return torch.cat([coarse + self.image_levels[merges], rest, x[:, cells:]], dim=1)
+        coarse, rest = merge_residual(x[:, :cells], grid, columns_only=self.released)
+        x = torch.cat([coarse, rest, x[:, cells:]], dim=1)
+        return x if self.released else self.name_coarsest(x, merges)
+
+    def name_coarsest(self, x: Tensor, merges: int) -> Tensor:
+        """Add the vector of its level to the coarsest grid behind so many merges."""
+        cells = self.grids[merges][0] * self.grids[merges][1]
+        return torch.cat([x[:, :cells] + self.image_levels[merges], x[:, cells:]], dim=1)
 
     def coarsest(self, sequence: Tensor) -> Tensor:
         """The coarsest image tokens `(B, cells, W)` in the sequence behind the last block."""

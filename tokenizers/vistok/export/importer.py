@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 from vistok.checkpoint import build_tokenizer, load_weights
 from vistok.errors import CheckpointError, ConfigError, nearest
 from vistok.export.exporter import check_out, place_export
-from vistok.export.released import SOURCES, Published
+from vistok.export.published import Published, Released
+from vistok.export.released import maskgit_vqgan, one_d_piece, ta_titok, titok
+from vistok.export.restok import restok
+
+#: What `source=` may name.
+SOURCES: dict[str, Callable[[Published, int | None], Released]] = {
+    converter.__name__: converter
+    for converter in (maskgit_vqgan, titok, one_d_piece, ta_titok, restok)
+}
 
 _FRESH = ("quantizer.stats.", "quantizer.usage.", "quantizer.initialized", "encoder.latent_means")
 

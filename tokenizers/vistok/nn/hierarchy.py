@@ -32,33 +32,39 @@ def residual_pyramid(grid: Tensor, levels: Sequence[Grid]) -> list[Tensor]:
     return tokens
 
 
-def halved(grid: Grid) -> Grid:
+def halved(grid: Grid, columns_only: bool = False) -> Grid:
     """Half the longer side, of a square the rows: 16x16, 8x16, 8x8, 4x8, ...
+
+    With `columns_only` the columns, whatever there is of them: 16x16, 16x8, 16x4, 16x2, ...
 
     Raises:
         ConfigError: if there is one cell only, or the side is odd.
     """
     rows, columns = grid
-    if max(grid) == 1 or max(grid) % 2:
+    side = columns if columns_only else max(grid)
+    if side == 1 or side % 2:
         raise ArgumentError(
             f"merge_layers: a grid of {rows} x {columns} cells can't be halved; "
             "merge in fewer layers or use larger images"
         )
-    return (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+    if columns_only or rows < columns:
+        return rows, columns // 2
+    return rows // 2, columns
 
 
-def merge_residual(tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def merge_residual(tokens: Tensor, grid: Grid, columns_only: bool = False) -> tuple[Tensor, Tensor]:
     """Every other token of a grid, and what is left of all of them without it.
 
     Args:
         tokens: `(B, cells, W)`, raster order.
         grid: its rows and columns.
+        columns_only: see `halved`.
 
     Returns:
-        coarse `(B, cells / 2, W)` of `halved(grid)`, and tokens minus its nearest upsampling:
+        coarse `(B, cells / 2, W)` of the halved grid, and tokens minus its nearest upsampling:
         zero at the tokens that were taken.
     """
-    dim = 1 if halved(grid)[0] < grid[0] else 2
+    dim = 1 if halved(grid, columns_only)[0] < grid[0] else 2
     cells = tokens.unflatten(1, grid)
     coarse = cells[:, ::2] if dim == 1 else cells[:, :, ::2]
     rest = cells - coarse.repeat_interleave(2, dim=dim)
@@ -77,6 +83,22 @@ def level_points(grids: Sequence[Grid], finest: Grid) -> Tensor:
     for grid in grids:
         scale = torch.tensor([side / part for side, part in zip(finest, grid, strict=True)])
         points.append((grid_points(grid) + 0.5) * scale - 0.5)
+    return torch.cat(points)
+
+
+def queued_points(parts: Sequence[Grid | int]) -> Tensor:
+    """Places `(L, 2)` of parts that lie one behind the other, as in ResTok's released code.
+
+    Args:
+        parts: grids, in rows and columns of their own cells, and numbers of tokens, which lie on
+            the diagonal; each behind as many places as there are tokens before it.
+    """
+    points, start = [], 0
+    for part in parts:
+        single = isinstance(part, int)
+        places = torch.arange(part).float()[:, None].expand(-1, 2) if single else grid_points(part)
+        points.append(places + start)
+        start += len(places)
     return torch.cat(points)
 
 

@@ -51,18 +51,22 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP without biases, of as many weights as a plain one of `mlp_ratio` times W.
+    """A gated MLP, of as many weights as a plain one of `mlp_ratio` times W.
 
     Args:
         width: W, in and out.
         mlp_ratio: hidden width of the plain MLP over W; two thirds of it are used, three times.
+        bias: of all layers.
+        multiple: the hidden width is rounded up to a multiple of it.
     """
 
-    def __init__(self, width: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, width: int, mlp_ratio: float = 4.0, bias: bool = False, multiple: int = 1
+    ) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio * 2 / 3)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        hidden = -(-int(width * mlp_ratio * 2 / 3) // multiple) * multiple
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, L, W)` to `(B, L, W)`."""
@@ -77,22 +81,25 @@ class Block(nn.Module):
         width: W, in and out.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over W.
-        style: "vit" has a GELU MLP, biases and learned norms (TiTok, CLIP, ViT); "flextok" a
-            SwiGLU, normalised queries and keys, no biases and plain norms.
+        style: "vit" has a GELU MLP, biases and learned norms (TiTok, CLIP, ViT); "hita" the same
+            with a SwiGLU; "flextok" a SwiGLU, normalised queries and keys, no biases and plain
+            norms.
     """
 
     def __init__(
         self, width: int, num_heads: int, mlp_ratio: float = 4.0, style: str = "vit"
     ) -> None:
         super().__init__()
-        if style not in ("vit", "flextok"):
-            raise ArgumentError(f"block={style}: must be vit or flextok")
+        if style not in ("vit", "hita", "flextok"):
+            raise ArgumentError(f"block={style}: must be vit, hita or flextok")
         plain = style == "flextok"
         self.norm1 = nn.LayerNorm(width, elementwise_affine=not plain)
         self.attn = Attention(width, num_heads, bias=not plain, qk_norm=plain)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=not plain)
         if plain:
             self.mlp: nn.Module = SwiGLU(width, mlp_ratio)
+        elif style == "hita":
+            self.mlp = SwiGLU(width, mlp_ratio, bias=True, multiple=8)
         else:
             hidden = int(width * mlp_ratio)
             self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
