@@ -193,3 +193,26 @@ def loud(module, factor=8):
             if p.ndim == 2:
                 p.mul_(factor)
     return module
+
+
+class Names:
+    """Random tensors by their published names, for tests of importers."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tensors = {}
+
+    def add(self, name, *shape, scale=None):
+        fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
+        scale = fan_in**-0.5 if scale is None else scale
+        self.tensors[name] = torch.randn(shape, generator=self.generator) * scale
+
+    def layer(self, name, *shape, bias=True):
+        self.add(f"{name}.weight", *shape)
+        if bias:
+            self.add(f"{name}.bias", shape[0], scale=0.1)
+
+    def norm(self, name, width):
+        self.add(f"{name}.weight", width, scale=0.1)
+        self.tensors[f"{name}.weight"] += 1
+        self.add(f"{name}.bias", width, scale=0.1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import vistok
-from helpers import TINY, config_of, errors_while_learning, images_of
+from helpers import TINY, Names, config_of, errors_while_learning, images_of
 from vistok.checkpoint import build_tokenizer
 from vistok.cli import evaluate, train
 from vistok.cli import import_weights as command
@@ -23,29 +23,6 @@ CODES = 24
 
 
 # ---------------------------------------------------------------------- published tensors
-
-
-class Names:
-    """Random tensors by name."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.tensors = {}
-
-    def add(self, name, *shape, scale=None):
-        fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
-        scale = fan_in**-0.5 if scale is None else scale
-        self.tensors[name] = torch.randn(shape, generator=self.generator) * scale
-
-    def layer(self, name, *shape, bias=True):
-        self.add(f"{name}.weight", *shape)
-        if bias:
-            self.add(f"{name}.bias", shape[0], scale=0.1)
-
-    def norm(self, name, width):
-        self.add(f"{name}.weight", width, scale=0.1)
-        self.tensors[f"{name}.weight"] += 1
-        self.add(f"{name}.bias", width, scale=0.1)
 
 
 WIDTHS = (64, 64, 128)
@@ -380,7 +357,7 @@ def test_what_is_not_as_it_says_is_refused(tmp_path, capsys):
 
     (tmp_path / "bad.bin").write_bytes(pickle.dumps({"a": Sneaky()}))
     torch.save({"a": Sneaky()}, tmp_path / "sneaky.bin")
-    torch.save({"model": good}, tmp_path / "nested.bin")
+    torch.save({"net": good}, tmp_path / "nested.bin")
     for name, words in (
         ("sneaky.bin", "refused"),
         ("bad.bin", "bad.bin: "),

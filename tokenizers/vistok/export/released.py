@@ -1,75 +1,16 @@
-"""Weights that other projects released, in our names.
-
-Each converter takes the tensors of a published file by their published names, and gives the config
-of a tokenizer and the state that belongs to it. All sizes are read off the tensors, and a tensor
-that is missing or left over is an error.
-"""
+"""Released weights in our names: MaskGIT's VQGAN, TiTok and its kin."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vistok.errors import CheckpointError, ConfigError
-
-
-class Released(NamedTuple):
-    """What a converter gives: the parts of a config, and a state without fresh statistics."""
-
-    tokenizer: dict[str, Any]
-    quantizer: dict[str, Any]
-    state: dict[str, Tensor]
-
-
-class Published:
-    """The tensors of a published file, each taken once.
-
-    Args:
-        tensors: by their published names.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.left = dict(tensors)
-
-    def take(self, name: str) -> Tensor:
-        """The tensor `name`, float32.
-
-        Raises:
-            CheckpointError: if there is none.
-        """
-        if name not in self.left:
-            raise CheckpointError(f"weights: '{name}' is missing; are they what source= says?")
-        return self.left.pop(name).detach().float()
-
-    def move(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """All tensors of some parts, `{theirs: ours}`, under our names."""
-        moved = {}
-        for theirs, ours in names.items():
-            inside = [name for name in self.left if name.startswith(f"{theirs}.")]
-            for name in inside or [f"{theirs}.weight"]:
-                moved[ours + name[len(theirs) :]] = self.take(name)
-        return moved
-
-    def count(self, prefix: str) -> int:
-        """How many parts `prefix.0`, `prefix.1`, ... there are."""
-        start = len(prefix) + 1
-        return len({k[start:].partition(".")[0] for k in self.left if k.startswith(f"{prefix}.")})
-
-    def finish(self) -> None:
-        """Check that nothing is left.
-
-        Raises:
-            CheckpointError: naming the first tensor that has no place.
-        """
-        for name in self.left:
-            raise CheckpointError(
-                f"weights: '{name}' has no place (nor have {len(self.left) - 1} more); are they "
-                "what source= says?"
-            )
+from vistok.export.published import Published, Released, inside, vector_quantizer
 
 
 def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
@@ -85,9 +26,9 @@ def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
         "encoder": encoder,
         "decoder": decoder,
     }
-    state = _inside("encoder", encoder_state) | _inside("decoder", decoder_state)
+    state = inside("encoder", encoder_state) | inside("decoder", decoder_state)
     state["quantizer.embedding"] = codes
-    return Released(tokenizer, _quantizer(codes, codes.shape[1], "euclidean"), state)
+    return Released(tokenizer, vector_quantizer(codes, codes.shape[1], "euclidean"), state)
 
 
 def titok(published: Published, image_size: int | None) -> Released:
@@ -109,12 +50,6 @@ def one_d_piece(published: Published, image_size: int | None) -> Released:
         "per": "batch",
     }
     return released
-
-
-#: What `source=` may name.
-SOURCES: dict[str, Callable[[Published, int | None], Released]] = {
-    converter.__name__: converter for converter in (maskgit_vqgan, titok, one_d_piece, ta_titok)
-}
 
 
 # ---------------------------------------------------------------------- MaskGIT's VQGAN
@@ -261,7 +196,7 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
         "decoder": decoder,
     }
     return Released(
-        tokenizer, _quantizer(codes, width, "cosine" if two_stages else "euclidean"), state
+        tokenizer, vector_quantizer(codes, width, "cosine" if two_stages else "euclidean"), state
     )
 
 
@@ -302,7 +237,7 @@ def _two_stage_head(
     vectors = published.take("pixel_quantize.embedding.weight")
     pixels, pixel_state = _maskgit_decoder(published, "pixel_decoder", decoder["image_size"])
     state["decoder.code_vectors.weight"] = vectors
-    state |= _inside("decoder.pixel_decoder", pixel_state)
+    state |= inside("decoder.pixel_decoder", pixel_state)
     decoder |= {
         "_target_": "vistok.decoders.proxy.ProxyDecoder",
         "num_codes": len(vectors),
@@ -338,23 +273,3 @@ def _add_text(published: Published, decoder: dict[str, Any], state: dict[str, Te
         "num_text_tokens": len(positions),
         "text_dim": state["decoder.text_embed.weight"].shape[1],
     }
-
-
-# ---------------------------------------------------------------------- shared
-
-
-def _quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:
-    return {
-        "_target_": "vistok.quantizers.vq.VectorQuantizer",
-        "dim": dim,
-        "codebook_size": len(codes),
-        "codebook_dim": codes.shape[1],
-        "codebook": "gradient",
-        "metric": metric,
-        "kmeans_init": False,
-        "revival": "none",
-    }
-
-
-def _inside(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{part}.{name}": value for name, value in state.items()}
