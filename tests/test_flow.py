@@ -77,6 +77,22 @@ def test_a_causal_register_moves_itself_and_later_ones_only(j, block):
     assert moved(encoder(False, block), change).all()
 
 
+@pytest.mark.parametrize("norm_in", [True, False])
+def test_what_the_first_block_sees(norm_in):
+    """Patches at their places and registers, as they are or normalised."""
+    torch.manual_seed(0)
+    net = LatentTransformerEncoder(16, 3, 8, 5, 16, 1, 2, class_token=False, norm_in=norm_in)
+    images, seen = torch.randn(2, 3, 16, 16), []
+    net.transformer.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    net(images)
+    patches = [images[:, :, y : y + 8, x : x + 8] for y in (0, 8) for x in (0, 8)]
+    patches = torch.stack([p.movedim(1, 3).flatten(1) for p in patches], dim=1)
+    patches = net.patch_embed(patches) + net.patch_positions
+    registers = (net.latent_tokens + net.latent_positions).expand(2, -1, -1)
+    sequence = torch.cat([patches, registers], dim=1)
+    assert torch.allclose(seen[0], normed(sequence) if norm_in else sequence, atol=1e-5)
+
+
 def test_registers_see_every_patch():
     net = encoder(True)
     images = torch.randn(1, 3, 16, 16)
@@ -254,14 +270,37 @@ def test_patches_and_time_on_their_way_to_the_head():
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_times_turn_at_frequencies_from_one_to_256():
-    """The slowest does not come round between 0 and 1, the fastest does 40 times."""
+@pytest.mark.parametrize("slowest", [1, 0.5])
+def test_times_turn_at_frequencies_from_the_slowest_to_256_times_it(slowest):
     times = torch.tensor([0.0, 0.3, 1.0])
-    features = time_features(times, 8)
+    features = time_features(times, 8, slowest)
     for row, time in enumerate(times.tolist()):
-        angles = [time * 256 ** (i / 4) for i in range(4)]
+        angles = [time * slowest * 256 ** (i / 4) for i in range(4)]
         expected = [*map(math.cos, angles), *map(math.sin, angles)]
         assert features[row].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["d12_d12", "d18_d18", "d18_d28"])
+def test_at_paper_size_256_features_turn_at_up_to_1000_radians(name):
+    net = config_of(f"experiment=flextok_{name}")["tokenizer"]["decoder"]
+    with torch.device("meta"):
+        built = FlowDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, **{k: net[k] for k in ("time_dim", "slowest_time")})  # fmt: skip
+    assert built.time_embed[0].weight.shape == (16, 256)
+    fastest = torch.tensor([1e-3])  # the last sine, of a time that turns it by one radian
+    feature = time_features(fastest, built.time_dim, built.slowest_time)[0, -1]
+    assert feature.item() == pytest.approx(math.sin(1), abs=1e-4)
+
+
+def test_the_decoder_sees_the_time_by_its_features():
+    settings = {"time_dim": 10, "slowest_time": 3.0}
+    net, seen = decoder(**settings), []
+    net.time_embed.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    time = torch.tensor([0.3, 0.9])
+    net.features(torch.randn(2, 3, 16, 24), time, net.registers(torch.randn(2, 6, 12)))
+    assert torch.equal(seen[0], time_features(time, 10, 3.0)) and seen[0].shape == (2, 10)
+    for bad in ({"time_dim": 7}, {"time_dim": 0}, {"slowest_time": -1}, {"slowest_time": "fast"}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            decoder(**bad)
 
 
 def test_times_are_told_apart():

@@ -592,7 +592,7 @@ def test_what_is_not_as_it_says_is_refused(tmp_path, capsys):
 
     (tmp_path / "bad.bin").write_bytes(pickle.dumps({"a": Sneaky()}))
     torch.save({"a": Sneaky()}, tmp_path / "sneaky.bin")
-    torch.save({"model": good}, tmp_path / "nested.bin")
+    torch.save({"net": good}, tmp_path / "nested.bin")
     for name, words in (
         ("sneaky.bin", "refused"),
         ("bad.bin", "bad.bin: "),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.decoders.base import Decoder
-from vistok.errors import ConfigError
+from vistok.errors import ArgumentError, ConfigError, check_number, check_whole
 from vistok.nn.draws import normal, uniform
 from vistok.nn.flow import Guidance, integrate, mix, time_features
 from vistok.nn.patches import (
@@ -59,6 +59,8 @@ class FlowDecoder(Decoder):
         apg: guide by adaptive projected guidance; see `Guidance`.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
+        time_dim: number of the time's features, even; None for W.
+        slowest_time: lowest of their frequencies; see `time_features`.
 
     Raises:
         ConfigError: here and in `reconstruct`, for numbers that no sampling can take.
@@ -84,6 +86,8 @@ class FlowDecoder(Decoder):
         apg: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
+        time_dim: int | None = None,
+        slowest_time: float = 1.0,
     ) -> None:
         super().__init__()
         self.shape = (channels, *as_pair(image_size))
@@ -100,6 +104,11 @@ class FlowDecoder(Decoder):
             )
         self.null_probability = null_probability
         self._check_sampling(steps, guidance, "tokenizer.decoder.")
+        if time_dim is not None:
+            check_whole("time_dim", time_dim, 2)
+            if time_dim % 2:
+                raise ArgumentError(f"time_dim={time_dim}: must be even, for sines and cosines")
+        check_number("slowest_time", slowest_time, 0)
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise ConfigError(f"tokenizer.decoder.seed={seed!r}: must be a whole number")
         self.steps, self.guidance, self.seed, self.apg = steps, guidance, seed, apg
@@ -107,7 +116,11 @@ class FlowDecoder(Decoder):
         pixels = patch_size * patch_size * channels
         self.patch_embed = nn.Linear(pixels, width)
         self.embed = nn.Linear(latent_dim, width)
-        self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_dim = width if time_dim is None else time_dim
+        self.slowest_time = slowest_time
+        self.time_embed = nn.Sequential(
+            nn.Linear(self.time_dim, width), nn.SiLU(), nn.Linear(width, width)
+        )
         self.blocks = nn.ModuleList(ModulatedBlock(width, num_heads) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate_out = nn.Linear(width, 2 * width)
@@ -179,12 +192,13 @@ class FlowDecoder(Decoder):
 
     def features(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""
-        dtype, width = self.patch_embed.weight.dtype, self.patch_embed.out_features
+        dtype = self.patch_embed.weight.dtype
         # The walk is float32, also where the weights are not.
         patches = self.patch_embed(patchify(noisy.to(dtype), self.patch_size))
         patches = patches + self.patch_positions
         count = patches.shape[1]
-        condition = self.time_embed(time_features(time, width).to(dtype))
+        times = time_features(time, self.time_dim, self.slowest_time)
+        condition = self.time_embed(times.to(dtype))
         x = torch.cat([patches.to(registers.dtype), registers], dim=1)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -33,6 +33,7 @@ class QFormerDecoder(Decoder):
         num_heads: attention heads.
         activation_checkpointing: of the Q-Former's blocks.
         padding_start: the encoder's; the code may then be longer by the padding.
+        norm_first: as in the encoder, of the code.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class QFormerDecoder(Decoder):
         num_heads: int,
         activation_checkpointing: bool = False,
         padding_start: int | None = None,
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
         if cnn.dim != latent_dim:
@@ -52,7 +54,8 @@ class QFormerDecoder(Decoder):
         self.dim = latent_dim
         self.grid = cnn.grid
         self.embed = nn.Linear(latent_dim, width)
-        self.norm_in = nn.LayerNorm(width)
+        self.norm_first = norm_first
+        self.norm_in = nn.LayerNorm(latent_dim if norm_first else width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
         self.norm_out = nn.LayerNorm(width)
         self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)
@@ -76,7 +79,8 @@ class QFormerDecoder(Decoder):
 
     def maps(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the Q-Former makes of the code: `(B, W, rows, columns)`."""
-        memory = self.norm_in(self.embed(quantized))
+        norm, embed = self.norm_in, self.embed
+        memory = embed(norm(quantized)) if self.norm_first else norm(embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
         x = self.transformer(
             queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]], mask

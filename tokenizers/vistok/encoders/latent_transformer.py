@@ -50,6 +50,7 @@ class LatentTransformerEncoder(Encoder):
             about 1 the latents would leave it before they are of use. 0 or more.
         legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
             two-stage TiTok and One-D-Piece do: each token gets channels of every latent.
+        norm_in: normalise the sequence before the first block; FlexTok does not.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LatentTransformerEncoder(Encoder):
         attention: str = "auto",
         content: float = 0.125,
         legacy_reshape: bool = False,
+        norm_in: bool = True,
     ) -> None:
         super().__init__()
         check_number("content", content, 0)
@@ -80,7 +82,7 @@ class LatentTransformerEncoder(Encoder):
         self.num_tokens = num_latent_tokens
         self.patch_embed = nn.Linear(patch_size * patch_size * channels, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
-        self.norm_in = nn.LayerNorm(width)
+        self.norm_in = nn.LayerNorm(width) if norm_in else nn.Identity()
         self.transformer = Transformer(
             width,
             depth,

@@ -32,6 +32,8 @@ class QFormerEncoder(Encoder):
         activation_checkpointing: of the Q-Former's blocks.
         padding_start: repeat the queries from this one on behind the code, with positions of
             their own (ReTok); None for none. See `padded`.
+        norm_first: normalise the grid's features before they are embedded, as the released code
+            does, and not their embedding.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class QFormerEncoder(Encoder):
         num_heads: int,
         activation_checkpointing: bool = False,
         padding_start: int | None = None,
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -52,7 +55,8 @@ class QFormerEncoder(Encoder):
         self.grid = cnn.grid
         self.conv_out = nn.Conv2d(cnn.dim, dim, 3, padding=1)
         self.embed = nn.Linear(dim, width)
-        self.norm_in = nn.LayerNorm(width)
+        self.norm_first = norm_first
+        self.norm_in = nn.LayerNorm(dim if norm_first else width)
         self.query = nn.Linear(width, width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
         self.norm_out = nn.LayerNorm(width)
@@ -77,7 +81,8 @@ class QFormerEncoder(Encoder):
 
     def latents(self, images: Tensor) -> Tensor:
         """What is projected to the code: `(B, K + M, W)`."""
-        memory = self.norm_in(self.embed(self.cells(images)))
+        x = self.embed(self.cells(images))
+        memory = x if self.norm_first else self.norm_in(x)
         queries = self.queries(memory)
         if self.padding_start is not None:
             queries = torch.cat([queries, queries[:, self.padding_start :]], dim=1)
@@ -85,9 +90,10 @@ class QFormerEncoder(Encoder):
         return self.norm_out(x)
 
     def cells(self, images: Tensor) -> Tensor:
-        """What the Q-Former reads, before it is embedded: `(B, cells, D)`."""
+        """What is embedded for the Q-Former to read: `(B, cells, D)`."""
         grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
-        return grid.flatten(2).transpose(1, 2)
+        cells = grid.flatten(2).transpose(1, 2)
+        return self.norm_in(cells) if self.norm_first else cells
 
     def queries(self, memory: Tensor) -> Tensor:
         """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""

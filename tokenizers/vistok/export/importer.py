@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from vistok.checkpoint import build_tokenizer, load_weights
 from vistok.errors import CheckpointError, ConfigError, nearest
 from vistok.export.exporter import check_out, place_export
+from vistok.export.gigatok import gigatok, retok
 from vistok.export.published import Published, Released
 from vistok.export.released import maskgit_vqgan, one_d_piece, ta_titok, titok
 from vistok.export.restok import restok
@@ -21,7 +23,7 @@ from vistok.export.restok import restok
 #: What `source=` may name.
 SOURCES: dict[str, Callable[[Published, int | None], Released]] = {
     converter.__name__: converter
-    for converter in (maskgit_vqgan, titok, one_d_piece, ta_titok, restok)
+    for converter in (maskgit_vqgan, titok, one_d_piece, ta_titok, gigatok, retok, restok)
 }
 
 _FRESH = ("quantizer.stats.", "quantizer.usage.", "quantizer.initialized", "encoder.latent_means")
@@ -38,7 +40,8 @@ def import_weights(
 
     Args:
         source: whose they are; one of `SOURCES`.
-        weights: a `.safetensors` file, or one of `torch.save`, which is read without running code.
+        weights: a `.safetensors` file, or one of `torch.save`, which is read without running code;
+            of a training checkpoint the averaged weights are taken, if it has some.
         out: folder to write; it appears whole or not at all.
         image_size: side in pixels, for weights that take any; None for the published one.
         overwrite: replace an export that is there.
@@ -88,7 +91,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # a training checkpoint's arguments
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"weights={path}: refused, it holds more than tensors and plain values, or is damaged"
@@ -96,6 +100,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"weights={path}: cannot be read ({reason})") from error
+    if isinstance(content, dict):
+        content = content.get("ema", content.get("model", content))
     if isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values()):
         return content
     raise CheckpointError(f"weights={path}: holds no plain state_dict (names and tensors)")

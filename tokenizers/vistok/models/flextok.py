@@ -24,7 +24,8 @@ class FlexTok(FlexibleTokenizer):
     one, all of this happens in pixels.
 
     Differs from the paper: latents are not sampled but the autoencoder's own, and positions are
-    learned, from sines and cosines.
+    learned, from sines and cosines. With `norm_in`, `time_dim` and `slowest_time` as in the
+    paper-size configs, encoder and decoder compute what the released ones do.
 
     Paper: Bachmann et al. 2025, https://arxiv.org/abs/2502.13967.
     Parts: `LatentTransformerEncoder` with causal=true and block="flextok", `FlowDecoder`, `FSQ`

@@ -75,9 +75,16 @@ def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 
 
-def time_features(time: Tensor, width: int) -> Tensor:
-    """Sines and cosines `(B, width)` of times `(B,)` in [0, 1]; wavelengths from 1/40 to 2 pi."""
+def time_features(time: Tensor, width: int, slowest: float = 1.0) -> Tensor:
+    """Sines and cosines `(B, width)` of times `(B,)` in [0, 1], at rising frequencies.
+
+    Args:
+        time: in units of the whole path.
+        width: number of features.
+        slowest: lowest frequency, in radians for the whole path; the highest is all but 256 times
+            that. With 1, no feature comes round more than 41 times.
+    """
     half = width // 2
     frequencies = torch.exp(math.log(256.0) * torch.arange(half, device=time.device) / half)
-    angles = time.float()[:, None] * frequencies
+    angles = time.float()[:, None] * (slowest * frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
