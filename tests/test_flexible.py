@@ -323,12 +323,17 @@ def test_fewest_tokens_that_reach_a_quality():
 
 def test_a_target_is_reached_by_what_equals_it():
     tok = tiny_tokenizer(tokenizer="one_d_piece_tiny")
-    images = images_of(1)
+    images = images_of(16)
     first = tok.detokenize(tok.tokenize(images), num_tokens=1)
-    exact = rounded_psnr(first, to_unit_range(tok.to_model_range(images)))
+    errors = (first.double().mul(255).round() - images).square().mean(dim=(1, 2, 3)) / 255**2
+    exact = -10 * errors.log10()  # of the bytes, in float64
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tok.tokenize_to_target(images, psnr=exact, budgets=[1])[1].tolist() == [1]
+        for given in (images, images.double() / 255, images.numpy()):
+            _, reached = tok.tokenize_to_target(given, psnr=exact - 1e-9, budgets=[1])
+            assert reached.tolist() == [1] * 16
+    with pytest.warns(UserWarning, match="16 of 16 images"):
+        tok.tokenize_to_target(images, psnr=exact + 1e-9, budgets=[1])
 
 
 def test_most_tokens_that_fit():

@@ -514,6 +514,37 @@ def test_accumulation_counts_samples(words, tmp_path):
     assert lrs == pytest.approx([1e-3 * factor for factor in expected])
 
 
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ((2, 9, 3), (2, 9, 9)),  # an epoch of 18 images is a step, and ends where the run does
+        ((2, 4, 4), (4, 2, 9)),  # as on half as many devices with trainer.global_batch_size
+        ((4, 2, 3), (1, 8, 9)),
+    ],
+)
+def test_resume_begins_with_a_whole_step(words, tmp_path, before, after):
+    def how(accumulated, batch, steps):
+        return [
+            f"trainer.accumulate_grad_batches={accumulated}",
+            f"data.batch_size={batch}",
+            f"trainer.max_steps={steps}",
+            "trainer.val_check_interval=4",
+            "optimizer.total_samples=200",
+        ]
+
+    assert train([*words, *how(*after), "hydra.run.dir=whole"]) == 0
+    assert train([*words, *how(*before), "hydra.run.dir=run"]) == 0
+    assert train(["resume=run", *how(*after)]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["samples_seen"] == 9 * before[0] * before[1]
+    whole, resumed = losses_of(tmp_path / "whole"), losses_of(tmp_path / "run")
+    assert resumed.keys() == whole.keys() == set(range(1, 10))
+    for step, loss in whole.items():
+        assert float(resumed[step]) == pytest.approx(float(loss), rel=1e-4), step
+    validated = [int(row["step"]) for row in metrics_of(tmp_path / "run") if row.get("val/psnr")]
+    assert validated == sorted({4, 8, 9, before[2]})
+
+
 def test_schedule_counts_samples(words, tmp_path):
     more = ["optimizer.warmup_samples=16", "optimizer.final_lr_factor=0.1", "trainer.max_steps=12"]
     assert train([*words, *more, "hydra.run.dir=run"]) == 0

@@ -171,8 +171,10 @@ class Transform:
                 f" {', '.join(AUGMENTS)}, for example data.augment=[hflip]"
             )
         if "rot90" in augment and size[0] != size[1]:
+            others = ",".join(name for name in augment if name != "rot90")
             raise ConfigError(
-                f"data.augment=rot90 needs a square data.image_size, not {text(size)}"
+                f"data.augment=rot90 needs a square data.image_size, not {text(size)}; without it: "
+                f"data.augment=[{others}]"
             )
         self.size, self.crop, self.augment = size, crop, tuple(augment)
         self.scale = scale

@@ -12,7 +12,7 @@ from torch import Tensor
 from vistok.decoders.base import Decoder
 from vistok.encoders.base import Encoder
 from vistok.errors import ConfigError
-from vistok.models.arguments import as_budgets, as_numbers, in_words
+from vistok.models.arguments import as_budgets, as_numbers, as_tensor, in_words
 from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
@@ -132,7 +132,7 @@ class FlexibleTokenizer(Tokenizer):
                 f"psnr: expected dB, one number or ({len(ids)},) of them, found {in_words(psnr)}"
             )
         targets = targets.to(ids.device).expand(len(ids))
-        originals = (self.to_model_range(images) + 1) / 2
+        originals = self._exact(images)
         best = torch.full_like(targets, -torch.inf)
         open_ = torch.arange(len(ids), device=ids.device)
         for budget in tried:
@@ -194,6 +194,11 @@ class FlexibleTokenizer(Tokenizer):
         return int(fitting)
 
     # ------------------------------------------------------------------ lengths
+
+    def _exact(self, images: Any) -> Tensor:
+        """Checked images in [0, 1], float64; by way of [-1, 1] they would lose digits."""
+        given = torch.as_tensor(as_tensor(images), device=self.device)
+        return given.double() / (255 if given.dtype == torch.uint8 else 1)
 
     def _budgets_within(self, max_bytes: float | None, budgets: Any) -> list[int]:
         """Those given, or the length policy's, that fit into `max_bytes`; rising, never none."""

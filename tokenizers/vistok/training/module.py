@@ -280,11 +280,19 @@ class TokenizerModule(L.LightningModule):
             checkpoint["adversary"] = self.adversary.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back, and begin with a whole step."""
         if self.ema is not None and checkpoint.get("ema"):
             self.ema.load_state_dict(checkpoint["ema"])
         if self.adversary is not None and "adversary" in checkpoint:
             self.adversary.load_state_dict(checkpoint["adversary"])
+        # Lightning counts batches: those of its epoch, at whose end it steps with what it has, and
+        # all of them, by which it validates. Checkpoints lie between steps, so count these.
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for name, ready in (("current", 0), ("total", done)):
+            shift = ready - batches[name]["ready"]
+            batches[name] = {key: count + shift for key, count in batches[name].items()}
+        batches["is_last_batch"] = False
 
     def on_fit_start(self) -> None:
         """Bring what is no submodule to where the tokenizer is; keep memory between steps."""
