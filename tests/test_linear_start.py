@@ -78,12 +78,14 @@ def test_blocks_start_as_their_skip():
     assert unexplained(pixels(wider(maps)).detach(), pixels(maps)) < 1e-6
 
 
-def test_an_encoder_says_at_once_what_it_sees():
+@pytest.mark.parametrize("latent_dim", [None, 48])
+def test_an_encoder_says_at_once_what_it_sees(latent_dim):
     """Also how bright an image is, which a norm over the image takes from a random network."""
     images = photographs(32)
     targets = pixels(F.pixel_unshuffle(images, 4))
     torch.manual_seed(0)
-    net = CNNEncoder(16, 3, 32, [1, 2], num_res_blocks=1, stem=2, attention=False)
+    net = CNNEncoder(16, 3, 32, [1, 2], 1, 2, attention=False, latent_dim=latent_dim)
+    assert net.dim == (latent_dim or 64)
     before = unexplained(net(images).flatten(0, 1).detach(), targets)
     net.initialize(images)
     after = unexplained(net(images).flatten(0, 1).detach(), targets)

@@ -42,6 +42,7 @@ class CNNDecoder(Decoder):
         upsample: "nearest" pixels and a convolution (VQGAN), or "depth_to_space" (GigaTok).
         adaptive_norm: begin each level with a norm that is set by the latents; see
             `AdaptiveGroupNorm` (GigaTok).
+        level_attention: the encoder's.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class CNNDecoder(Decoder):
         attention: bool = True,
         upsample: str = "nearest",
         adaptive_norm: bool = False,
+        level_attention: bool = True,
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, stem * 2 ** (len(channel_multipliers) - 1))
@@ -75,7 +77,7 @@ class CNNDecoder(Decoder):
             for _ in range(num_res_blocks):
                 layers.append(ResBlock(width, base_channels * channel_multipliers[level]))
                 width = base_channels * channel_multipliers[level]
-                if attention and level == len(channel_multipliers) - 1:
+                if attention and level_attention and level == len(channel_multipliers) - 1:
                     layers.append(SpatialAttention(width))
             if level:
                 layers.append((Upsample if upsample == "nearest" else DepthToSpace)(width))

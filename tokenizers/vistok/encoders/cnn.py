@@ -30,6 +30,10 @@ class CNNEncoder(Encoder):
             Work on few large cells costs less than on many small ones: 2 is about three
             times as fast and what the CPU-sized presets use.
         attention: self-attention in the middle block and at the last level.
+        level_attention: with it, also at the last level (VQGAN), and not in the middle block alone
+            (latent diffusion, Rombach et al. 2022, https://arxiv.org/abs/2112.10752).
+        latent_dim: D, the width of the latents, to which a 3x3 convolution leads; None for the
+            channels of the last level, and none.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class CNNEncoder(Encoder):
         num_res_blocks: int = 2,
         stem: int = 1,
         attention: bool = True,
+        level_attention: bool = True,
+        latent_dim: int | None = None,
     ) -> None:
         super().__init__()
         factor = stem * 2 ** (len(channel_multipliers) - 1)
@@ -55,7 +61,7 @@ class CNNEncoder(Encoder):
             for _ in range(num_res_blocks):
                 layers.append(ResBlock(width, base_channels * multiplier))
                 width = base_channels * multiplier
-                if last and attention:
+                if last and attention and level_attention:
                     layers.append(SpatialAttention(width))
             if not last:
                 layers.append(Downsample(width))
@@ -65,12 +71,14 @@ class CNNEncoder(Encoder):
         layers.append(ResBlock(width, width))
         self.layers = nn.Sequential(*layers)
         self.norm_out = group_norm(width)
-        self.dim = width
+        self.dim = width if latent_dim is None else latent_dim
+        self.conv_out = None if latent_dim is None else nn.Conv2d(width, latent_dim, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
-        x = self.norm_out(self.layers(self.conv_in(_fold(images, self.stem))))
-        return F.silu(x).flatten(2).transpose(1, 2)
+        x = F.silu(self.norm_out(self.layers(self.conv_in(_fold(images, self.stem)))))
+        x = x if self.conv_out is None else self.conv_out(x)
+        return x.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -84,6 +92,8 @@ class CNNEncoder(Encoder):
             if isinstance(layer, Downsample):
                 start_conv_(layer.conv, x)
             x = layer(x)
+        if self.conv_out is not None:
+            start_conv_(self.conv_out, F.silu(self.norm_out(x)))
 
 
 def _fold(images: Tensor, side: int) -> Tensor:

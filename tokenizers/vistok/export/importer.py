@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vistok.checkpoint import build_tokenizer, load_weights
 from vistok.errors import CheckpointError, ConfigError, nearest
 from vistok.export.exporter import check_out, place_export
+from vistok.export.flextok import flextok
 from vistok.export.gigatok import gigatok, retok
 from vistok.export.published import Published, Released
 from vistok.export.released import maskgit_vqgan, one_d_piece, ta_titok, titok
@@ -23,7 +24,16 @@ from vistok.export.restok import restok
 #: What `source=` may name.
 SOURCES: dict[str, Callable[[Published, int | None], Released]] = {
     converter.__name__: converter
-    for converter in (maskgit_vqgan, titok, one_d_piece, ta_titok, gigatok, retok, restok)
+    for converter in (
+        maskgit_vqgan,
+        titok,
+        one_d_piece,
+        ta_titok,
+        flextok,
+        gigatok,
+        retok,
+        restok,
+    )
 }
 
 _FRESH = ("quantizer.stats.", "quantizer.usage.", "quantizer.initialized", "encoder.latent_means")
@@ -57,7 +67,7 @@ def import_weights(
         known = ", ".join(SOURCES)
         raise ConfigError(f"source={source}: must be one of {known}{nearest(source, SOURCES)}")
     check_out(out, overwrite)
-    published = Published(_read(weights))
+    published = _read(weights)
     try:
         released = SOURCES[source](published, image_size)
         published.finish()
@@ -85,12 +95,14 @@ def import_weights(
     return out
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Published:
     if not path.is_file():
         raise CheckpointError(f"weights={path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            return Published(load_file(path), metadata)
         with torch.serialization.safe_globals([Namespace]):  # a training checkpoint's arguments
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -103,5 +115,5 @@ def _read(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("ema", content.get("model", content))
     if isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values()):
-        return content
+        return Published(content)
     raise CheckpointError(f"weights={path}: holds no plain state_dict (names and tensors)")

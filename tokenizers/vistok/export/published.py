@@ -29,10 +29,14 @@ class Published:
 
     Args:
         tensors: by their published names.
+        metadata: what a safetensors file says of itself.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
         self.left = dict(tensors)
+        self.metadata = dict(metadata or {})
 
     def take(self, name: str) -> Tensor:
         """The tensor `name`, float32.
