@@ -341,6 +341,19 @@ def test_released_form_names_a_grid_behind_the_block():
     assert encoder.grids == [(4, 4), (4, 2), (4, 1)]
 
 
+def test_legacy_reshape_reads_memory_in_another_shape():
+    """Token k gets the values k, k + 8, k + 16, ... of all; also of no images."""
+    encoder = small(*RELEASED).encoder
+    images = torch.rand(2, 3, 32, 32)
+    mixed = encoder.latents(images)
+    encoder.legacy_reshape = False
+    plain = encoder.latents(images).flatten(1)
+    for token in range(8):
+        assert torch.equal(mixed[:, token], plain[:, token::8])
+    encoder.legacy_reshape = True
+    assert encoder(images[:0]).shape == (0, 8, 16)
+
+
 def test_released_form_learns_and_recomputes():
     tok = small(*RELEASED).train()
     images = tok.to_model_range(images_of(16, 32))

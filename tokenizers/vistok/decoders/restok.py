@@ -36,7 +36,7 @@ class ResTokDecoder(Decoder):
         num_heads: attention heads.
         activation_checkpointing: recompute each block in the backward pass.
         released: as in the released code, the latents lie on a diagonal and the cells behind
-            them, and a norm stands before and behind the blocks. The encoder's must agree.
+            them, and a norm stands before and behind the blocks.
     """
 
     def __init__(

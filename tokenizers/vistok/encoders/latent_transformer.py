@@ -40,7 +40,7 @@ class LatentTransformerEncoder(Encoder):
         activation_checkpointing: see `Transformer`.
         causal: patches attend to patches alone, and latent token j to all patches and to the
             latent tokens up to j (FlexTok's registers), so that later ones don't change it.
-        block: style of the blocks, "vit" or "flextok"; see `Block`.
+        block: style of the blocks, such as "vit" or "flextok"; see `Block`.
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
         attention: auto, dense or flex, under the causal mask; see `nn/attention.py`.

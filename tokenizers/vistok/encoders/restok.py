@@ -59,7 +59,7 @@ class ResTokEncoder(Encoder):
         merge_layers: indices of the blocks that merge, rising.
         activation_checkpointing: recompute each block in the backward pass.
         attention: auto, dense or flex, under the mask; see `nn/attention.py`.
-        released: places, merging and level vectors of the released code. The decoder's must agree.
+        released: places, merging and level vectors of the released code, as in the decoder.
         legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
             weights need it: each token gets channels of every latent, of all levels.
     """
@@ -142,7 +142,7 @@ class ResTokEncoder(Encoder):
                 x = self.name_coarsest(x, merges)
         x = self.norm_out(x[:, -self.num_tokens :])
         if self.legacy_reshape:
-            x = x.reshape(len(x), -1, self.num_tokens).transpose(1, 2)
+            x = x.reshape(len(x), x.shape[2], self.num_tokens).transpose(1, 2)
         return x
 
     def sequence(self, features: Tensor) -> Tensor:
