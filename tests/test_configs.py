@@ -11,6 +11,7 @@ import yaml
 
 import vistok
 from helpers import CONFIGS, SIZES, TINY, config_of, images_of
+from test_losses import output
 from vistok.checkpoint import build, build_tokenizer
 from vistok.configuration import all_keys, compose, header
 from vistok.errors import ConfigError
@@ -129,6 +130,11 @@ def test_paper_sizes_have_the_papers_recipe(name):
     assert optimizer["warmup_samples"] == pytest.approx(warmup * batch, rel=1e-3)
     assert trainer["gradient_clip_val"] == clip and optimizer["betas"] == betas
     assert optimizer["lr"] == 1e-4
+    # An error of half the range: 0.5 of images in [0, 1], 1 in [-1, 1]. Hita counts it twice, and
+    # sums the losses of its two quantizers, of which ours takes the mean.
+    unit = name.startswith(("titok", "ta_titok", "one_d_piece", "restok"))
+    wrong = output(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+    assert build(config["loss"])(wrong, {}, 0)["total"].item() == (0.25 if unit else 1.0)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -122,10 +122,10 @@ def import_help() -> None:
 usage: import_weights.py source=titok weights=FILE out=exported/titok_l32
 
 keys
-  source        maskgit_vqgan, titok, one_d_piece, ta_titok or restok
+  source        maskgit_vqgan, titok, one_d_piece, ta_titok, flextok, gigatok, retok or restok
   weights       a .safetensors, .bin or .pth file; it is read without running code
   out           folder to write
-  image_size    for maskgit_vqgan, whose weights take any (published: 256)
+  image_size    for maskgit_vqgan and restok, whose weights take any (published: 256)
   overwrite     replace an export that is there
 
 then
