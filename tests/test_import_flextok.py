@@ -285,8 +285,14 @@ def test_what_a_file_says_of_itself_is_heeded(tmp_path):
     assert torch.allclose(tok.autoencoder.std, torch.full((CHANNELS,), 1 / SCALE))
     assert tok.decoder.slowest_time * 256**0.8 == pytest.approx(1)  # the fastest of five
     assert tok.quantizer.codebook_sizes == (200,)
-    with pytest.raises(CheckpointError, match="no scaling_factor"):
-        imported(published(), tmp_path, {}, overwrite=True)
+    for said, message in (
+        ({}, "scaling_factor=null"),
+        ({**SAID, "vae": "{'scaling_factor': 0}"}, "scaling_factor=0"),
+        ({**SAID, "decoder": "{'max_timestep': 'late'}"}, "max_timestep=late"),
+        ({**SAID, "regularizer": "{'levels': 8}"}, "levels: 8"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            imported(published(), tmp_path, said, overwrite=True)
 
 
 def test_what_is_not_as_it_says_is_refused(tmp_path):

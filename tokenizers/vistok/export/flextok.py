@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.errors import CheckpointError, ConfigError
+from vistok.errors import CheckpointError, ConfigError, as_written, is_number
 from vistok.export.published import Published, Released, inside
 
 _VAE = "vae.vae"
@@ -32,20 +32,18 @@ _KINDS = {
 def flextok(published: Published, image_size: int | None) -> Released:
     """FlexTok (https://arxiv.org/abs/2502.13967); three numbers are in its file's own config."""
     said = _said(published.metadata)
-    if not isinstance(said.get("scaling_factor"), (int, float)):
-        raise CheckpointError(
-            "weights: no scaling_factor of the autoencoder; the published safetensors file has it "
-            "in the config that it carries"
-        )
-    levels = said.get("levels", [8, 8, 8, 5, 5, 5])
+    scale = _number(said, "scaling_factor", None)
     # Its code has 1000 as the latest time, and stretches shorter ranges to as many radians.
-    fastest = 1000 / said.get("max_timestep", 1000.0)
+    fastest = 1000 / _number(said, "max_timestep", 1000)
+    levels = said.get("levels", [8, 8, 8, 5, 5, 5])
+    if not isinstance(levels, list):
+        raise CheckpointError(f"weights: their config has levels: {levels}; must be a list")
     _name_modules(published)
 
     autoencoder, state = _autoencoder(published)
     channels = autoencoder["quantizer"]["codebook_dim"]
     state["mean"] = torch.zeros(channels)
-    state["std"] = torch.full((channels,), 1 / said["scaling_factor"])
+    state["std"] = torch.full((channels,), 1 / scale)
     state = inside("autoencoder", state)
     encoder = _encoder(published, channels, state)
     width = encoder["width"]
@@ -94,6 +92,16 @@ def _said(metadata: Mapping[str, str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             parsed[name] = text
     return dict(leaves(parsed))
+
+
+def _number(said: Mapping[str, Any], name: str, default: float | None) -> float:
+    value = said.get(name, default)
+    if not is_number(value) or value <= 0:
+        raise CheckpointError(
+            f"weights: {name}={as_written(value)} in the config that the file carries; "
+            "must be a positive number, as the published safetensors files have it"
+        )
+    return float(value)
 
 
 def _name_modules(published: Published) -> None:
