@@ -45,7 +45,7 @@ def halved(grid: Grid, columns_only: bool = False) -> Grid:
     if side == 1 or side % 2:
         raise ArgumentError(
             f"merge_layers: a grid of {rows} x {columns} cells can't be halved; "
-            "merge in fewer layers or use larger images"
+            "merge in fewer layers, or take images of 2, 4, 8, 16, ... cells a side"
         )
     if columns_only or rows < columns:
         return rows, columns // 2
