@@ -46,11 +46,13 @@ class MaskGITEncoder(Encoder):
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        for name, values in (("mean", mean), ("std", std)):
-            values = torch.tensor(values).view(-1, 1, 1)
+        for name, given in (("mean", mean), ("std", std)):
+            values = list(given) if isinstance(given, Sequence) else [given]
             if len(values) not in (1, channels):
                 raise ArgumentError(f"{name}: {len(values)} values for {channels} channels")
-            self.register_buffer(name, values, persistent=False)
+            if name == "std" and min(values) <= 0:
+                raise ArgumentError(f"std={given}: must be above 0")
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
         self.num_tokens = self.grid[0] * self.grid[1]
         self.dim = latent_dim
