@@ -216,3 +216,11 @@ class Names:
         self.add(f"{name}.weight", width, scale=0.1)
         self.tensors[f"{name}.weight"] += 1
         self.add(f"{name}.bias", width, scale=0.1)
+
+    def res_block(self, name, width_in, width_out, shortcut):
+        self.norm(f"{name}.norm1", width_in)
+        self.layer(f"{name}.conv1", width_out, width_in, 3, 3)
+        self.norm(f"{name}.norm2", width_out)
+        self.layer(f"{name}.conv2", width_out, width_out, 3, 3)
+        if width_in != width_out:
+            self.layer(f"{name}.{shortcut}", width_out, width_in, 1, 1)

@@ -24,19 +24,11 @@ SAID = {
     "vae": str({"scaling_factor": SCALE, "latent_channels": CHANNELS, "hub": None}),
     "decoder": str({"module_dict": {"any": {"max_timestep": LATEST}, "other": [1, 2]}}),
     "regularizer": str({"levels": list(LEVELS)}),
+    "odd": "{[1]: 2}",  # no plain value
 }
 
 
 # ---------------------------------------------------------------------- published tensors
-
-
-def res_block(names, name, width_in, width_out):
-    names.norm(f"{name}.norm1", width_in)
-    names.layer(f"{name}.conv1", width_out, width_in, 3, 3)
-    names.norm(f"{name}.norm2", width_out)
-    names.layer(f"{name}.conv2", width_out, width_out, 3, 3)
-    if width_in != width_out:
-        names.layer(f"{name}.conv_shortcut", width_out, width_in, 1, 1)
 
 
 def cnn(names, part, kind, blocks, resample):
@@ -45,13 +37,15 @@ def cnn(names, part, kind, blocks, resample):
     names.layer(f"{part}.conv_in", width, 3 if kind == "down" else CHANNELS, 3, 3)
     for level, out in enumerate(widths):
         for n in range(blocks):
-            res_block(names, f"{part}.{kind}_blocks.{level}.resnets.{n}", width, out)
+            names.res_block(
+                f"{part}.{kind}_blocks.{level}.resnets.{n}", width, out, "conv_shortcut"
+            )
             width = out
         if level == 0:
             names.layer(f"{part}.{kind}_blocks.0.{resample}.0.conv", width, width, 3, 3)
     middle = WIDTHS[-1]
     for n in range(2):
-        res_block(names, f"{part}.mid_block.resnets.{n}", middle, middle)
+        names.res_block(f"{part}.mid_block.resnets.{n}", middle, middle, "conv_shortcut")
     attention = f"{part}.mid_block.attentions.0"
     names.norm(f"{attention}.group_norm", middle)
     for layer in ("to_q", "to_k", "to_v", "to_out.0"):

@@ -24,15 +24,6 @@ FORMERS = {"s2to1encoder": ("encoder_embed", 128), "s1to2decoder": ("decoder_emb
 # ---------------------------------------------------------------------- published tensors
 
 
-def res_block(names, name, width_in, width_out):
-    names.norm(f"{name}.norm1", width_in)
-    names.layer(f"{name}.conv1", width_out, width_in, 3, 3)
-    names.norm(f"{name}.norm2", width_out)
-    names.layer(f"{name}.conv2", width_out, width_out, 3, 3)
-    if width_in != width_out:
-        names.layer(f"{name}.nin_shortcut", width_out, width_in, 1, 1)
-
-
 def cnn(names, part, blocks):
     encodes = part == "encoder"
     widths = WIDTHS if encodes else WIDTHS[::-1]
@@ -43,14 +34,14 @@ def cnn(names, part, blocks):
             names.layer(f"{part}.adaptive.{level}.gamma", width, DIM)
             names.layer(f"{part}.adaptive.{level}.beta", width, DIM)
         for n in range(blocks):
-            res_block(names, f"{part}.conv_blocks.{level}.res.{n}", width, out)
+            names.res_block(f"{part}.conv_blocks.{level}.res.{n}", width, out, "nin_shortcut")
             width = out
         if level < 2 and encodes:
             names.layer(f"{part}.conv_blocks.{level}.downsample.conv", width, width, 3, 3)
         elif level < 2:
             names.layer(f"{part}.conv_blocks.{level}.upsample.conv1", 4 * width, width, 3, 3)
     for n in range(2):
-        res_block(names, f"{part}.mid.{n}", WIDTHS[-1], WIDTHS[-1])
+        names.res_block(f"{part}.mid.{n}", WIDTHS[-1], WIDTHS[-1], "nin_shortcut")
     names.norm(f"{part}.norm_out", width)
     names.layer(f"{part}.conv_out", DIM if encodes else 3, width, 3, 3)
 

@@ -293,7 +293,7 @@ def oracle_rotary_block(p, name, x, places, levels, between=lambda x: x):
     angles = torch.tensor(places, dtype=torch.float64)[:, :, None] * speeds  # rows, then columns
     turns = torch.polar(torch.ones_like(angles), angles).flatten(1)
     turned = []
-    for part, norm in zip(heads, ("q_norm", "k_norm"), strict=False):
+    for part, norm in zip(heads[:2], ("q_norm", "k_norm"), strict=True):
         pairs = oracle_norm(p, f"{name}.attn.{norm}", part).unflatten(-1, (-1, 2)).contiguous()
         turned.append(torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2))
     logits = turned[0] @ turned[1].mT / head**0.5

@@ -89,7 +89,7 @@ def _said(metadata: Mapping[str, str]) -> dict[str, Any]:
     for name, text in metadata.items():
         try:
             parsed[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no plain value
             parsed[name] = text
     return dict(leaves(parsed))
 
