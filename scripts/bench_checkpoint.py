@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
 import torch
 
 from vistok.cli import train
-from vistok.training.checkpoints import CheckpointWriter
-from vistok.training.module import TokenizerModule
+from vistok.tasks.reconstruction import TokenizerModule
+from vistok.training.checkpointing import CheckpointWriter
 
 EVERY = 4  # steps of training between saves
 

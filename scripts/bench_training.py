@@ -101,7 +101,8 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vistok.checkpoint import build, build_tokenizer
+    from vistok.core.registry import build
+    from vistok.models.build import build_tokenizer
     from vistok.training.memory import keep_freed_memory
     from vistok.training.optimizers import build_optimizer
 
@@ -181,7 +182,7 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
 
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
     """The experiment's config."""
-    from vistok.configuration import compose, to_container
+    from vistok.core.configuration import compose, to_container
 
     return to_container(compose("train", [f"experiment={case['experiment']}", *case["overrides"]]))
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tokenizers"))
-from vistok.data.make_shards import main
+from vistok.tools.make_shards import main
 
 if __name__ == "__main__":
     sys.exit(main())

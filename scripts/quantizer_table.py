@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / "tokenizers"))
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-from vistok.checkpoint import build  # noqa: E402
+from vistok.core.registry import build  # noqa: E402
 from vistok.quantizers.base import Quantizer  # noqa: E402
 
 CONFIGS = ROOT / "configs"

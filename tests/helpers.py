@@ -138,14 +138,14 @@ def losses_of(run: Path) -> dict[int, str]:
 
 def config_of(*overrides: str) -> dict:
     """A training config, resolved."""
-    from vistok.configuration import compose, quoted, to_container
+    from vistok.core.configuration import compose, quoted, to_container
 
     return to_container(compose("train", [quoted(o) for o in overrides]))
 
 
 def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
     """A tokenizer of a few thousand parameters, in eval mode."""
-    from vistok.checkpoint import build_tokenizer
+    from vistok.models.build import build_tokenizer
 
     torch.manual_seed(0)
     base = (

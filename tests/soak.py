@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
 import torch
 
 import vistok.cli
-import vistok.training.run  # what every attempt needs
-from vistok.checkpoint import read_seal
+import vistok.tasks.run
+from vistok.checkpoints.seals import read_seal
 from vistok.training import checkpoints
 
 WRITE_DELAY = 0.002  # seconds for each piece of a checkpoint

@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from helpers import SIZES, TINY, config_of, losses_of
 from test_distributed_training import TWO, ended, floats, start
 from test_pipeline import assert_same, assert_same_training, state_of
-from vistok.checkpoint import build, build_tokenizer
 from vistok.cli import train
+from vistok.core.registry import build
 from vistok.data.datamodule import VistokDataModule
-from vistok.losses.adversarial import (
-    PatchDiscriminator,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-)
-from vistok.training.adversary import Adversary
-from vistok.training.module import TokenizerModule
+from vistok.losses.gan.discriminators import PatchDiscriminator
+from vistok.losses.gan.players import hinge_discriminator_loss, hinge_generator_loss
+from vistok.models.build import build_tokenizer
+from vistok.tasks.adversary import Adversary
+from vistok.tasks.reconstruction import TokenizerModule
 from vistok.training.optimizers import parameter_groups
 
 ADVERSARY = [

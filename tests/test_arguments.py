@@ -6,8 +6,10 @@ from torch import nn
 
 import vistok
 from helpers import config_of
-from vistok.checkpoint import build, build_tokenizer
-from vistok.errors import ConfigError, check_number, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.registry import build
+from vistok.core.values import check_number, check_whole
+from vistok.models.build import build_tokenizer
 
 E, D = "tokenizer.encoder", "tokenizer.decoder"
 WHOLE = "must be a whole number, 1 or more"

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from helpers import TINY, config_of, images_of, tiny_tokenizer
-from vistok.checkpoint import build_tokenizer
-from vistok.encoders.latent_transformer import prefix_causal_mask
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.models.build import build_tokenizer
+from vistok.models.latent_vit import prefix_causal_mask
 from vistok.nn import attention as attentions
 from vistok.nn.attention import attend, in_blocks, mask_for
-from vistok.nn.transformer import Transformer
+from vistok.nn.blocks import Transformer
 
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
 

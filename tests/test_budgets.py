@@ -165,7 +165,7 @@ def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
     assert "curve.png" in text
 
     tok = vistok.load(flexible_run)
-    from vistok.checkpoint import find_checkpoint
+    from vistok.checkpoints.find import find_checkpoint
     from vistok.data.datamodule import VistokDataModule
     from vistok.evaluation.run import data_config
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from helpers import SIZES, awake, images_of, tiny_tokenizer
-from vistok.decoders.proxy import ProxyDecoder
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.models.arguments import as_numbers, as_plain
 from vistok.models.flexible import FlexibleTokenizer
-from vistok.models.latents import LatentSpace
+from vistok.models.latent_space import LatentSpace
+from vistok.models.proxy_decoder import ProxyDecoder
 
 # ---------------------------------------------------------------------- precision
 

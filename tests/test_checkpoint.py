@@ -8,8 +8,11 @@ from torch import nn
 
 import vistok
 from helpers import TINY, config_of, images_of, tiny_tokenizer
-from vistok.checkpoint import build, find_checkpoint, load_weights, read_config, resolve
-from vistok.errors import CheckpointError, ConfigError
+from vistok.checkpoints.find import find_checkpoint
+from vistok.checkpoints.load import load_weights
+from vistok.checkpoints.read import read_config
+from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.registry import build, resolve
 
 STRANGERS = [
     "os.system",
@@ -18,8 +21,8 @@ STRANGERS = [
     "torch.nn.Linear",
     "torch.load",
     "vistok.cli.main",
-    "vistok.checkpoint.load",
-    "vistok.training.run.train",
+    "vistok.checkpoints.load.load",
+    "vistok.tasks.run.train",
     "vistok.quantizers.vq.torch",
     "vistok.quantizers.vq.nn",
     "vistok.quantizers.vq.Quantizer",  # imported there, at home elsewhere
@@ -79,7 +82,7 @@ def test_a_config_never_causes_an_import(tmp_path, monkeypatch):
 
 def test_build_names_a_wrong_argument():
     with pytest.raises(ConfigError, match=r"MSELoss.*foo"):
-        build({"_target_": "vistok.losses.reconstruction.MSELoss", "foo": 1})
+        build({"_target_": "vistok.losses.pixels.MSELoss", "foo": 1})
 
 
 def test_a_tokenizer_must_be_one():
@@ -90,7 +93,7 @@ def test_a_tokenizer_must_be_one():
     vistok.register(Odd)
     odd = {**config_of(*TINY), "tokenizer": {"_target_": f"{__name__}.{Odd.__qualname__}"}}
     with pytest.raises(ConfigError, match="not a Tokenizer"):
-        vistok.checkpoint.build_tokenizer(odd)
+        vistok.models.build.build_tokenizer(odd)
 
 
 def test_weights_of_another_architecture():

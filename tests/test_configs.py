@@ -12,10 +12,11 @@ import yaml
 import vistok
 from helpers import CONFIGS, SIZES, TINY, config_of, images_of
 from test_losses import output
-from vistok.checkpoint import build, build_tokenizer
-from vistok.configuration import all_keys, compose, header
-from vistok.errors import ConfigError
+from vistok.core.configuration import all_keys, compose, header
+from vistok.core.errors import ConfigError
+from vistok.core.registry import build
 from vistok.export.exporter import write_export
+from vistok.models.build import build_tokenizer
 from vistok.training.optimizers import build_optimizer
 
 
@@ -204,7 +205,7 @@ def test_quantizer_configs_write_out_every_argument():
     """What is not in the YAML could not be overridden without a plus sign."""
     import inspect
 
-    from vistok.checkpoint import resolve
+    from vistok.core.registry import resolve
 
     for group, wanted in (("quantizer", QUANTIZERS), ("tokenizer", names("tokenizer"))):
         for name in wanted:

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, TINY, losses_of, metrics_of
 from test_pipeline import assert_same_training, state_of
 from vistok.cli import train
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.training.optimizers import learning_rate
 from vistok.training.trainer import split_batch
 
@@ -20,7 +20,7 @@ from vistok.training.trainer import split_batch
 PROBE = """
 import torch
 import torch.distributed as dist
-from vistok.training.module import TokenizerModule
+from vistok.tasks.reconstruction import TokenizerModule
 
 def on_train_end(self):
     quantizer = self.tokenizer.quantizer
@@ -187,8 +187,8 @@ def test_two_ranks_draw_what_one_process_draws(words, tmp_path, more):
 
 AT_STEP_3 = """
 import os, signal, time
-from vistok.errors import VistokError
-from vistok.training.module import TokenizerModule
+from vistok.core.errors import VistokError
+from vistok.tasks.reconstruction import TokenizerModule
 
 def on_train_batch_start(self, batch, index):
     if self.global_step == 3 and self.global_rank == {rank}:

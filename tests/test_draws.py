@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from helpers import awake
-from vistok.decoders.flow import FlowDecoder
-from vistok.decoders.text_transformer import TextTransformerDecoder
+from vistok.core import sample_random as draws
+from vistok.core.sample_random import drawing, integers, normal, shared_integer, uniform
 from vistok.models.length import LengthPolicy, LevelPolicy
-from vistok.nn import draws
-from vistok.nn.draws import drawing, integers, normal, shared_integer, uniform
+from vistok.systems.flextok.decoder import FlowDecoder
+from vistok.systems.ta_titok.decoder import TextTransformerDecoder
 
 
 def at(*positions):

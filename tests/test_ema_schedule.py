@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from helpers import tiny_tokenizer
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.training.ema import EMA
 from vistok.training.optimizers import build_optimizer, parameter_groups, warmup_cosine
 

@@ -18,7 +18,7 @@ import torch
 
 import vistok
 from helpers import ROOT, TINY, losses_of, make_photos
-from vistok.checkpoint import read_checkpoint
+from vistok.checkpoints.read import read_checkpoint
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_files_that_are_no_checkpoints(fails, tmp_path):
 
 def test_debug_shows_the_traceback(words, monkeypatch, tmp_path):
     from vistok.cli import train
-    from vistok.errors import VistokError
+    from vistok.core.errors import VistokError
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VistokError, match="patch of 8"):
@@ -267,7 +267,7 @@ def test_errors_of_libraries_are_one_line_too(fails, words, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line\n" + "x" * 5000)
 
-    monkeypatch.setattr("vistok.training.run.build_trainer", broken)
+    monkeypatch.setattr("vistok.tasks.run.build_trainer", broken)
     line = fails("train", *words, words=("RuntimeError", "first line second line", "debug=true"))
     assert len(line) < 500
 
@@ -327,7 +327,7 @@ def test_disk_full_keeps_the_previous_checkpoint(fails, cli, words, tmp_path, mo
 LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv.pop(1))
-import vistok.training.run as run
+import vistok.tasks.run as run
 from vistok.cli import train
 real = run.fit
 def fit(trainer, *args):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import vistok
 from helpers import config_of, images_of, tiny_tokenizer
 from test_checkpoint import STRANGERS
-from vistok.errors import CheckpointError, ConfigError, VistokError
+from vistok.core.errors import CheckpointError, ConfigError, VistokError
 from vistok.export.exporter import codebook_tensors, write_export
 
 
@@ -93,7 +93,7 @@ def test_a_fresh_process_reads_the_codebook_with_safetensors_alone(
 )
 def test_quantizers_of_other_kinds(tmp_path, overrides, slots, looked_up):
     from helpers import SIZES
-    from vistok.checkpoint import build_tokenizer
+    from vistok.models.build import build_tokenizer
 
     config = config_of(*SIZES["titok_tiny"], "data.image_size=16")
     config["quantizer"] = config_of("~experiment", *overrides)["quantizer"] | {"dim": 16}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import awake, images_of, loud, tiny_tokenizer
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.metrics.image import PSNR, to_uint8
 from vistok.models.flexible import prefix_mask, rounded_psnr
 from vistok.models.length import LengthPolicy, LevelPolicy
@@ -502,7 +502,7 @@ def test_arguments_of_sampling_are_refused_where_nothing_is_sampled():
 
 def quantized_by(name, **changes):
     from test_configs import quantizer_config, tokenizer_config
-    from vistok.checkpoint import build_tokenizer
+    from vistok.models.build import build_tokenizer
 
     config = {**tokenizer_config("one_d_piece_tiny")}
     return build_tokenizer({**config, "quantizer": {**quantizer_config(name), **changes}}).eval()

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from helpers import awake, config_of, images_of, tiny_tokenizer
-from vistok.checkpoint import build_tokenizer
-from vistok.decoders.flow import FlowDecoder
-from vistok.encoders.latent_transformer import LatentTransformerEncoder, prefix_causal_mask
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.models.build import build_tokenizer
+from vistok.models.latent_vit import LatentTransformerEncoder, prefix_causal_mask
+from vistok.nn.blocks import Attention, ModulatedBlock, SwiGLU
 from vistok.nn.flow import Guidance, integrate, mix, time_features
 from vistok.nn.patches import unpatchify
-from vistok.nn.transformer import Attention, ModulatedBlock, SwiGLU
+from vistok.systems.flextok.decoder import FlowDecoder
 
 
 def decoder(**options):

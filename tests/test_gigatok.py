@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from helpers import awake, config_of, errors_while_learning, images_of, loud, tiny_tokenizer
-from vistok.checkpoint import build_tokenizer
-from vistok.errors import ConfigError
-from vistok.nn.cnn import AdaptiveGroupNorm, DepthToSpace, group_norm
+from vistok.core.errors import ConfigError
+from vistok.models.build import build_tokenizer
+from vistok.nn.conv import AdaptiveGroupNorm, DepthToSpace, group_norm
 from vistok.nn.qformer import CrossAttention, QFormer, QFormerBlock, pooling_pyramid
 
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 import vistok
 from helpers import awake, config_of, errors_while_learning, images_of, tiny_tokenizer
-from vistok.checkpoint import build_tokenizer
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.export.exporter import codebook_tensors, describe
+from vistok.models.build import build_tokenizer
 
 #: 6 holistic tokens and 4 x 4 patches, shifted by 3.
 SHIFTED = [

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import vistok
 from helpers import Names
-from vistok.errors import CheckpointError, ConfigError
+from vistok.core.errors import CheckpointError, ConfigError
 from vistok.export.importer import import_weights
 
 WIDTHS = (64, 128)  # 16 px to maps of 8 x 8, and these to patches of 2 x 2

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import vistok
 from helpers import Names
-from vistok.errors import CheckpointError, ConfigError
+from vistok.core.errors import CheckpointError, ConfigError
 from vistok.export.importer import import_weights
 
 CODES, DIM, TOKENS = 64, 12, 8

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 import vistok
 from helpers import TINY, Names, config_of, errors_while_learning, images_of
-from vistok.checkpoint import build_tokenizer
 from vistok.cli import evaluate, train
 from vistok.cli import import_weights as command
-from vistok.encoders.maskgit import MaskGITEncoder
-from vistok.errors import CheckpointError, ConfigError
+from vistok.core.errors import CheckpointError, ConfigError
 from vistok.export.importer import import_weights
+from vistok.models.build import build_tokenizer
+from vistok.models.maskgit_cnn import MaskGITEncoder
 
 CODES = 24
 

@@ -10,12 +10,12 @@ import yaml
 
 import vistok
 from helpers import SIZES, TINY, awake, images_of, needs_lite0, tiny_tokenizer
-from vistok.checkpoint import read_checkpoint
+from vistok.checkpoints.read import read_checkpoint
 from vistok.cli import evaluate, export, train
-from vistok.errors import ConfigError
-from vistok.models.latents import LatentSpace
+from vistok.core.errors import ConfigError
+from vistok.models.latent_space import LatentSpace
 from vistok.quantizers.fsq import FSQ
-from vistok.training.module import TokenizerModule
+from vistok.tasks.reconstruction import TokenizerModule
 
 COMMON = ["trainer.max_steps=5", "trainer.val_check_interval=2"]
 BRIDGE = ["quantizer=token_bridge_post", "quantizer.codebook_dim=5", "quantizer.codebook_size=8"]
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_told(fails, photos, latent_words, autoencoder_run,
 
 def test_it_learns_latents(autoencoder_run, latent_words):
     from helpers import config_of
-    from vistok.training.stages import resolve_stage
+    from vistok.tasks.stages import resolve_stage
 
     torch.manual_seed(0)
     wide = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.decoder.depth=2"]

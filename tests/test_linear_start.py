@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import images_of
-from vistok.decoders.cnn import CNNDecoder
-from vistok.encoders.cnn import CNNEncoder
-from vistok.nn.cnn import DepthToSpace, ResBlock, SpatialAttention, Upsample
-from vistok.nn.linear_start import pixels, start_block_, start_conv_, start_upsampling_
+from vistok.models.cnn import CNNDecoder, CNNEncoder
+from vistok.nn.conv import DepthToSpace, ResBlock, SpatialAttention, Upsample
+from vistok.nn.data_init import pixels, start_block_, start_conv_, start_upsampling_
 
 
 def photographs(count=24, size=16):

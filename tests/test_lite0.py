@@ -6,14 +6,14 @@ import torch.nn.functional as F
 
 import vistok
 from helpers import TINY, config_of, images_of, needs_lite0
-from vistok.checkpoint import read_checkpoint
-from vistok.errors import ConfigError
+from vistok.checkpoints.read import read_checkpoint
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.losses.features import FeatureLoss
+from vistok.models.pretrained import PACKAGED, Teacher
 from vistok.nn import lite0
 from vistok.nn.lite0 import Lite0, packaged_weights
-from vistok.training.module import TokenizerModule
-from vistok.training.teachers import PACKAGED, Teacher
-from vistok.types import QuantizerOutput, TokenizerOutput
+from vistok.tasks.reconstruction import TokenizerModule
 
 pytestmark = needs_lite0
 

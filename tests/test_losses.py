@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from helpers import CONFIGS, config_of, needs_lite0
-from vistok.checkpoint import build
-from vistok.errors import ConfigError
-from vistok.losses import reconstruction
-from vistok.losses.composite import CompositeLoss
-from vistok.losses.reconstruction import L1Loss, LogMSELoss, MSELoss
-from vistok.types import QuantizerOutput, TokenizerOutput
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput, TokenizerOutput
+from vistok.core.registry import build
+from vistok.losses import pixels as reconstruction
+from vistok.losses.objective import CompositeLoss
+from vistok.losses.pixels import L1Loss, LogMSELoss, MSELoss
 
 
 def output(prediction, target, **losses):

@@ -6,8 +6,8 @@ import pytest
 from omegaconf import DictConfig
 
 from helpers import TINY
-from vistok.configuration import apply_overrides, compose
-from vistok.errors import ConfigError
+from vistok.core.configuration import apply_overrides, compose
+from vistok.core.errors import ConfigError
 from vistok.evaluation.baseline import baseline_options
 
 MAY_BE_NULL = {

@@ -5,25 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from helpers import SIZES, awake, images_of, tiny_tokenizer
-from vistok.decoders.flow import FlowDecoder
-from vistok.decoders.latent_transformer import LatentTransformerDecoder
-from vistok.encoders.latent_transformer import LatentTransformerEncoder
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.geometry import grid_of
 from vistok.models.flexible import FlexibleTokenizer
+from vistok.models.latent_vit import LatentTransformerDecoder, LatentTransformerEncoder
 from vistok.models.tokenizer import Tokenizer, to_unit_range
 from vistok.nn.attention import attend
-from vistok.nn.patches import (
-    grid_of,
-    grid_points,
-    least_squares,
-    pad_edges,
-    patchify,
-    position_table,
-    principal_components,
-    spread_points,
-    unpatchify,
-)
-from vistok.nn.transformer import Block, Transformer
+from vistok.nn.blocks import Block, Transformer
+from vistok.nn.data_init import least_squares, principal_components
+from vistok.nn.patches import pad_edges, patchify, unpatchify
+from vistok.nn.positions import grid_points, position_table, spread_points
+from vistok.systems.flextok.decoder import FlowDecoder
 
 both = pytest.mark.parametrize("tokenizer", ["titok_tiny", "vqgan_tiny"])
 

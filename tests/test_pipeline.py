@@ -17,9 +17,10 @@ from PIL import Image
 
 import vistok
 from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
-from vistok.checkpoint import find_checkpoint, read_checkpoint
+from vistok.checkpoints.find import find_checkpoint
+from vistok.checkpoints.read import read_checkpoint
 from vistok.cli import train
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.training.metrics_file import read_rows as _read_rows
 
 
@@ -257,7 +258,7 @@ class Breaks(L.Callback):
 
 
 def break_runs(monkeypatch, *args):
-    import vistok.training.run as run
+    import vistok.tasks.run as run
 
     real = run.build_trainer
 

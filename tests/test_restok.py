@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
-from vistok.checkpoint import build_tokenizer
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.models.build import build_tokenizer
 from vistok.models.length import LevelPolicy
-from vistok.nn.hierarchy import (
+from vistok.nn.qformer import pooling_pyramid
+from vistok.nn.rotary import RotaryAttention, RotaryBlock, attend_by_place_, rotate, rotation
+from vistok.systems.restok.hierarchy import (
     block_causal_mask,
     halved,
     level_points,
@@ -19,15 +21,7 @@ from vistok.nn.hierarchy import (
     queued_points,
     residual_pyramid,
 )
-from vistok.nn.qformer import pooling_pyramid
-from vistok.nn.rotary import (
-    RotaryAttention,
-    RotaryBlock,
-    attend_by_place_,
-    rotate,
-    rotation,
-)
-from vistok.training.module import TokenizerModule
+from vistok.tasks.reconstruction import TokenizerModule
 
 
 def small(*overrides):

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 import vistok
 from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
-from vistok.checkpoint import build_tokenizer
 from vistok.cli import train
-from vistok.decoders.qformer import QFormerDecoder
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.losses.alignment import length_weights
+from vistok.models.build import build_tokenizer
 from vistok.models.length import LengthPolicy
-from vistok.training.module import TokenizerModule
-from vistok.training.semantic import length_weights
+from vistok.models.qformer import QFormerDecoder
+from vistok.tasks.reconstruction import TokenizerModule
 
 N, M = 4, 3  # tokens and padding of the small one: queries 1 to 3 are repeated
 
@@ -179,7 +179,7 @@ def test_a_run_weighs_the_lengths_that_it_drew(teacher_words, photos, tmp_path, 
     monkeypatch.chdir(tmp_path)
     masks, kept = [], []
     monkeypatch.setattr(
-        "vistok.training.semantic.length_weights", lambda m: masks.append(m) or length_weights(m)
+        "vistok.losses.alignment.length_weights", lambda m: masks.append(m) or length_weights(m)
     )
     reconstruct = QFormerDecoder.reconstruct
 

@@ -12,13 +12,13 @@ import yaml
 import vistok
 from helpers import CONFIGS, SIZES, TINY, config_of, images_of, metrics_of, tiny_tokenizer
 from vistok.cli import evaluate, export, train
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.losses.codes import CodeLoss
 from vistok.nn.frozen import Frozen
+from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.stages import resolve_stage
 from vistok.training.ema import EMA
-from vistok.training.module import TokenizerModule
-from vistok.training.stages import resolve_stage
-from vistok.types import QuantizerOutput, TokenizerOutput
 
 WORDS = [w for w in TINY if w != "loss=mse"]
 COMMON = ["trainer.max_steps=5", "trainer.val_check_interval=2"]

@@ -12,11 +12,11 @@ from PIL import Image
 import vistok
 from helpers import SIZES, TINY, config_of, images_of, picture, tiny_tokenizer
 from vistok.cli import evaluate, export, train
+from vistok.core.errors import ConfigError
 from vistok.data.shards import ShardWriter
-from vistok.decoders.text_transformer import TextTransformerDecoder
-from vistok.errors import ConfigError
 from vistok.models.flexible import rounded_psnr
-from vistok.training.module import TokenizerModule
+from vistok.systems.ta_titok.decoder import TextTransformerDecoder
+from vistok.tasks.reconstruction import TokenizerModule
 
 
 def decoder(**options):
@@ -147,7 +147,7 @@ def test_a_text_says_what_tokens_cannot():
 
 
 def test_a_flexible_tokenizer_reads_texts_too():
-    decoder = "vistok.decoders.text_transformer.TextTransformerDecoder"
+    decoder = "vistok.systems.ta_titok.decoder.TextTransformerDecoder"
     words = [f"tokenizer.decoder._target_={decoder}", "+tokenizer.decoder.text_dim=6"]
     words += ["+tokenizer.decoder.num_text_tokens=3", "+tokenizer.decoder.text_dropout=0.1"]
     tok = tiny_tokenizer(*words, tokenizer="one_d_piece_tiny")

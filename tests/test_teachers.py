@@ -7,10 +7,10 @@ import yaml
 
 import vistok
 from helpers import TINY, awake, config_of, images_of
-from vistok.checkpoint import read_checkpoint
-from vistok.errors import ConfigError
-from vistok.training.module import TokenizerModule
-from vistok.training.teachers import Teacher, feature_map
+from vistok.checkpoints.read import read_checkpoint
+from vistok.core.errors import ConfigError
+from vistok.models.pretrained import Teacher, feature_map
+from vistok.tasks.reconstruction import TokenizerModule
 
 timm = pytest.importorskip("timm")
 VIT, CNN, LEVIT = "vit_tiny_patch16_224", "resnet18", "levit_128s"

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 from helpers import ROOT
-from vistok.data import bench, dataset
+from vistok.data import dataset
 from vistok.data.datamodule import VistokDataModule
+from vistok.tools import bench_data as bench
 
 
 def test_it_measures_and_writes(shards, tmp_path, capsys):

@@ -9,9 +9,9 @@ import pytest
 from data_helpers import encode, picture
 
 from helpers import ROOT
-from vistok.data import check_shards
 from vistok.data.index import ShardIndex, sidecar
 from vistok.data.shards import ShardFile, ShardInfo, ShardWriter, write_manifest
+from vistok.tools import check_shards
 
 
 @pytest.fixture

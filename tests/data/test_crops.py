@@ -7,11 +7,11 @@ from data_helpers import picture
 from PIL import Image
 from torch.nn import functional as F
 
+from vistok.core.errors import ConfigError
 from vistok.data.crops import CROPS, random_box
 from vistok.data.decode import DecodeError
 from vistok.data.order import sample_rng
 from vistok.data.transforms import Transform, hflip, take
-from vistok.errors import ConfigError
 
 SHAPES = [(40, 56), (57, 40), (33, 33), (16, 90), (131, 97), (300, 200), (20, 21)]
 

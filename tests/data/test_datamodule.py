@@ -12,9 +12,9 @@ import torch
 import yaml
 from data_helpers import encode, picture
 
+from vistok.core.errors import ConfigError, DataError
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.dataset import StreamError
-from vistok.errors import ConfigError, DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
@@ -111,8 +111,8 @@ def test_resume_with_other_workers_and_ranks(shards, monkeypatch):
     take(before, 5)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr("vistok.distributed.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("vistok.distributed.world_size", lambda: 2)
+        monkeypatch.setattr("vistok.core.ranks.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("vistok.core.ranks.world_size", lambda: 2)
         after = module(shards, batch_size=4, num_workers=3 - rank)
         after.load_state_dict(before.state_dict())
         parts.append(take(after, 7))
@@ -178,8 +178,8 @@ def test_validation_is_complete_and_in_order(shards):
 def test_validation_over_ranks_is_padded(shards, monkeypatch):
     found, lengths = [], set()
     for rank in range(4):
-        monkeypatch.setattr("vistok.distributed.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("vistok.distributed.world_size", lambda: 4)
+        monkeypatch.setattr("vistok.core.ranks.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("vistok.core.ranks.world_size", lambda: 4)
         datamodule = module(shards, val=f"{shards}/train-000001.tar", eval_batch_size=3)
         batches = list(datamodule.val_dataloader())
         lengths.add(len(batches))
@@ -319,8 +319,8 @@ def test_init_batches_are_the_stream_and_move_nothing(shards, monkeypatch):
     stream = torch.cat([batch["image"] for batch in take(module(shards), 6)])
     take(datamodule, 2)
     assert torch.equal(datamodule.init_batches(48), stream)
-    monkeypatch.setattr("vistok.distributed.rank", lambda: 1)
-    monkeypatch.setattr("vistok.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("vistok.core.ranks.rank", lambda: 1)
+    monkeypatch.setattr("vistok.core.ranks.world_size", lambda: 2)
     assert torch.equal(datamodule.init_batches(20), stream[:20])
     assert datamodule.samples_seen == 16
 

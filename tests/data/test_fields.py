@@ -9,10 +9,10 @@ import torch
 from data_helpers import encode, picture
 from safetensors.torch import save
 
+from vistok.core.errors import DataError
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.index import index_of, sidecar
 from vistok.data.shards import ShardWriter
-from vistok.errors import DataError
 
 
 def npy(value, **options):
@@ -67,8 +67,8 @@ def test_fields_belong_to_their_images(tmp_path, workers, sidecars):
 
 def test_padding_has_fields_too(tmp_path, monkeypatch):
     train = write(tmp_path / "s", 5)
-    monkeypatch.setattr("vistok.distributed.rank", lambda: 3)
-    monkeypatch.setattr("vistok.distributed.world_size", lambda: 4)
+    monkeypatch.setattr("vistok.core.ranks.rank", lambda: 3)
+    monkeypatch.setattr("vistok.core.ranks.world_size", lambda: 4)
     (batch,) = module(train).val_dataloader()
     assert batch["valid"].tolist() == [False, False] and batch["caption"] == ["", ""]
     assert batch["embedding"].shape == (2, 2, 3) and not batch["clip"].any()

@@ -14,9 +14,9 @@ import pytest
 from data_helpers import encode, picture
 
 from helpers import ROOT
-from vistok.data import make_shards
 from vistok.data.shards import ShardWriter
 from vistok.data.sources import ShardSource
+from vistok.tools import make_shards
 
 
 def run(*arguments):

@@ -11,10 +11,10 @@ import pytest
 from data_helpers import encode, picture
 from PIL import Image
 
-from vistok.data import make_shards
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.index import index_of
 from vistok.data.sources import ShardSource
+from vistok.tools import make_shards
 
 ROOT = Path(__file__).parents[2]
 
@@ -192,7 +192,7 @@ def test_the_script_and_its_help(photos, tmp_path):
     assert "uv run train.py data=shards" in made.stdout
     light = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tokenizers')!r}); sys.argv = ['x', '--help'];"
-        "import vistok.data.make_shards as m; m.main(); sys.exit('torch' in sys.modules)"
+        "import vistok.tools.make_shards as m; m.main(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", light], capture_output=True).returncode == 0
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from data_helpers import encode, picture
 
+from vistok.core.errors import ConfigError, DataError
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.shards import ShardWriter
-from vistok.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_resume_is_exact_with_other_workers_and_ranks(mixed, monkeypatch, option
         take(before, done)
         parts = []
         for rank in range(2):
-            monkeypatch.setattr("vistok.distributed.rank", lambda rank=rank: rank)
-            monkeypatch.setattr("vistok.distributed.world_size", lambda: 2)
+            monkeypatch.setattr("vistok.core.ranks.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("vistok.core.ranks.world_size", lambda: 2)
             after = mixed(batch_size=4, num_workers=1, **options)
             after.load_state_dict(before.state_dict())
             parts.append(take(after, 9 - done))
@@ -188,8 +188,8 @@ def test_buckets_resume_exactly_with_other_ranks(shapes, monkeypatch):
         bucketed(shapes, batch_size=8).load_state_dict(state)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr("vistok.distributed.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("vistok.distributed.world_size", lambda: 2)
+        monkeypatch.setattr("vistok.core.ranks.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("vistok.core.ranks.world_size", lambda: 2)
         after = bucketed(shapes, batch_size=2, num_workers=1)
         after.load_state_dict(state)
         parts.append(take(after, 7))

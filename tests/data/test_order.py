@@ -78,8 +78,8 @@ def test_sample_rng_depends_on_each_part():
 @pytest.fixture
 def world(monkeypatch):
     def be(rank, size):
-        monkeypatch.setattr("vistok.distributed.rank", lambda: rank)
-        monkeypatch.setattr("vistok.distributed.world_size", lambda: size)
+        monkeypatch.setattr("vistok.core.ranks.rank", lambda: rank)
+        monkeypatch.setattr("vistok.core.ranks.world_size", lambda: size)
 
     return be
 

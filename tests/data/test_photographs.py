@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vistok.core.errors import ConfigError, DataError
 from vistok.data import photographs
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.sources import ShardSource
-from vistok.errors import ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)

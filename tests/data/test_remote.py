@@ -10,13 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from data_helpers import encode, picture
 
+from vistok.core.errors import DataError
 from vistok.data import remote
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.index import sidecar
 from vistok.data.remote import RemoteShard, ShardCache
 from vistok.data.shards import ShardWriter, write_manifest
 from vistok.data.sources import expand_shards
-from vistok.errors import DataError
 
 
 class Server:
@@ -334,7 +334,7 @@ def test_missing_packages_are_named(quick, url, message, monkeypatch):
 
 
 def test_remote_shards_are_checked(server, shards, tmp_path, monkeypatch, capsys):
-    from vistok.data import check_shards
+    from vistok.tools import check_shards
 
     monkeypatch.setenv("VISTOK_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.0)

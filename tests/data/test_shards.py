@@ -9,10 +9,10 @@ import pytest
 import webdataset
 from data_helpers import encode, picture
 
+from vistok.core.errors import DataError
 from vistok.data.index import ShardIndex, index_of, scan, sidecar
 from vistok.data.shards import ShardFile, ShardWriter, write_manifest
 from vistok.data.sources import ShardSource, expand_shards
-from vistok.errors import DataError
 
 
 def write(folder, count=9, max_bytes=10**9):

@@ -3,9 +3,9 @@
 import pytest
 from data_helpers import encode, picture
 
+from vistok.core.errors import DataError
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.skipped import Skip, SkippedImages
-from vistok.errors import DataError
 
 
 def bad(number, cause="damaged"):
@@ -103,7 +103,7 @@ def test_the_account_is_kept_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize(("ranks", "rank", "found"), [(2, 0, 1), (2, 1, 2), (3, 0, 3), (3, 1, 0)])
 def test_each_rank_has_its_own_account(shards, monkeypatch, ranks, rank, found):
-    from vistok import distributed
+    from vistok.core import ranks as distributed
 
     datamodule = VistokDataModule("shards", f"{shards}/*.tar", image_size=16, num_workers=0)
     datamodule.setup("fit")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.binary import BinaryLatents
 
 

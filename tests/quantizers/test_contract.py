@@ -16,7 +16,7 @@ from quantizers.conftest import (
     total_loss,
     train,
 )
-from vistok.errors import VistokError
+from vistok.core.errors import VistokError
 from vistok.quantizers.multi_scale_vq import MultiScale
 from vistok.quantizers.perturb import Perturb
 from vistok.quantizers.product_vq import Product

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from quantizers.conftest import NAMES, build, total_loss
-from vistok.distributed import rank, world_size
+from vistok.core.ranks import rank, world_size
 from vistok.quantizers.multi_scale_vq import MultiScale
 
 STEPS, BATCH, TOKENS, DIM = 20, 4, 16, 32

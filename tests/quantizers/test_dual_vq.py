@@ -1,13 +1,8 @@
 import pytest
 import torch
 
-from vistok.errors import ConfigError
-from vistok.quantizers.dual_vq import (
-    DualToken,
-    ImageFolder,
-    MultiScaleSharedIndexVQ,
-    SharedIndexVQ,
-)
+from vistok.core.errors import ConfigError
+from vistok.quantizers.dual_vq import DualToken, ImageFolder, MultiScaleSharedIndexVQ, SharedIndexVQ
 
 
 def unit(x):

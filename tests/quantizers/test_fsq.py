@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.fsq import FSQ
 
 LEVELS = [[8, 8, 8, 5, 5, 5], [8, 6, 5], [7, 5, 5, 5, 5], [3], [17, 17, 17, 17]]

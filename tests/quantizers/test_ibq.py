@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from quantizers.conftest import total_loss, train
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.ibq import IBQ
 from vistok.quantizers.soft_assignment import soft_straight_through
 

@@ -9,14 +9,9 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.bsq import BSQ
-from vistok.quantizers.lfq import (
-    LFQ,
-    GroupLFQ,
-    bit_entropy,
-    mean_code_probabilities,
-)
+from vistok.quantizers.lfq import LFQ, GroupLFQ, bit_entropy, mean_code_probabilities
 from vistok.quantizers.scalar import binary_radices, pack_digits, unpack_digits
 
 CPU = torch.device("cpu")

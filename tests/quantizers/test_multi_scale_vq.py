@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.multi_scale_vq import MultiScaleVQ
 
 

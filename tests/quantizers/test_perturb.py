@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.dual_vq import SharedIndexVQ
 from vistok.quantizers.perturb import Perturb, near_codes
 from vistok.quantizers.product_vq import ProductVQ

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.product_vq import ProductVQ
 
 

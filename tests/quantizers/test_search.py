@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vistok.errors import VistokError
-from vistok.nn.draws import drawing
+from vistok.core.errors import VistokError
+from vistok.core.sample_random import drawing
 from vistok.quantizers import search
 from vistok.quantizers.search import best_codes, best_scores, code_bias, sampled_codes
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantizers.conftest import DIM, build
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.segments import Segments
 from vistok.quantizers.vq import VectorQuantizer
 

@@ -7,7 +7,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 from vistok.quantizers.token_bridge import TokenBridge, normal_levels
 
 

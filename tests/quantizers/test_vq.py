@@ -9,14 +9,10 @@ import torch.nn.functional as F
 
 from quantizers.conftest import total_loss, train
 from quantizers.test_search import LargestTensor
-from vistok.errors import ConfigError, VistokError
+from vistok.core.errors import ConfigError, VistokError
 from vistok.quantizers import estimators, search, soft_assignment
 from vistok.quantizers.kmeans import kmeans
-from vistok.quantizers.soft_assignment import (
-    entropy_penalty,
-    gumbel_codes,
-    soft_straight_through,
-)
+from vistok.quantizers.soft_assignment import entropy_penalty, gumbel_codes, soft_straight_through
 from vistok.quantizers.vq import VectorQuantizer
 
 

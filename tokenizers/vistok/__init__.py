@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vistok.checkpoint import load as load
-    from vistok.checkpoint import register as register
+    from vistok.checkpoints.load import load as load
+    from vistok.core.registry import register as register
     from vistok.models.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"

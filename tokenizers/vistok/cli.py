@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vistok.errors import ConfigError, Preempted, VistokError, nearest
+from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,30 +65,27 @@ def import_weights(argv: Sequence[str] | None = None) -> int:
 
 def make_shards(argv: Sequence[str] | None = None) -> int:
     """Write WebDataset shards from images of any source; returns the exit code."""
-    from vistok.data.make_shards import main as run
+    from vistok.tools.make_shards import main as run
 
     return run(list(sys.argv[1:] if argv is None else argv)) or 0
 
 
 def check_shards(argv: Sequence[str] | None = None) -> int:
     """Check shards against their manifest and indexes; returns the exit code."""
-    from vistok.data.check_shards import main as run
+    from vistok.tools.check_shards import main as run
 
     return run(list(sys.argv[1:] if argv is None else argv))
 
 
 def bench_data(argv: Sequence[str] | None = None) -> int:
     """Measure the data stream; returns the exit code."""
-    from vistok.data.bench import main as run
+    from vistok.tools.bench_data import main as run
 
     return run(list(sys.argv[1:] if argv is None else argv))
 
 
-# ---------------------------------------------------------------------- the commands
-
-
 def _train(argv: list[str]) -> None:
-    from vistok import configuration as c
+    from vistok.core import configuration as c
 
     if _wants_help(argv):
         from vistok.help import train_help
@@ -126,7 +123,7 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from vistok import configuration as c
+    from vistok.core import configuration as c
 
     failures: list[BaseException] = []
     before, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -169,9 +166,8 @@ def _start_or_resume(config: dict, folder: Path, words: list[str]) -> None:
     """With resume=auto, go on in a folder that holds checkpoints; leave a finished run alone."""
     if config["resume"] != "auto":
         return _run_training(config, folder, words=words)
-    from vistok.console import say
-    from vistok.training.checkpoints import newest_whole
-    from vistok.training.run import finished_steps
+    from vistok.checkpoints.resume import finished_steps, newest_whole
+    from vistok.core.console import say
 
     steps = finished_steps(folder)
     if steps >= config["trainer"]["max_steps"]:
@@ -194,7 +190,7 @@ def _run_training(
             raise ConfigError(f"plugins=[{name}]: {error}") from error
         finally:
             sys.path.pop(0)
-    from vistok.training.run import train as run
+    from vistok.tasks.run import train as run
 
     run(config, folder, checkpoint, words)
 
@@ -204,7 +200,7 @@ def _evaluate(argv: list[str]) -> None:
         from vistok.help import eval_help
 
         return eval_help()
-    from vistok import configuration as c
+    from vistok.core import configuration as c
 
     overrides, folders, _ = _split(argv)
     data = [o for o in overrides if o.lstrip("+").startswith(("data.", "data="))]
@@ -222,7 +218,7 @@ def _export(argv: list[str]) -> None:
         from vistok.help import export_help
 
         return export_help()
-    from vistok import configuration as c
+    from vistok.core import configuration as c
 
     overrides, folders, _ = _split(argv)
     config = c.compose("export", overrides, folders)
@@ -241,7 +237,7 @@ def _import_weights(argv: list[str]) -> None:
         from vistok.help import import_help
 
         return import_help()
-    from vistok import configuration as c
+    from vistok.core import configuration as c
 
     overrides, folders, _ = _split(argv)
     config = c.compose("import", overrides, folders)
@@ -254,9 +250,6 @@ def _import_weights(argv: list[str]) -> None:
     from vistok.export.importer import import_weights as run
 
     run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)
-
-
-# ---------------------------------------------------------------------- words and errors
 
 
 def _guarded(command: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
@@ -329,7 +322,7 @@ def _wants_help(argv: Sequence[str]) -> bool:
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
     """Overrides, folders given by --config-dir, and Hydra's other flags."""
-    from vistok.configuration import quoted
+    from vistok.core.configuration import quoted
 
     overrides, folders, flags = [], [], []
     words = iter(argv)
@@ -361,13 +354,14 @@ def _value(overrides: Sequence[str], key: str) -> str | None:
 
 def _run_of(path: Path) -> tuple[Path, Path]:
     """The run folder and the checkpoint that `resume=` names."""
-    from vistok.checkpoint import is_checkpoint, run_folder
-    from vistok.configuration import load_run_config
-    from vistok.errors import CheckpointError
+    from vistok.checkpoints.find import run_folder
+    from vistok.checkpoints.seals import is_checkpoint
+    from vistok.core.configuration import load_run_config
+    from vistok.core.errors import CheckpointError
 
     if is_checkpoint(path):
         return run_folder(path), path
-    from vistok.training.checkpoints import newest_whole
+    from vistok.checkpoints.resume import newest_whole
 
     load_run_config(path)  # says clearly if there is no such run
     checkpoint = newest_whole(path)

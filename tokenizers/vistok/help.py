@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vistok.configuration import config_dir, header, options, user_config_dirs
+from vistok.core.configuration import config_dir, header, options, user_config_dirs
 
 
 def overview() -> None:

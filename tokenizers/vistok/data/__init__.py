@@ -1,1 +1,1 @@
-"""Shards, streams and transforms."""
+"""Images to batches."""

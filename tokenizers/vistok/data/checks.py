@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vistok.errors import ConfigError, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.values import check_whole
 
 
 def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:

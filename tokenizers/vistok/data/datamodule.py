@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok import distributed
+from vistok.core import ranks as distributed
+from vistok.core.errors import ConfigError, DataError, nearest
+from vistok.core.files import cache_dir as own_cache
 from vistok.data.checks import above_zero, at_least, mixture_sources, share_pair
 from vistok.data.checks import image_size as size_of
 from vistok.data.dataset import Batch, EvalSampler, ImageDataset, ImageLoader, StreamSampler
 from vistok.data.fields import Field, candidates, check_names
-from vistok.data.files import cache_dir as own_cache
 from vistok.data.order import MixtureOrder, Order, RenumberedOrder, ResampledOrder, SampleOrder
 from vistok.data.photographs import sample_shards
 from vistok.data.remote import ShardCache
@@ -35,7 +36,6 @@ from vistok.data.sources import (
     hold_out,
 )
 from vistok.data.transforms import Transform
-from vistok.errors import ConfigError, DataError, nearest
 
 KINDS = ("sample", "folder", "shards", "mixture")
 

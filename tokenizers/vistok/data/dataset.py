@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from vistok import distributed
+from vistok.core import ranks as distributed
+from vistok.core.errors import DataError, VistokError
 from vistok.data.decode import DecodeError, decode
 from vistok.data.fields import Field
 from vistok.data.memory import BatchMemory
@@ -22,9 +23,9 @@ from vistok.data.order import Order, SampleRandom
 from vistok.data.skipped import Skip
 from vistok.data.sources import Source
 from vistok.data.transforms import Transform
-from vistok.errors import DataError, VistokError
 
 Batch = dict[str, Any]
+
 Request = tuple[int, int]  # epoch and number of a member; number -1 asks for padding
 
 MAX_SUBSTITUTES = 100  # bad images in a row before we say that the set is broken

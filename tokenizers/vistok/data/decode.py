@@ -30,8 +30,11 @@ _MAGIC = {
     b"P5": "pgm",
     b"P6": "ppm",
 }
+
 _JPEG_COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
+
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
 # What brings an array with EXIF orientation k upright.
 _UPRIGHT = {
     2: lambda a: a[:, ::-1],

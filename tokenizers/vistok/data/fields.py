@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.core.errors import ConfigError, DataError
 from vistok.data.decode import DecodeError
 from vistok.data.sources import Source
-from vistok.errors import ConfigError, DataError
 
 RESERVED = ("image", "key", "label", "index", "valid", "skipped")  # keys of every batch
+
 _LOOKED_AT = 100  # samples in which a field is looked for, to learn what it is
 
 

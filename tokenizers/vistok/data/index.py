@@ -19,15 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vistok.core.errors import DataError
+from vistok.core.files import cache_dir, replacing
 from vistok.data.decode import IMAGE_EXTENSIONS
-from vistok.data.files import cache_dir, replacing
-from vistok.errors import DataError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the index files; another number is indexed anew
+
 # As WebDataset has it: the key ends at the first dot of the file name, and keeps the folder.
 _MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$")
+
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",

@@ -21,20 +21,24 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vistok.core.errors import ConfigError, DataError, nearest
 from vistok.data.decode import IMAGE_EXTENSIONS, image_extension
 from vistok.data.index import ShardIndex, sidecar
 from vistok.data.shards import ShardFile
 from vistok.data.sources import FileSource, FolderSource, ShardSource, Source, expand_shards
-from vistok.errors import ConfigError, DataError, nearest
 
 SPOOL = ".unpacked"  # folder within `out`
+
 _ROWS = 64  # of a table held in memory at once
+
 _TABLES = (".parquet", ".arrow")
+
 _USUAL = {
     "image": ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content"),
     "label": ("label", "labels", "cls", "class", "fine_label", "target"),
     "caption": ("caption", "text", "txt", "captions", "prompt"),
 }
+
 _LISTED = re.compile(rf"(.*\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))}))[ \t]+(\S.*)", re.IGNORECASE)
 
 
@@ -95,9 +99,6 @@ def _listed_in_state(folder: Path) -> list[Path] | None:
     return [folder / file["filename"] for file in content["_data_files"]]
 
 
-# ---------------------------------------------------------------------- lists
-
-
 def read_list(path: Path) -> FileSource:
     """Open a list: a path in each line, within the list's folder or absolute, and any label.
 
@@ -144,9 +145,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0  # reading it will say why
-
-
-# ---------------------------------------------------------------------- tables
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 _PAGE = 4096
+
 _MEMORIES: weakref.WeakValueDictionary[str, BatchMemory] = weakref.WeakValueDictionary()
 
 

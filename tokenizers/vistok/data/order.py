@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 _SHARDS, _WINDOW, _SAMPLE = range(3)  # what a draw is for; its own stream each
+
 _PURPOSES = 3
 
 

@@ -20,14 +20,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vistok.data.files import cache_dir
+from vistok.core.errors import DataError
+from vistok.core.files import cache_dir
 from vistok.data.shards import ShardWriter, write_manifest
-from vistok.errors import DataError
 
 log = logging.getLogger(__name__)
 
 VERSION = 2  # of the cutting below; part of the cache folder's name
+
 VAL = ("coffee.png", "china.jpg")
+
 # Share of the training images per photograph. The last three are no everyday pictures: a galaxy
 # field, a tissue section and a retina, much of it of one colour.
 TRAIN = {
@@ -40,9 +42,13 @@ TRAIN = {
     "ihc.png": 2,
     "retina.jpg": 1,
 }
+
 TRAIN_SHARDS = 4
+
 MARGIN = 1.25  # training images are larger than asked, for the random window of each epoch
+
 PIXELS = 20_000_000  # of all training images together; 60 MB as stored PNG
+
 MIN_IMAGES, MAX_IMAGES = 256, 8192
 
 

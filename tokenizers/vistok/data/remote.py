@@ -23,13 +23,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vistok.data.files import cache_dir
+from vistok.core.errors import DataError
+from vistok.core.files import cache_dir
 from vistok.data.index import ShardIndex, scan
-from vistok.errors import DataError
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
+
 _LONGEST_PAUSE = 60.0  # seconds between two tries, at most
 
 
@@ -201,6 +202,7 @@ class RemoteShard:
 
 
 _manifests: dict[str, dict[str, dict[str, Any]]] = {}  # by address, once in each process
+
 _reading_manifest = threading.Lock()
 
 
@@ -217,9 +219,6 @@ def read_manifest(url: str, cache: ShardCache) -> dict[str, dict[str, Any]]:
                 log.warning("%s is no manifest of ours; shards are not checked against it", url)
                 _manifests[url] = {}
         return _manifests[url]
-
-
-# ---------------------------------------------------------------------- transfers
 
 
 def _read(url: str, cache: ShardCache) -> bytes | None:

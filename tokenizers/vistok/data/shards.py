@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vistok.core.errors import DataError
+from vistok.core.files import replacing
 from vistok.data.decode import IMAGE_EXTENSIONS
-from vistok.data.files import replacing
 from vistok.data.index import Row, ShardIndex, sidecar
-from vistok.errors import DataError
 
 _KEY = re.compile(r"[A-Za-z0-9_/-]{1,90}")
+
 _OTHER = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # extensions of further members
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vistok.errors import DataError
+from vistok.core.errors import DataError
 
 log = logging.getLogger(__name__)
 

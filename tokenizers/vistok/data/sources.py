@@ -18,10 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
+from vistok.core.errors import ConfigError, DataError
 from vistok.data.decode import IMAGE_EXTENSIONS
 from vistok.data.index import ShardIndex, index_of
 from vistok.data.remote import RemoteShard, ShardCache
-from vistok.errors import ConfigError, DataError
 
 _MAX_OPEN = 64  # shards kept open by one process
 

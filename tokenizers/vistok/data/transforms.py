@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vistok.core.errors import ConfigError, nearest
 from vistok.data.crops import CROPS, Cut, Size, random_box, text
 from vistok.data.decode import Reduction
-from vistok.errors import ConfigError, nearest
 
 # How much larger than needed an image must come out of a scaled decode, for the resize that
 # follows to hide how it was made.

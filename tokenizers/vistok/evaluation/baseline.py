@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.geometry import grid_of
 from vistok.metrics.image import PSNR, to_uint8
 from vistok.models.tokenizer import Tokenizer
-from vistok.nn.patches import grid_of, patchify, unpatchify
+from vistok.nn.patches import patchify, unpatchify
 from vistok.quantizers.kmeans import kmeans
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from vistok.console import say
-from vistok.errors import ConfigError
+from vistok.core.console import say
+from vistok.core.errors import ConfigError
 from vistok.evaluation.codecs import codec_curves
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import grid, save_png

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.distributed import world_size
+from vistok.core.ranks import world_size
 from vistok.metrics.image import PSNR, SSIM, ImageMetric, to_uint8
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage

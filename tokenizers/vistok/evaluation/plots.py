@@ -11,7 +11,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 _COLORS = ("#1f5fb4", "#d1602b", "#2e8b57", "#8a4fb0", "#7a7a7a")
+
 _WIDTH, _HEIGHT = 640, 460  # of a panel, in pixels
+
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 18, 54  # margins
 
 

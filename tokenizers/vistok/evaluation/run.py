@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from vistok.checkpoint import find_checkpoint, is_checkpoint, load, read_config, run_folder
-from vistok.configuration import apply_overrides, compose
-from vistok.console import say
+from vistok.checkpoints.find import find_checkpoint, run_folder
+from vistok.checkpoints.load import load
+from vistok.checkpoints.read import read_config
+from vistok.checkpoints.seals import is_checkpoint
+from vistok.core.configuration import apply_overrides, compose
+from vistok.core.console import say
+from vistok.core.errors import ConfigError
 from vistok.data.datamodule import VistokDataModule
-from vistok.errors import ConfigError
 from vistok.evaluation.budgets import checked_budgets, evaluate_budgets, print_budgets
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png

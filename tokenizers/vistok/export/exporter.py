@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vistok
-from vistok.checkpoint import find_checkpoint, load, read_config, run_folder
-from vistok.errors import CheckpointError, ConfigError
+from vistok.checkpoints.find import find_checkpoint, run_folder
+from vistok.checkpoints.load import load
+from vistok.checkpoints.read import read_config
+from vistok.core.errors import CheckpointError, ConfigError
 from vistok.models.tokenizer import Tokenizer
 
 FORMAT = 1
+
 #: Larger implicit codebooks are not written out; `config.json` says how to compute them.
 LARGEST_TABLE = 2**20
 

@@ -12,14 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vistok.checkpoint import build_tokenizer, load_weights
-from vistok.errors import CheckpointError, ConfigError, nearest
+from vistok.checkpoints.load import load_weights
+from vistok.core.errors import CheckpointError, ConfigError, nearest
+from vistok.core.released_weights import Published, Released
 from vistok.export.exporter import check_out, place_export
-from vistok.export.flextok import flextok
-from vistok.export.gigatok import gigatok, retok
-from vistok.export.published import Published, Released
-from vistok.export.released import maskgit_vqgan, one_d_piece, ta_titok, titok
-from vistok.export.restok import restok
+from vistok.models.build import build_tokenizer
+from vistok.systems.flextok.weights import flextok
+from vistok.systems.gigatok import gigatok
+from vistok.systems.maskgit import maskgit_vqgan
+from vistok.systems.one_d_piece import one_d_piece
+from vistok.systems.restok.weights import restok
+from vistok.systems.retok import retok
+from vistok.systems.ta_titok.weights import ta_titok
+from vistok.systems.titok.weights import titok
 
 #: What `source=` may name.
 SOURCES: dict[str, Callable[[Published, int | None], Released]] = {

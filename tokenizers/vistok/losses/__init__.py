@@ -1,1 +1,1 @@
-"""What a tokenizer is trained on."""
+"""The terms of the objective."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.types import TokenizerOutput
+from vistok.core.outputs import TokenizerOutput
 
 
 class CodeLoss(nn.Module):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import TokenizerOutput
 from vistok.nn.frozen import Frozen
 from vistok.nn.lite0 import Lite0
-from vistok.types import TokenizerOutput
 
 
 class FeatureLoss(nn.Module):

@@ -1,1 +1,1 @@
-"""What a tokenizer is judged by."""
+"""Metrics of reconstructions."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vistok.distributed import all_reduce_sum
+from vistok.core.ranks import all_reduce_sum
 
 
 class ImageMetric(ABC):

@@ -1,1 +1,1 @@
-"""Tokenizers: an encoder, a quantizer and a decoder put together."""
+"""The contracts of encoders, decoders and tokenizers, and the parts that systems share."""

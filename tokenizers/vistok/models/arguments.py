@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 
 
 def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor | None:

@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vistok.decoders.base import Decoder
-from vistok.encoders.base import Encoder
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import TokenizerOutput
 from vistok.models.arguments import as_budgets, as_numbers, as_tensor, in_words
+from vistok.models.decoder import Decoder
+from vistok.models.encoder import Encoder
 from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
-from vistok.types import TokenizerOutput
 
 
 class FlexibleTokenizer(Tokenizer):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import ArgumentError, check_number, check_whole, nearest
-from vistok.nn.draws import integers, shared_integer, uniform
+from vistok.core.errors import ArgumentError, nearest
+from vistok.core.sample_random import integers, shared_integer, uniform
+from vistok.core.values import check_number, check_whole
 
 _DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up", "full")
+
 #: What FlexTok's released code calls them.
 _OFFICIAL = {"pow2": "powers_of_two", "uniform_pow2": "rounded_up"}
 
@@ -18,10 +20,10 @@ class LengthPolicy(nn.Module):
 
     Where the tail is cut, what stands in for it and when are the tokenizer's and its decoder's:
     published checkpoints differ in these, and they can't be exchanged. In training the numbers are
-    a function of the run's seed and a position in the data stream (`vistok.nn.draws`): that of the
-    sample, or with per="batch" that of the step's first sample. So ranks draw different lengths
-    for their samples, all together what one process would draw, and a resumed run what the whole
-    run would have drawn.
+    a function of the run's seed and a position in the data stream (see `core/sample_random.py`):
+    that of the sample, or with per="batch" that of the step's first sample. So ranks draw different
+    lengths for their samples, all together what one process would draw, and a resumed run what the
+    whole run would have drawn.
 
     Args:
         distribution: of k. "uniform": each of 1..N alike (One-D-Piece's tail token drop; nested

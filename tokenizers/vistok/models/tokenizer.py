@@ -8,14 +8,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vistok.decoders.base import Decoder
-from vistok.encoders.base import Encoder
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.geometry import as_pair
+from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
+from vistok.models.decoder import Decoder
+from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
-from vistok.nn.patches import as_pair
 from vistok.quantizers.base import Quantizer
-from vistok.types import QuantizerOutput, TokenizerOutput
 
 
 class Tokenizer(nn.Module):

@@ -1,1 +1,1 @@
-"""Layers that encoders and decoders share."""
+"""Layers that networks are made of."""

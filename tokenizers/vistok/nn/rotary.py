@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import ArgumentError
+from vistok.core.errors import ArgumentError
 from vistok.nn.attention import Mask, attend
 
 

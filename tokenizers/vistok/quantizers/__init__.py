@@ -1,1 +1,1 @@
-"""Vector quantizers and their kin: the maths, torch only."""
+"""Latents to indices and vectors: the maths."""

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from vistok.distributed import all_reduce_sum, world_size
-from vistok.errors import ConfigError
-from vistok.nn.patches import principal_components
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.ranks import all_reduce_sum, world_size
+from vistok.nn.data_init import principal_components
 from vistok.quantizers.usage import CodeUsage
-from vistok.types import QuantizerOutput
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import check_whole
-from vistok.nn.draws import uniform
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.sample_random import uniform
+from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
     binary_radices,
@@ -16,7 +17,6 @@ from vistok.quantizers.scalar import (
     straight_through,
     unpack_digits,
 )
-from vistok.types import QuantizerOutput
 
 
 class BinaryLatents(Quantizer):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from vistok.distributed import all_gather_rows, all_reduce_sum, world_size
+from vistok.core.ranks import all_gather_rows, all_reduce_sum, world_size
 from vistok.quantizers.search import best_scores
 
 _MAX_REVIVED = 1024  # codes that one step can revive
+
 _LAPLACE = 1e-5
 
 

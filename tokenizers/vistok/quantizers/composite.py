@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
-from vistok.nn.draws import integers, uniform
+from vistok.core.errors import ConfigError
+from vistok.core.sample_random import integers, uniform
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.vq import VectorQuantizer
 

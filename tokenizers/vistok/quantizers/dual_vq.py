@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.values import check_whole
 from vistok.quantizers.composite import sample_depths
 from vistok.quantizers.multi_scale_vq import MultiScale, MultiScaleVQ
 from vistok.quantizers.product_vq import Product
 from vistok.quantizers.residual_vq import ResidualVQ
 from vistok.quantizers.vq import VectorQuantizer
-from vistok.types import QuantizerOutput
 
 
 class SharedIndexVQ(VectorQuantizer):

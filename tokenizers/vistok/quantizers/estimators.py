@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vistok.nn.draws import normal
+from vistok.core.sample_random import normal
 
 
 def straight_through(z: Tensor, q: Tensor) -> Tensor:

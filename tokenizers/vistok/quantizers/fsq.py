@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError, check_number, check_whole
-from vistok.nn.draws import integers, uniform
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.sample_random import integers, uniform
+from vistok.core.values import check_number, check_whole
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
     check_choice,
@@ -20,7 +22,6 @@ from vistok.quantizers.scalar import (
     straight_through,
     unpack_digits,
 )
-from vistok.types import QuantizerOutput
 
 _TILE = 64
 

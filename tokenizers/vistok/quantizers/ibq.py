@@ -6,16 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.estimators import squared_errors
 from vistok.quantizers.search import best_codes
-from vistok.quantizers.soft_assignment import (
-    entropy_penalty,
-    picked_codes,
-    soft_straight_through,
-)
-from vistok.types import QuantizerOutput
+from vistok.quantizers.soft_assignment import entropy_penalty, picked_codes, soft_straight_through
 
 
 class IBQ(Quantizer):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.distributed import broadcast
+from vistok.core.ranks import broadcast
 from vistok.quantizers.search import best_codes, code_bias
 
 

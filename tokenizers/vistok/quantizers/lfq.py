@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.distributed import all_reduce_mean_with_grad
-from vistok.errors import ConfigError, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.ranks import all_reduce_mean_with_grad
+from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.scalar import (
     binary_radices,
@@ -21,12 +23,13 @@ from vistok.quantizers.scalar import (
     token_weights,
     unpack_digits,
 )
-from vistok.types import QuantizerOutput
 
 MAX_JOINT_BITS = 22
+
 """Most bits over which the exact entropy may run: its table of 2^22 floats is 16 MB."""
 
 BLOCK = 2**20
+
 """Elements of a table of partial code probabilities that are alive at a time (4 MB)."""
 
 

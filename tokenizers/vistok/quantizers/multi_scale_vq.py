@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
 from vistok.quantizers import estimators
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.composite import Composite, assign_codes, keep_active, sample_depths
 from vistok.quantizers.vq import VectorQuantizer
-from vistok.types import QuantizerOutput
 
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vistok.errors import ConfigError, check_number, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.values import check_number, check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.product_vq import Product
 from vistok.quantizers.vq import VectorQuantizer
-from vistok.types import QuantizerOutput
 
 _BLOCK_SCORES = 1 << 20  # scores computed at a time; 4 MiB of float32
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.composite import Composite, mean_over
 from vistok.quantizers.vq import VectorQuantizer
-from vistok.types import QuantizerOutput
 
 
 class Product(Composite):

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.errors import ConfigError, check_number, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.values import check_number, check_whole
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.composite import (
     Composite,
@@ -19,7 +21,6 @@ from vistok.quantizers.composite import (
     sample_depths,
 )
 from vistok.quantizers.vq import VectorQuantizer
-from vistok.types import QuantizerOutput
 
 
 class ResidualVQ(Composite):

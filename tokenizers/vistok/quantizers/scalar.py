@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vistok.distributed import all_reduce_sum, world_size
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.ranks import all_reduce_sum, world_size
 
 MAX_CODES = 2**18
+
 """Largest vocabulary of one index slot; larger ones are split over several (`num_codebooks`)."""
 
 

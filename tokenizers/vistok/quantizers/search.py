@@ -18,12 +18,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vistok.errors import VistokError
-from vistok.nn.draws import uniform
+from vistok.core.errors import VistokError
+from vistok.core.sample_random import uniform
 
 _CPU_SCORES = 1 << 22  # scores per block: 16 MiB of float32, in the shared cache
+
 _GPU_SCORES = 1 << 25  # 128 MiB: few launches
+
 _COLUMNS = 8192  # codes per block
+
 _GROUP = 64
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.composite import mean_over
-from vistok.types import QuantizerOutput
 
 
 class Segments(Quantizer):

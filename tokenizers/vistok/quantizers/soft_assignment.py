@@ -19,14 +19,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vistok.distributed import all_reduce_mean_with_grad, all_reduce_sum, world_size
+from vistok.core.ranks import all_reduce_mean_with_grad, all_reduce_sum, world_size
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.search import code_bias
 
 _CPU_SCORES = 1 << 22  # logits per block; two blocks are alive: 16 MiB of float32 each
+
 _GPU_SCORES = 1 << 25
+
 _NOISE = 1 << 18  # logits that get their noise at a time
+
 _MIN_ROWS = 32  # smaller blocks would read the codebook more often than they compute
+
 _MAPPED_ROWS = 8192  # codes whose gradient is computed at a time
 
 
@@ -140,9 +144,6 @@ def assignment_entropy(
     return _AssignmentEntropy.apply(z, codebook, euclidean, scale, weight)  # type: ignore
 
 
-# ---------------------------------------------------------------------- blocks
-
-
 def _logit_blocks(
     z: Tensor, codebook: Tensor, euclidean: bool, scale: float, noise: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -242,9 +243,6 @@ class _SoftmaxBackward:
             # The bias is −|E|²/2.
             self.d_codebook.addcmul_(self.codebook, self.d_bias[:, None], value=-self.scale)
         return self.d_z, self.d_codebook
-
-
-# ---------------------------------------------------------------------- with their gradients
 
 
 class _MappedCodes(Function):

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vistok.distributed import all_reduce_mean_with_grad
-from vistok.errors import ConfigError, check_whole
+from vistok.core.errors import ConfigError
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.ranks import all_reduce_mean_with_grad
+from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.scalar import check_positive, straight_through, token_weights
-from vistok.types import QuantizerOutput
 
 
 class TokenBridge(Quantizer):

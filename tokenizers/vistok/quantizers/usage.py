@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from vistok.distributed import all_reduce_sum
+from vistok.core.ranks import all_reduce_sum
 
 
 class CodeUsage(nn.Module):

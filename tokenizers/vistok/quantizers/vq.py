@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.distributed import all_gather_rows
-from vistok.errors import ConfigError, nearest
-from vistok.nn.draws import integers
+from vistok.core.errors import ConfigError, nearest
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.ranks import all_gather_rows
+from vistok.core.sample_random import integers
 from vistok.quantizers import estimators
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.codebook_stats import CodebookStats
@@ -23,7 +24,6 @@ from vistok.quantizers.soft_assignment import (
     picked_codes,
     soft_straight_through,
 )
-from vistok.types import QuantizerOutput
 
 _CHOICES = {
     "codebook": ("ema", "gradient"),
@@ -32,6 +32,7 @@ _CHOICES = {
     "assignment": ("nearest", "stochastic", "gumbel"),
     "revival": ("restart", "clustering", "none"),
 }
+
 _ROWS = 8192  # codes that are normalised at a time
 
 

@@ -1,1 +1,1 @@
-"""The LightningModule, schedules, EMA and callbacks."""
+"""The engine: trainer, optimizers, averages, callbacks."""

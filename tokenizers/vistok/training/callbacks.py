@@ -21,8 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vistok.console import console, say
-from vistok.distributed import gather
+from vistok.core.console import console, say
+from vistok.core.ranks import gather
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
 from vistok.quantizers.usage import collapse_advice

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import ConfigError
+from vistok.core.errors import ConfigError
 
 
 class EMA:

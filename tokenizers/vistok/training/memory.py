@@ -6,6 +6,7 @@ import ctypes
 import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+
 _LARGEST_KEPT = 32 << 20  # bytes; glibc takes no larger value
 
 

@@ -11,8 +11,8 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from vistok.data.files import replacing
-from vistok.distributed import is_first_process
+from vistok.core.files import replacing
+from vistok.core.ranks import is_first_process
 
 
 class ContinuedCSVLogger(CSVLogger):

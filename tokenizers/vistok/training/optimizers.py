@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vistok.distributed import all_reduce_sum
-from vistok.errors import ConfigError, nearest
+from vistok.core.errors import ConfigError, nearest
+from vistok.core.ranks import all_reduce_sum
 
 # Only these modules' `weight` is decayed: norms, biases, positions, tokens and codebooks are not.
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)

@@ -28,16 +28,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from vistok.checkpoint import SHARD, read_parts
-from vistok.distributed import broadcast, max_of_all, rank, world_size
-from vistok.errors import CheckpointError
-from vistok.models.tokenizer import Tokenizer
-from vistok.nn.qformer import QFormerBlock
-from vistok.nn.rotary import RotaryBlock
-from vistok.nn.transformer import Block
-from vistok.training.checkpoints import (
+from vistok.checkpoints.read import SHARD, read_parts
+from vistok.checkpoints.write import (
     TEMPORARY,
-    CheckpointWriter,
     failure,
     publish,
     remove,
@@ -45,6 +38,13 @@ from vistok.training.checkpoints import (
     sync_folder,
     write_sealed,
 )
+from vistok.core.errors import CheckpointError
+from vistok.core.ranks import broadcast, max_of_all, rank, world_size
+from vistok.models.tokenizer import Tokenizer
+from vistok.nn.blocks import Block
+from vistok.nn.qformer import QFormerBlock
+from vistok.nn.rotary import RotaryBlock
+from vistok.training.checkpointing import CheckpointWriter
 
 #: Modules that are gathered one by one: those that a network repeats.
 BLOCKS = (Block, QFormerBlock, RotaryBlock)
@@ -147,9 +147,6 @@ def release(module: nn.Module) -> None:
 def whole_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Those that every rank has all of."""
     return [p for p in module.parameters() if not isinstance(p, DTensor)]
-
-
-# ---------------------------------------------------------------------- checkpoints
 
 
 class ShardWriter(CheckpointWriter):

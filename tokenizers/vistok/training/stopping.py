@@ -11,9 +11,9 @@ from typing import Any
 
 import lightning as L
 
-from vistok.console import say
-from vistok.distributed import is_first_process, max_of_all
-from vistok.errors import Preempted
+from vistok.core.console import say
+from vistok.core.errors import Preempted
+from vistok.core.ranks import is_first_process, max_of_all
 
 REQUEUE, INTERRUPT = 1, 2  # what is asked for; over the ranks the largest counts
 

@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from vistok import distributed
-from vistok.console import say
+from vistok.core import ranks as distributed
+from vistok.core.console import say
+from vistok.core.errors import ConfigError, nearest
 from vistok.data.datamodule import VistokDataModule
-from vistok.errors import ConfigError, nearest
 from vistok.training.callbacks import (
     CodebookWatch,
     DataWatch,
@@ -26,7 +26,7 @@ from vistok.training.callbacks import (
     ReconstructionGrid,
     ValidationLine,
 )
-from vistok.training.checkpoints import Checkpoints
+from vistok.training.checkpointing import Checkpoints
 from vistok.training.metrics_file import ContinuedCSVLogger
 from vistok.training.sharding import ShardedStrategy
 from vistok.training.stopping import StopAfterStep
@@ -39,6 +39,7 @@ PRECISIONS = {
     "16-mixed": "16-mixed",
     "32-true": "32-true",
 }
+
 #: Of products of float32 matrices, in torch's words.
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 

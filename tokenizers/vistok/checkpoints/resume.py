@@ -1,0 +1,55 @@
+"""Find where a run is to go on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from vistok.checkpoints.read import read_checkpoint
+from vistok.checkpoints.seals import check_seal, read_seal, seal_of
+from vistok.core.console import say
+from vistok.core.errors import CheckpointError
+from vistok.core.ranks import is_first_process
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder that is whole; None if there is no file at all.
+
+    Damaged ones are passed over, with one line for each.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none is whole.
+    """
+    problems = []
+    for path in sorted((run / "checkpoints").glob("*.ckpt"), key=_age, reverse=True):
+        try:
+            if read_seal(path) is None:
+                read_checkpoint(path)  # only reading it shows
+            check_seal(path)
+            return path
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+            if is_first_process():
+                say(f"[yellow]{error}; looking for an older one[/yellow]")
+    if problems:
+        raise CheckpointError(f"{run}: no checkpoint is whole; {problems[0]}")
+    return None
+
+
+def _age(path: Path) -> tuple[float, str]:
+    """Sort key: `last.ckpt` is the newest, the others go by their step."""
+    if path.name == "last.ckpt":
+        return float("inf"), ""
+    if number := re.fullmatch(r"step_(\d+)", path.stem):
+        return float(number[1]), path.name
+    sealed = seal_of(path)
+    return (-1.0 if sealed is None else sealed[1]), path.name
+
+
+def finished_steps(folder: Path) -> int:
+    """Steps of the run whose summary the folder holds; 0 if there is none."""
+    try:
+        return int(json.loads((folder / "summary.json").read_text())["steps"])
+    except (OSError, ValueError, KeyError):
+        return 0

@@ -1,0 +1,85 @@
+"""Seals: the last line of a checkpoint file, with the digest of all bytes before it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from vistok.core.errors import CheckpointError
+
+_SEAL = "\nvistok sha256={} step={:010d}\n"
+
+_SEAL_BYTES = len(_SEAL.format("0" * 64, 0))
+
+
+def seal(sha256: str, step: int) -> bytes:
+    """The last line of a checkpoint file whose bytes before it have this digest."""
+    return _SEAL.format(sha256, step).encode()
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files of a checkpoint, in the order of the ranks.
+
+    Raises:
+        CheckpointError: if one of a sharded checkpoint is missing.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*-of-*.ckpt"))
+    wanted = int(files[0].stem.rpartition("-")[2]) if files else 1
+    if len(files) != wanted:
+        raise CheckpointError(f"{path}: not whole, it has {len(files)} of {wanted} files")
+    return files
+
+
+def read_seal(path: Path) -> tuple[str, int] | None:
+    """Digest and step that the seal of a checkpoint('s first file) names; None if it has none."""
+    with open(checkpoint_files(path)[0], "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _SEAL_BYTES))
+        found = re.fullmatch(rb"\nvistok sha256=(.{64}) step=(\d{10})\n", file.read(), re.DOTALL)
+    return (found[1].decode(errors="replace"), int(found[2])) if found else None
+
+
+def check_seal(path: Path) -> None:
+    """Compare the bytes of a checkpoint with its seals; a single file without one passes.
+
+    Raises:
+        CheckpointError: if they differ, or a file cannot be read.
+    """
+    if path.is_dir():
+        files = checkpoint_files(path)
+        seals = [read_seal(file) for file in files]
+        if None in seals or len({seal[1] for seal in seals if seal}) != 1:
+            raise CheckpointError(f"{path}: damaged, its files are not of one step")
+        for file in files:
+            check_seal(file)
+        return
+    try:
+        sealed = read_seal(path)
+        if sealed is None:
+            return
+        sha, left = hashlib.sha256(), path.stat().st_size - _SEAL_BYTES
+        with open(path, "rb") as file:
+            while left and (chunk := file.read(min(left, 1 << 22))):
+                sha.update(chunk)
+                left -= len(chunk)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read, {error.strerror}") from error
+    if sha.hexdigest() != sealed[0]:
+        raise CheckpointError(
+            f"{path}: damaged, its bytes do not have the checksum in its last line"
+        )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a checkpoint's: a file, or the folder of a sharded one."""
+    return path.is_file() or (path.suffix == ".ckpt" and path.is_dir())
+
+
+def seal_of(path: Path) -> tuple[str, int] | None:
+    """Return what `read_seal` does, or None if the file cannot be read."""
+    try:
+        return read_seal(path)
+    except (OSError, CheckpointError):
+        return None

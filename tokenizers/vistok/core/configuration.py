@@ -1,0 +1,285 @@
+"""Configs: where they lie, how they are composed, and errors that name the key.
+
+Light on purpose: `--help` and mistyped overrides are answered without importing torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from vistok.core.errors import CheckpointError, ConfigError, nearest
+
+#: Groups of keys that a run can do without.
+_NULL_FOR_NONE = ("baseline",)
+
+
+def config_dir() -> Path:
+    """The folder of vistok's own configs: a checkout's `configs/`, else the installed copy."""
+    checkout = Path(__file__).resolve().parents[3] / "configs"
+    return checkout if (checkout / "train.yaml").exists() else Path(__file__).parents[1] / "configs"
+
+
+def user_config_dirs() -> list[Path]:
+    """Folders of the user's own configs: the environment variable VISTOK_CONFIG_DIR."""
+    return [Path(p) for p in os.environ.get("VISTOK_CONFIG_DIR", "").split(os.pathsep) if p]
+
+
+def options(group: str, extra_dirs: Iterable[Path] = ()) -> list[str]:
+    """Names that can be chosen in a config group, for example "experiment"."""
+    folders = [config_dir(), *user_config_dirs(), *extra_dirs]
+    names = {p.stem for folder in folders for p in (folder / group).glob("*.yaml")}
+    return sorted(names)
+
+
+def header(path: Path) -> str:
+    """First comment line of a config: what it is, for people."""
+    for line in path.read_text().splitlines():
+        if line.startswith("# ") and not line.startswith("# @package"):
+            return line[2:].strip()
+    return ""
+
+
+def quoted(override: str) -> str:
+    """The override with its value in quotes if Hydra's grammar would trip over it.
+
+    Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    try:
+        OverridesParser.create().parse_override(override)
+        return override
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key}="{escaped}"'
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job that `--multirun` makes of `key=a,b` and its like."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    choices = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices.append([override.input_line])
+        elif override.is_discrete_sweep():
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def compose(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> DictConfig:
+    """Compose the config `name` with Hydra.
+
+    Raises:
+        ConfigError: in one line, with the nearest valid name.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    folders = [*user_config_dirs(), *extra_dirs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such config folder")
+    search = ",".join(f"'file://{folder.resolve()}'" for folder in folders)
+    arguments = list(overrides) + ([f"hydra.searchpath=[{search}]"] if folders else [])
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            compose_with = partial(hydra_compose, name)
+            _refuse_nulls(compose_with, arguments)
+            config = compose_with(arguments)
+            _refuse_misfits(config, compose_with, arguments)
+            return config
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, name, overrides, extra_dirs)) from error
+
+
+def _refuse_misfits(
+    config: DictConfig, compose_with: Callable[[list[str]], DictConfig], overrides: list[str]
+) -> None:
+    """What was set to something of another kind fails here, by its key, not deep in a library.
+
+    That is a number or flag anywhere, and a list or a group of keys on the top level.
+    """
+    misfits = {
+        key: override
+        for override in overrides
+        if (key := override.partition("=")[0]).replace(".", "").isidentifier()
+        and not key.startswith("hydra.")
+        and ("." in key or not options(key))
+        and (
+            isinstance(now := OmegaConf.select(config, key, throw_on_missing=False), str)
+            or ("." not in key and isinstance(now, (bool, int, float)))
+        )
+    }
+    if not misfits:
+        return
+    before = compose_with([o for o in overrides if o.partition("=")[0] not in misfits])
+    for key, override in misfits.items():
+        own, now = (OmegaConf.select(c, key, throw_on_missing=False) for c in (before, config))
+        if isinstance(own, (bool, int, float)) and isinstance(now, str):
+            what = "true or false" if isinstance(own, bool) else "a number"
+            raise ConfigError(f"{override}: expected {what}, such as {str(own).lower()}")
+        if "." not in key and isinstance(own, (DictConfig, ListConfig)):
+            raise ConfigError(f"{override}: {_wanted(key, own)}")
+
+
+def _refuse_nulls(compose_with: Callable[[list[str]], DictConfig], overrides: list[str]) -> None:
+    """A top level key set to null fails here, unless null is what it may be (resume, baseline)."""
+    nulls = {
+        key: o
+        for o in overrides
+        if (key := _set_to_null(o)) and key.isidentifier() and key not in _NULL_FOR_NONE
+    }
+    if not nulls:
+        return
+    before = compose_with([o for o in overrides if o not in nulls.values()])
+    for key, override in nulls.items():
+        own = before.get(key)
+        if own is not None or options(key):
+            raise ConfigError(f"{override}: {_wanted(key, own)}")
+
+
+def _set_to_null(override: str) -> str:
+    """The key that an override sets to null; "" if it does something else."""
+    key, _, value = override.partition("=")
+    return key if value.strip().lower() == "null" else ""
+
+
+def _wanted(key: str, own: Any) -> str:
+    """What a top level key takes, whose present value is `own`."""
+    if (choices := options(key)) and isinstance(own, DictConfig | None):
+        return f"null is no choice of it; there are: {', '.join(choices)}"
+    if isinstance(own, DictConfig):
+        return f"it holds keys of its own; set {' or '.join(f'{key}.{part}' for part in own)}"
+    if isinstance(own, ListConfig):
+        return f"expected a list, such as {key}={list(own)}"
+    return f"null cannot be; such as {key}={str(own).lower() if isinstance(own, bool) else own}"
+
+
+def _explain(
+    error: Exception, name: str, overrides: Sequence[str], extra_dirs: Iterable[Path]
+) -> str:
+    text = " ".join(str(error).split())
+    if "submitit_slurm" in text:
+        return "hydra/launcher=submitit: not installed; pip install 'vistok[slurm]'"
+    if match := re.search(r"Could not (?:find|override|load) '?([\w/]+)/([\w.-]+)'?", text):
+        group, choice = match.groups()
+        known = options(group, extra_dirs)
+        if known and choice not in known:
+            return (
+                f"{group}={choice}: no such config{nearest(choice, known)}; "
+                f"there are: {', '.join(known)}"
+            )
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0]
+        if f"'{key}'" in text or f"'{override}'" in text or f" {key}" in text:
+            if "not in struct" in text or "Could not override" in text or "Key" in text:
+                known = all_keys(compose(name, [])) if overrides else []
+                if key not in known:
+                    return f"{key}: no such key{nearest_key(key, known)}"
+            return f"{override}: {text[:160]}"
+    return text[:240]
+
+
+def all_keys(config: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a config, without resolving anything."""
+    keys = []
+    for key in config:
+        dotted = f"{prefix}{key}"
+        keys.append(dotted)
+        if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
+            continue
+        if isinstance(config[key], DictConfig):
+            keys += all_keys(config[key], dotted + ".")
+    return keys
+
+
+def nearest_key(key: str, known: list[str]) -> str:
+    """The closest dotted key: by its last part if that names one key only, else as a whole."""
+    same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    if len(same_leaf) == 1:
+        return f" (did you mean '{same_leaf[0]}'?)"
+    return nearest(key, known)
+
+
+def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Set `key=value` pairs in an already resolved config (a resumed run's own).
+
+    Raises:
+        ConfigError: for a key that it doesn't have, or a group choice.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"{text}: expected key=value") from error
+        key = override.key_or_group
+        missing = object()
+        try:
+            present = OmegaConf.select(config, key, default=missing, throw_on_missing=False)
+        except OmegaConfBaseException:
+            present = missing
+        if present is missing and not override.is_add():
+            raise ConfigError(f"{key}: no such key{nearest_key(key, all_keys(config))}")
+        refused = "." not in key and key not in _NULL_FOR_NONE
+        if _set_to_null(text) and refused and present not in (missing, None):
+            raise ConfigError(f"{text}: {_wanted(key, present)}")
+        if isinstance(present, DictConfig) and isinstance(override.value(), str):
+            raise ConfigError(f"{text}: a resumed run keeps its own {key}; start a new run instead")
+        with open_dict(config):
+            OmegaConf.update(config, key, override.value(), merge=True)
+    return config
+
+
+def load_run_config(run: Path) -> DictConfig:
+    """The resolved config that a run folder keeps.
+
+    Raises:
+        CheckpointError: if there is no such run.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        parent = run.parent
+        siblings = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
+        hint = nearest(run.name, siblings)
+        if not hint and siblings:
+            hint = f"; {parent} holds: {', '.join(siblings[-3:])}"
+        what = "holds no config.yaml" if run.is_dir() else "no such run"
+        raise CheckpointError(f"{run}: {what}{hint}")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def to_container(config: DictConfig) -> dict[str, Any]:
+    """Resolve all interpolations to plain containers.
+
+    Raises:
+        ConfigError: naming the key that cannot be resolved or was left out.
+    """
+    try:
+        container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(f"{key}: {' '.join(str(error).split())[:200]}") from error
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]

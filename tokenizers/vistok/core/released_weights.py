@@ -1,0 +1,103 @@
+"""What the importers of released weights share.
+
+Each converter takes the tensors of a published file by their published names, and gives the config
+of a tokenizer and the state that belongs to it. All sizes are read off the tensors, and a tensor
+that is missing or left over is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vistok.core.errors import CheckpointError
+
+
+class Released(NamedTuple):
+    """What a converter gives: the parts of a config, and a state without fresh statistics."""
+
+    tokenizer: dict[str, Any]
+    quantizer: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+class Published:
+    """The tensors of a published file, each taken once.
+
+    Args:
+        tensors: by their published names.
+        metadata: what a safetensors file says of itself.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.left = dict(tensors)
+        self.metadata = dict(metadata or {})
+
+    def take(self, name: str) -> Tensor:
+        """The tensor `name`, float32.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        self.shape(name)
+        return self.left.pop(name).detach().float()
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the tensor `name`, which stays.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        if name not in self.left:
+            raise CheckpointError(f"weights: '{name}' is missing; are they what source= says?")
+        return self.left[name].shape
+
+    def move(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """All tensors of some parts, `{theirs: ours}`, under our names."""
+        moved = {}
+        for theirs, ours in names.items():
+            inside = [name for name in self.left if name.startswith(f"{theirs}.")]
+            for name in inside or [f"{theirs}.weight"]:
+                moved[ours + name[len(theirs) :]] = self.take(name)
+        return moved
+
+    def count(self, prefix: str) -> int:
+        """How many parts `prefix.0`, `prefix.1`, ... there are."""
+        start = len(prefix) + 1
+        return len({k[start:].partition(".")[0] for k in self.left if k.startswith(f"{prefix}.")})
+
+    def finish(self) -> None:
+        """Check that nothing is left.
+
+        Raises:
+            CheckpointError: naming the first tensor that has no place.
+        """
+        for name in self.left:
+            raise CheckpointError(
+                f"weights: '{name}' has no place (nor have {len(self.left) - 1} more); are they "
+                "what source= says?"
+            )
+
+
+def vector_quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:
+    """Config of a quantizer with the codebook `codes` `(K, d)`, for latents of width `dim`."""
+    return {
+        "_target_": "vistok.quantizers.vq.VectorQuantizer",
+        "dim": dim,
+        "codebook_size": len(codes),
+        "codebook_dim": codes.shape[1],
+        "codebook": "gradient",
+        "metric": metric,
+        "kmeans_init": False,
+        "revival": "none",
+    }
+
+
+def inside(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state under the names that it has as part of a larger one."""
+    return {f"{part}.{name}": value for name, value in state.items()}

@@ -1,0 +1,123 @@
+"""Random numbers that belong to samples: the same on whatever rank, in whatever batch.
+
+Within `drawing`, which the trainer enters for each batch, a number is a function of the seed, the
+position of its sample in the data stream, and how many draws the forward has made before. So two
+ranks draw what one process would have drawn for the same images, and a resumed run what a whole
+one would have. Elsewhere numbers come from torch's generator.
+
+The function is a counter generator: SplitMix64 (Steele et al. 2014), with a key for each sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as int64, whose products wrap around
+
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+class _Draws:
+    """What the numbers of one forward depend on."""
+
+    def __init__(self, seed: int, positions: Tensor, step: Tensor) -> None:
+        self.seed, self.positions, self.step = seed, positions, step
+        self.calls = 0
+
+    def words(self, rows: Tensor, count: int) -> Tensor:
+        """`(len(rows), count)` int64, all bits random."""
+        self.calls += 1
+        call = (self.calls * (_GOLDEN >> 1) + 2**63) % 2**64 - 2**63  # as int64
+        keys = _mix(_mix(rows * _GOLDEN + self.seed) + call)
+        counter = torch.arange(1, count + 1, device=rows.device)
+        return _mix(keys[:, None] + counter * _GOLDEN)
+
+
+_current: _Draws | None = None
+
+
+@contextmanager
+def drawing(seed: int, positions: Tensor, step: int) -> Iterator[None]:
+    """Within this context, draw for the samples of a batch.
+
+    Args:
+        seed: of the run, in [0, 2^63).
+        positions: `(B,)` int64, of the samples in the data stream.
+        step: position at which the optimizer step began, the same for all its batches and ranks.
+    """
+    global _current
+    before, _current = _current, _Draws(seed, positions, torch.tensor([step]))
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def uniform(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Float32 in [0, 1).
+
+    Args:
+        shape: B samples come first; what follows, or is flattened into the first dimension, is
+            the sample's own.
+        device: where to.
+    """
+    if _current is None:
+        return torch.rand(tuple(shape), device=device)
+    return _unit(_shift(_words(_current, shape, device), 40)).view(tuple(shape))
+
+
+def normal(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Standard normal float32 numbers; `shape` as in `uniform`."""
+    if _current is None:
+        return torch.randn(tuple(shape), device=device)
+    count = math.prod(shape) // max(1, len(_current.positions))
+    words = _current.words(_current.positions.to(device), -(-count // 2))
+    # Box and Muller: two from each word.
+    radius = (-2 * (_unit(_shift(words, 40)) + 2**-25).log()).sqrt()
+    angle = _unit(words & 0xFFFFFF) * (2 * math.pi)
+    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pairs[:, :count].reshape(tuple(shape))
+
+
+def integers(
+    low: int, high: int, shape: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """Int64 in [low, high); `shape` as in `uniform`."""
+    if _current is None:
+        return torch.randint(low, high, tuple(shape), device=device)
+    words = _words(_current, shape, device)
+    return (low + _shift(words, 24) % (high - low)).view(tuple(shape))
+
+
+def shared_integer(low: int, high: int, device: torch.device | str | None = None) -> Tensor:
+    """`(1,)` int64 in [low, high): one for all batches and ranks of an optimizer step."""
+    if _current is None:
+        return torch.randint(low, high, (1,), device=device)
+    words = _current.words(_current.step.to(device), 1)
+    return low + _shift(words[0], 24) % (high - low)
+
+
+def _words(draws: _Draws, shape: Sequence[int], device: torch.device | str | None) -> Tensor:
+    rows = draws.positions.to(device)
+    return draws.words(rows, math.prod(shape) // max(1, len(rows)))
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """To the right, filled up with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _unit(bits: Tensor) -> Tensor:
+    """24 bits to [0, 1)."""
+    return bits.float() * 2**-24

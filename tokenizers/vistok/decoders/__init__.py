@@ -1,1 +1,0 @@
-"""Quantized latents to images."""

@@ -1,0 +1,293 @@
+"""A ViT whose learned latent tokens read an image, and one that paints it from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.core.errors import ArgumentError
+from vistok.core.geometry import grid_of
+from vistok.core.values import check_number
+from vistok.models.decoder import Decoder
+from vistok.models.encoder import Encoder
+from vistok.nn.blocks import Transformer, attend_by_position_, init_transformer_
+from vistok.nn.data_init import least_squares, principal_components
+from vistok.nn.patches import pad_edges, patchify, unpatchify
+from vistok.nn.positions import grid_points, position_table, spread_points
+
+
+class LatentTransformerEncoder(Encoder):
+    """Patches and K learned latent tokens through one transformer; the latents are kept.
+
+    Sequence `[class token | patches | latent tokens]` with full attention, as in TiTok (Yu et
+    al. 2024, https://arxiv.org/abs/2406.07550). Differs from the reference code: positions start
+    as sines and cosines, the latent tokens' at points spread over the image, and `initialize`
+    sets the patch embedding to principal components. All remain learned.
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of `patch_size`.
+        channels: C.
+        patch_size: side of a patch in pixels.
+        num_latent_tokens: K, the length of the code.
+        width: W of the transformer, a multiple of 4; also D of the latents.
+        depth: number of blocks.
+        num_heads: attention heads.
+        class_token: prepend a learned token, as the paper does.
+        activation_checkpointing: see `Transformer`.
+        causal: patches attend to patches alone, and latent token j to all patches and to the
+            latent tokens up to j (FlexTok's registers), so that later ones don't change it.
+        block: style of the blocks, such as "vit" or "flextok"; see `Block`.
+        nested: start the latent tokens where every prefix of them covers the image; see
+            `spread_points`. The decoder's must agree.
+        attention: auto, dense or flex, under the causal mask; see `nn/attention.py`.
+        content: strength of the patches' content at the start, over that of the positions. A
+            codebook follows latents that training moves about as a whole, so there an eighth
+            serves, which the norms hardly bend. FSQ's range stays where it is: with less than
+            about 1 the latents would leave it before they are of use. 0 or more.
+        legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
+            two-stage TiTok and One-D-Piece do: each token gets channels of every latent.
+        norm_in: normalise the sequence before the first block; FlexTok does not.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        class_token: bool = True,
+        activation_checkpointing: bool = False,
+        causal: bool = False,
+        block: str = "vit",
+        nested: bool = False,
+        attention: str = "auto",
+        content: float = 0.125,
+        legacy_reshape: bool = False,
+        norm_in: bool = True,
+    ) -> None:
+        super().__init__()
+        check_number("content", content, 0)
+        self.legacy_reshape = legacy_reshape
+        self.grid = grid_of(image_size, patch_size)
+        self.patch_size = patch_size
+        self.content = content
+        self.dim = width
+        self.num_tokens = num_latent_tokens
+        self.patch_embed = nn.Linear(patch_size * patch_size * channels, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        self.norm_in = nn.LayerNorm(width) if norm_in else nn.Identity()
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            block=block,
+            attention=attention,
+        )
+        self.norm_out = nn.LayerNorm(width)
+        init_transformer_(self)
+        # Positions start in as many dimensions as a head has, content in the others.
+        self.num_position_dims = head = width // num_heads
+        attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
+        points = grid_points(self.grid)
+        self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
+        points = spread_points(num_latent_tokens, self.grid, nested)
+        self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
+        # What a latent says about its own place is no news: its mean over images is taken off.
+        self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
+        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)
+        self.mask: Tensor | None
+        prefix = len(self.patch_positions) + class_token
+        mask = prefix_causal_mask(prefix, num_latent_tokens) if causal else None
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`."""
+        x = self.patch_embed(patchify(images, self.patch_size)) + self.patch_positions
+        latents = (self.latent_tokens + self.latent_positions).expand(len(x), -1, -1)
+        parts = [x, latents.to(x.dtype)]
+        if self.class_token is not None:
+            parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
+        x = self.norm_in(torch.cat(parts, dim=1))
+        latents = self.transformer(x, self.mask, keep=slice(-self.num_tokens, None))
+        latents = self.norm_out(latents)
+        if self.legacy_reshape:
+            latents = latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
+        return latents - self.latent_means
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start the patch embedding at the principal components of the patches.
+
+        In the dimensions that positions leave free, all on one scale, so that distances between
+        latents begin as distances between patches; and at `content` times the positions'
+        strength. Then take the latents' means off.
+        """
+        patches = patchify(images, self.patch_size).flatten(0, 1)
+        count = min(self.dim - self.num_position_dims, patches.shape[1])
+        mean, components, deviations = principal_components(patches, count)
+        strength = (self.num_position_dims / deviations.square().sum()).sqrt() * self.content
+        weight = components * strength
+        self.patch_embed.weight.zero_()
+        self.patch_embed.bias.zero_()
+        self.patch_embed.weight[:count] = weight
+        self.patch_embed.bias[:count] = -weight @ mean
+        latents = torch.cat([self(chunk).float() for chunk in images.split(32)])
+        self.latent_means += latents.mean(dim=0)
+
+
+def prefix_causal_mask(prefix: int, length: int) -> Tensor:
+    """`(prefix + length,)` squared bool, True = visible: a full prefix, then a causal tail."""
+    total = prefix + length
+    columns = torch.arange(total)
+    rows = columns[:, None]
+    return (columns < prefix) | ((rows >= prefix) & (columns <= rows))
+
+
+class LatentTransformerDecoder(Decoder):
+    """Mask tokens and latent tokens through one transformer; the mask tokens become patches.
+
+    Sequence `[class token | mask tokens | latent tokens]` with full attention and a linear head
+    to pixels, then a 3x3 convolution across the seams: the single-stage TiTok (Yu et al. 2024,
+    https://arxiv.org/abs/2406.07550; head of TA-TiTok, https://arxiv.org/abs/2501.07730).
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of `patch_size`.
+        channels: C.
+        patch_size: side of a patch in pixels.
+        num_latent_tokens: K, the longest code.
+        latent_dim: D, the width of the quantized latents.
+        width: W of the transformer, a multiple of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        class_token: prepend a learned token, as the paper does.
+        activation_checkpointing: see `Transformer`.
+        nested: as in the encoder.
+        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
+        borders: what the last convolution sees beyond the image, its edges "repeated" or "black",
+            as in the released models.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        latent_dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        class_token: bool = True,
+        activation_checkpointing: bool = False,
+        nested: bool = False,
+        attention: str = "auto",
+        borders: str = "repeated",
+    ) -> None:
+        super().__init__()
+        if borders not in ("repeated", "black"):
+            raise ArgumentError(f"borders={borders}: must be repeated or black")
+        self.borders = borders
+        self.grid = grid_of(image_size, patch_size)
+        self.patch_size = patch_size
+        self.dim = latent_dim
+        self.num_tokens = num_latent_tokens
+        self.embed = nn.Linear(latent_dim, width)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        self.norm_in = nn.LayerNorm(width)
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            attention=attention,
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.head = nn.Linear(width, patch_size * patch_size * channels)
+        init_transformer_(self)
+        # Positions start in as many dimensions as a head has, content in the others.
+        head = width // num_heads
+        attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
+        nn.init.orthogonal_(self.embed.weight)
+        if latent_dim == width:
+            nn.init.eye_(self.embed.weight)
+        self.smooth = nn.Conv2d(channels, channels, 3)
+        nn.init.dirac_(self.smooth.weight)
+        nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
+        points = grid_points(self.grid)
+        self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
+        points = spread_points(num_latent_tokens, self.grid, nested)
+        self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
+        return self.paint(self.features(quantized, mask))
+
+    def paint(self, features: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` of what `features` returns."""
+        patches = unpatchify(self.head(features), self.grid, self.patch_size)
+        black = self.borders == "black"
+        return self.smooth(
+            F.pad(patches, (1, 1, 1, 1), value=-1.0) if black else pad_edges(patches)
+        )
+
+    def features(
+        self, quantized: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """What the head sees: `(B, rows * columns, W)`, raster order.
+
+        Args:
+            quantized: `(B, n, D)`.
+            mask: `(B, n)` bool; tokens marked False are not seen.
+            context: `(B, T, W)`, further tokens at the end of the sequence.
+        """
+        batch, length, _ = quantized.shape
+        latents = self.embed(quantized) + self.latent_positions[:length]
+        patches = (self.mask_token + self.patch_positions).expand(batch, -1, -1)
+        parts = [patches.to(latents.dtype), latents]
+        if self.class_token is not None:
+            parts.insert(0, self.class_token.expand(batch, -1, -1).to(latents.dtype))
+        before = sum(part.shape[1] for part in parts) - length
+        if context is not None:
+            parts.append(context.to(latents.dtype))
+        x = torch.cat(parts, dim=1)
+        visible = None
+        if mask is not None:
+            visible = mask.new_ones(batch, x.shape[1])
+            visible[:, before : before + length] = mask
+            visible = visible[:, None, None, :]
+        return self.norm_out(self.transformer(self.norm_in(x), visible, keep=self._patches))
+
+    @property
+    def _patches(self) -> slice:
+        """Where they lie in the sequence."""
+        start = 0 if self.class_token is None else 1
+        return slice(start, start + len(self.patch_positions))
+
+    def patch_tokens(self, sequence: Tensor) -> Tensor:
+        """The patches `(B, rows * columns, W)` in the sequence behind any block."""
+        if sequence.shape[1] == len(self.patch_positions):  # behind the last nothing else is left
+            return sequence
+        return sequence[:, self._patches]
+
+    @torch.no_grad()
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Start the head at the linear map that reconstructs `images` best."""
+        features = torch.cat([self.features(chunk) for chunk in quantized.split(32)])
+        patches = patchify(images, self.patch_size)
+        weight, bias = least_squares(features.flatten(0, 1), patches.flatten(0, 1))
+        self.head.weight.copy_(weight)
+        self.head.bias.copy_(bias)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the pixel head."""
+        return self.head.weight

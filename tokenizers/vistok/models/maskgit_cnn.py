@@ -1,0 +1,132 @@
+"""The convolutional encoder and decoder of MaskGIT's VQGAN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.core.errors import ArgumentError
+from vistok.core.geometry import grid_of
+from vistok.models.decoder import Decoder
+from vistok.models.encoder import Encoder
+from vistok.nn.conv import OutputSkipBlock, Upsample, group_norm
+
+
+class MaskGITEncoder(Encoder):
+    """Residual blocks with an average over 2x2 cells between levels; no attention.
+
+    The VQGAN of MaskGIT (Chang et al. 2022, https://arxiv.org/abs/2202.04200), whose released
+    weights are the proxy of TiTok's first stage. The downsampling factor is
+    `2 ** (len(channel_multipliers) - 1)`.
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of the downsampling factor.
+        channels: C of the images.
+        base_channels: channels of the first level.
+        channel_multipliers: one per level, times `base_channels`.
+        latent_dim: D of the latents.
+        num_res_blocks: residual blocks per level, and behind the last one.
+        mean: of each channel in [0, 1], taken off first; the first convolution has no bias.
+        std: of each channel, divided by.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        latent_dim: int,
+        num_res_blocks: int = 2,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+    ) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        for name, given in (("mean", mean), ("std", std)):
+            values = list(given) if isinstance(given, Sequence) else [given]
+            if len(values) not in (1, channels):
+                raise ArgumentError(f"{name}: {len(values)} values for {channels} channels")
+            if name == "std" and min(values) <= 0:
+                raise ArgumentError(f"std={given}: must be above 0")
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.dim = latent_dim
+        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1, bias=False)
+        layers: list[nn.Module] = []
+        width = base_channels
+        for level, multiplier in enumerate(channel_multipliers):
+            if level:
+                layers.append(nn.AvgPool2d(2))
+            for _ in range(num_res_blocks):
+                layers.append(OutputSkipBlock(width, base_channels * multiplier))
+                width = base_channels * multiplier
+        layers += [OutputSkipBlock(width, width) for _ in range(num_res_blocks)]
+        self.layers = nn.Sequential(*layers)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, latent_dim, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
+        images = ((images + 1) / 2 - self.mean) / self.std  # the weights know images in [0, 1]
+        x = self.layers(self.conv_in(images))
+        return self.conv_out(F.silu(self.norm_out(x))).flatten(2).transpose(1, 2)
+
+
+class MaskGITDecoder(Decoder):
+    """Residual blocks with a doubling between levels; the mirror of `MaskGITEncoder`.
+
+    The VQGAN of MaskGIT (Chang et al. 2022, https://arxiv.org/abs/2202.04200).
+
+    Args:
+        image_size: side in pixels, or (H, W), multiples of the downsampling factor.
+        channels: C of the images.
+        latent_dim: D, the width of the quantized latents.
+        base_channels: channels of the last level.
+        channel_multipliers: one per level, times `base_channels`, in the *encoder's* order.
+        num_res_blocks: residual blocks per level, and before the first one.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        channels: int,
+        latent_dim: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int = 2,
+    ) -> None:
+        super().__init__()
+        self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
+        self.dim = latent_dim
+        width = base_channels * channel_multipliers[-1]
+        self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
+        layers: list[nn.Module] = [OutputSkipBlock(width, width) for _ in range(num_res_blocks)]
+        for level in reversed(range(len(channel_multipliers))):
+            for _ in range(num_res_blocks):
+                layers.append(OutputSkipBlock(width, base_channels * channel_multipliers[level]))
+                width = base_channels * channel_multipliers[level]
+            if level:
+                layers.append(Upsample(width))
+        self.layers = nn.Sequential(*layers)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
+        if mask is not None:
+            quantized = quantized * mask[..., None]
+        x = self.conv_in(quantized.transpose(1, 2).unflatten(2, self.grid))
+        x = self.conv_out(F.silu(self.norm_out(self.layers(x))))
+        return 2 * x - 1  # the weights know images in [0, 1]
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution."""
+        return self.conv_out.weight

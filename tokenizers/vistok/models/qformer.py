@@ -1,0 +1,207 @@
+"""A CNN with a Q-Former: from a grid of features to a 1D code, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.core.errors import ArgumentError
+from vistok.models.cnn import CNNDecoder, CNNEncoder
+from vistok.models.decoder import Decoder
+from vistok.models.encoder import Encoder
+from vistok.nn.blocks import init_transformer_
+from vistok.nn.data_init import start_at_components_, start_conv_
+from vistok.nn.positions import grid_points, position_table
+from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
+
+
+class QFormerEncoder(Encoder):
+    """Image to a grid of features by a CNN, and these to a 1D code by a Q-Former.
+
+    The queries start as averages of the embedded grid over ever finer cells (1, 1, 2, 4, ... of
+    them), so the first tokens see the whole image and the last ones small parts of it.
+
+    Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
+
+    Args:
+        cnn: the first stage.
+        num_latent_tokens: K, the length of the code; a power of two.
+        dim: D, the width of the latents.
+        width: W of the Q-Former, a multiple of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        activation_checkpointing: of the Q-Former's blocks.
+        padding_start: repeat the queries from this one on behind the code, with positions of
+            their own (ReTok); None for none. See `padded`.
+        norm_first: normalise the grid's features before they are embedded, as the released code
+            does, and not their embedding.
+    """
+
+    def __init__(
+        self,
+        cnn: CNNEncoder,
+        num_latent_tokens: int,
+        dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        activation_checkpointing: bool = False,
+        padding_start: int | None = None,
+        norm_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_tokens = num_latent_tokens
+        self.levels = pooling_pyramid(num_latent_tokens)
+        self.grid = cnn.grid
+        self.conv_out = nn.Conv2d(cnn.dim, dim, 3, padding=1)
+        self.embed = nn.Linear(dim, width)
+        self.norm_first = norm_first
+        self.norm_in = nn.LayerNorm(dim if norm_first else width)
+        self.query = nn.Linear(width, width)
+        self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
+        self.norm_out = nn.LayerNorm(width)
+        self.project = nn.Linear(width, dim)
+        init_transformer_(self)
+        nn.init.eye_(self.query.weight)
+        self.cnn = cnn
+        points = grid_points(cnn.grid)
+        self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+        self.padding_start = padding_start
+        self.latent_positions = nn.Parameter(
+            token_positions(num_latent_tokens, width, cnn.grid, padding_start)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, D)`, the padding thrown away."""
+        return self.padded(images)[:, : self.num_tokens]
+
+    def padded(self, images: Tensor) -> Tensor:
+        """The latents `(B, K + M, D)`: the code, and behind it the M repeated queries."""
+        return self.project(self.latents(images))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """What is projected to the code: `(B, K + M, W)`."""
+        x = self.embed(self.cells(images))
+        memory = x if self.norm_first else self.norm_in(x)
+        queries = self.queries(memory)
+        if self.padding_start is not None:
+            queries = torch.cat([queries, queries[:, self.padding_start :]], dim=1)
+        x = self.transformer(queries, memory, self.latent_positions, self.grid_positions)
+        return self.norm_out(x)
+
+    def cells(self, images: Tensor) -> Tensor:
+        """What is embedded for the Q-Former to read: `(B, cells, D)`."""
+        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
+        cells = grid.flatten(2).transpose(1, 2)
+        return self.norm_in(cells) if self.norm_first else cells
+
+    def queries(self, memory: Tensor) -> Tensor:
+        """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""
+        grid = memory.transpose(1, 2).unflatten(2, self.grid)
+        pooled = [F.adaptive_avg_pool2d(grid, level).flatten(2) for level in self.levels]
+        return self.query(torch.cat(pooled, dim=2).transpose(1, 2))
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start the embedding and the projection at the principal components of what they see."""
+        self.cnn.initialize(images)
+        chunks = images.split(32)
+        maps = torch.cat([self.cnn(chunk).float() for chunk in chunks[:4]])
+        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.grid))
+        cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
+        start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
+        latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
+        start_at_components_(self.project, latents.flatten(0, 1), self.dim)
+
+
+class QFormerDecoder(Decoder):
+    """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
+
+    Differs from the released code: tokens start at the centres of what their queries average, and
+    the first block starts by copying from those near a cell. All of it stays learned.
+
+    Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
+
+    Args:
+        cnn: the last stage; its `latent_dim` is D.
+        num_latent_tokens: K, the length of the code.
+        latent_dim: D, the width of the quantized latents.
+        width: W of the Q-Former, a multiple of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        activation_checkpointing: of the Q-Former's blocks.
+        padding_start: the encoder's; the code may then be longer by the padding.
+        norm_first: as in the encoder, of the code.
+    """
+
+    def __init__(
+        self,
+        cnn: CNNDecoder,
+        num_latent_tokens: int,
+        latent_dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        activation_checkpointing: bool = False,
+        padding_start: int | None = None,
+        norm_first: bool = False,
+    ) -> None:
+        super().__init__()
+        if cnn.dim != latent_dim:
+            raise ArgumentError(f"cnn.latent_dim={cnn.dim}: must be latent_dim={latent_dim}")
+        self.dim = latent_dim
+        self.grid = cnn.grid
+        self.embed = nn.Linear(latent_dim, width)
+        self.norm_first = norm_first
+        self.norm_in = nn.LayerNorm(latent_dim if norm_first else width)
+        self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
+        self.norm_out = nn.LayerNorm(width)
+        self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)
+        init_transformer_(self)
+        read_by_position_(self.transformer.blocks[0].cross_attn, width // 2)  # type: ignore[arg-type]
+        self.cnn = cnn
+        points = grid_points(cnn.grid)
+        self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
+        self.latent_positions = nn.Parameter(
+            token_positions(num_latent_tokens, width, cnn.grid, padding_start)
+        )
+        self.num_tokens = len(self.latent_positions)  # with the padding
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Images `(B, C, H, W)` from the first n <= K tokens `(B, n, D)`; the first is needed."""
+        return self.cnn.reconstruct(self.cells(quantized, mask))
+
+    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the CNN gets: `(B, rows * columns, D)`, raster order."""
+        return self.conv_out(self.maps(quantized, mask)).flatten(2).transpose(1, 2)
+
+    def maps(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the Q-Former makes of the code: `(B, W, rows, columns)`."""
+        norm, embed = self.norm_in, self.embed
+        memory = embed(norm(quantized)) if self.norm_first else norm(embed(quantized))
+        queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
+        x = self.transformer(
+            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]], mask
+        )
+        return self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
+
+    def patch_tokens(self, sequence: Tensor) -> Tensor:
+        """The cells `(B, rows * columns, W)` in the sequence behind any block: all of it."""
+        return sequence
+
+    @torch.no_grad()
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Start the CNN as a map that hands on what the code says of `images`."""
+        start_conv_(self.conv_out, self.maps(quantized[:64]))
+        self.cnn.initialize(
+            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+        )
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the CNN's last convolution."""
+        return self.cnn.last_layer

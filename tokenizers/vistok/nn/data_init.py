@@ -1,0 +1,184 @@
+"""Starts of a CNN at which images pass it nearly unchanged, so that training begins with pictures.
+
+A random deep CNN says little about its input: of photographs in 8 x 8 pixel cells, a linear map
+gets back 15 dB from one and 20 from the pixels' principal components. What comes behind it, above
+all a codebook, would settle on that before the CNN has learned. All of it stays learned.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.nn.conv import DepthToSpace, ResBlock, SpatialAttention, Upsample
+
+_REFERENCE = 0.5  # in units of what differs between images
+
+_ROWS = 20000  # samples are enough
+
+
+@torch.no_grad()
+def start_conv_(conv: nn.Conv2d, maps: Tensor, reference: float = _REFERENCE) -> None:
+    """Let a convolution start as a rotation of its input's principal components, mean taken off.
+
+    Turned at random, so that every channel says a little of everything, and the channels that a
+    group norm takes together are on one scale. A constant is added to one half of the channels
+    and taken off the other: beside it, a norm over the image leaves brightness and contrast as
+    they are, nearly, instead of wiping them out.
+
+    Args:
+        conv: with a stride s it starts with the s x s first of its taps, else with the central one.
+        maps: `(M, C, H, W)`, samples of what it sees.
+        reference: the constant, where the components have unit variance per channel.
+    """
+    taps = conv.stride[0]
+    rows = pixels(maps, taps, stride=taps)
+    count = min(conv.out_channels, rows.shape[1])
+    mean, components, deviations = principal_components(rows, count)
+    turn = nn.init.orthogonal_(torch.empty(conv.out_channels, count)).to(rows.device)
+    scale = (conv.out_channels / deviations.square().sum().clamp(min=1e-12)).sqrt()
+    weight = turn @ components * scale
+    bias = -weight @ mean
+    bias[::2] += reference
+    bias[1::2] -= reference
+    _set(conv, weight, bias, taps)
+
+
+@torch.no_grad()
+def start_upsampling_(layer: Upsample | DepthToSpace, maps: Tensor, wanted: Tensor) -> None:
+    """Let an upsampling start at the linear map that comes nearest to pixels at its new size.
+
+    Args:
+        layer: what to set.
+        maps: `(M, C, H, W)`, samples of what it sees.
+        wanted: `(M, F, 2H, 2W)`, pixels of the images; its outputs are a rotation of them.
+    """
+    spaced = isinstance(layer, DepthToSpace)
+    turn = nn.Conv2d(wanted.shape[1], layer.conv.out_channels // (4 if spaced else 1), 1)
+    start_conv_(turn.to(maps.device), wanted)
+    targets = turn(wanted)
+    if spaced:
+        rows, targets = pixels(maps), pixels(F.pixel_unshuffle(targets, 2))
+    else:
+        large = F.interpolate(maps, scale_factor=2.0, mode="nearest")
+        rows, targets = pixels(large, 3), pixels(targets)
+    weight, bias = least_squares(rows, targets)
+    _set(layer.conv, weight, bias, 1)
+
+
+@torch.no_grad()
+def start_block_(block: nn.Module, maps: Tensor) -> None:
+    """Let a residual or attention block start as its skip connection.
+
+    Args:
+        block: a layer; others than these blocks are left alone.
+        maps: `(M, C, H, W)`, samples of what it sees.
+    """
+    if isinstance(block, ResBlock):
+        for parameter in block.conv2.parameters():
+            nn.init.zeros_(parameter)
+        if isinstance(block.skip, nn.Conv2d):
+            start_conv_(block.skip, maps)
+    elif isinstance(block, SpatialAttention):
+        for parameter in block.proj.parameters():
+            nn.init.zeros_(parameter)
+
+
+def pixels(maps: Tensor, side: int = 1, stride: int = 1, count: int = _ROWS) -> Tensor:
+    """Pixels, or windows around them, of maps `(M, C, H, W)` as rows `(R, C * side * side)`.
+
+    Args:
+        maps: one after the other, for windows take `side` squared times their memory.
+        side: of the windows; odd with a stride of 1, which then reach over the edge into zeros.
+        stride: from one window to the next, 1 or `side`.
+        count: about so many rows, evenly from all maps; all pixels if there are no more.
+    """
+    parts = []
+    for one in maps.split(1):
+        rows = F.unfold(one, side, padding=side // 2 if stride == 1 else 0, stride=stride)[0].T
+        kept = min(len(rows), max(1, count // len(maps)))
+        parts.append(rows[torch.linspace(0, len(rows) - 1, kept, device=rows.device).long()])
+    return torch.cat(parts)
+
+
+def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor, taps: int) -> None:
+    """Write a map `(out, in * side * side)`; of the central tap, the first ones or all."""
+    side = conv.kernel_size[0]
+    conv.weight.zero_()
+    if weight.shape[1] == conv.weight[0].numel():
+        conv.weight.copy_(weight.view_as(conv.weight))
+    else:
+        first = 0 if taps > 1 else side // 2
+        part = conv.weight[:, :, first : first + taps, first : first + taps]
+        part.copy_(weight.view_as(part))
+    assert conv.bias is not None
+    conv.bias.copy_(bias)
+
+
+@torch.no_grad()
+def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal component analysis.
+
+    Args:
+        rows: `(M, F)` samples.
+        count: number of components, at most F.
+
+    Returns:
+        mean `(F,)`, components `(count, F)` with orthonormal rows, strongest first, and their
+        standard deviations `(count,)`; float32.
+    """
+    x = rows.double()
+    mean = x.mean(dim=0)
+    covariance = (x - mean).T @ (x - mean) / max(1, len(x) - 1)
+    variances, vectors = torch.linalg.eigh(covariance)
+    order = torch.arange(x.shape[1] - 1, x.shape[1] - 1 - count, -1)
+    deviations = variances[order].clamp(min=0).sqrt()
+    return mean.float(), vectors[:, order].T.contiguous().float(), deviations.float()
+
+
+@torch.no_grad()
+def start_at_components_(
+    layer: nn.Linear, rows: Tensor, num_dims: int, deviation: Tensor | None = None
+) -> None:
+    """Let a linear layer start at the principal components of what it will see, mean taken off.
+
+    All on one scale. So what differs between images is as large as anything else from the first
+    step, and not a ripple on a constant that training moves about.
+
+    Args:
+        layer: its first `num_dims` outputs, or as many as it has inputs, are set; others are 0.
+        rows: `(M, in_features)` samples.
+        num_dims: at most `out_features`.
+        deviation: what becomes 1; None for the components' own, root mean square.
+    """
+    count = min(num_dims, rows.shape[1])
+    mean, components, deviations = principal_components(rows, count)
+    if deviation is None:
+        deviation = deviations.square().mean().sqrt()
+    components = components / deviation.clamp(min=1e-6)
+    layer.weight.zero_()
+    layer.bias.zero_()
+    layer.weight[:count] = components
+    layer.bias[:count] = -components @ mean
+
+
+@torch.no_grad()
+def least_squares(inputs: Tensor, outputs: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """The linear layer that maps `inputs` to `outputs` best.
+
+    Args:
+        inputs: `(M, I)`.
+        outputs: `(M, O)`.
+        ridge: penalty on the weights, relative to the mean variance of the inputs.
+
+    Returns:
+        weight `(O, I)` and bias `(O,)`, float32.
+    """
+    x, y = inputs.double(), outputs.double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+    weight = torch.linalg.solve(gram, x.T @ y).T
+    return weight.float(), (y_mean - weight @ x_mean).float()

@@ -1,0 +1,74 @@
+"""FlexTok: nested registers and a flow that paints from any prefix of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vistok.models.decoder import Decoder
+from vistok.models.encoder import Encoder
+from vistok.models.flexible import FlexibleTokenizer
+from vistok.models.latent_space import LatentSpace
+from vistok.models.length import LengthPolicy
+from vistok.quantizers.base import Quantizer
+
+
+class FlexTok(FlexibleTokenizer):
+    """Causal registers, FSQ, nested dropout per image and a rectified-flow decoder.
+
+    With an autoencoder (the paper's way; `stage=latents`) the encoder reads its latents, the flow
+    runs in them, and pixels come from its decoder. It stays as it is: no gradient, no optimizer,
+    no EMA, but its weights are in checkpoints and exports, which so need nothing besides. Without
+    one, all of this happens in pixels.
+
+    Differs from the paper: latents are not sampled but the autoencoder's own, and positions are
+    learned, from sines and cosines. With `norm_in`, `time_dim` and `slowest_time` as in the
+    paper-size configs, encoder and decoder compute what the released ones do.
+
+    Paper: Bachmann et al. 2025, https://arxiv.org/abs/2502.13967.
+    Parts: `LatentTransformerEncoder` with causal=true and block="flextok", `FlowDecoder`, `FSQ`
+    with levels 8, 8, 8, 5, 5, 5; its alignment (REPA) is `alignment.*` of the run.
+
+    Args:
+        encoder: images or maps of latents to latents of tokens.
+        quantizer: latents to indices and vectors.
+        decoder: vectors to images or maps of latents.
+        image_size: (H, W) in pixels, or the side of squares.
+        length: how many tokens a training step keeps.
+        channels: C of the images.
+        autoencoder: between images and maps of latents; None to work in pixels.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        quantizer: Quantizer,
+        decoder: Decoder,
+        image_size: int | Sequence[int],
+        length: LengthPolicy,
+        channels: int = 3,
+        autoencoder: LatentSpace | None = None,
+    ) -> None:
+        super().__init__(encoder, quantizer, decoder, image_size, length, channels)
+        self.autoencoder = autoencoder
+        if autoencoder is not None:
+            self.freeze("autoencoder")
+
+    def to_signal(self, images: Tensor) -> Tensor:
+        """The autoencoder's maps of images, if there is one."""
+        if self.autoencoder is None:
+            return images
+        with torch.no_grad():
+            return self.autoencoder.encode(images)
+
+    def to_images(self, signal: Tensor) -> Tensor:
+        """The autoencoder's images of maps, if there is one."""
+        return signal if self.autoencoder is None else self.autoencoder.decode(signal)
+
+    def initialize(self, images: Tensor) -> None:
+        """Measure mean and deviation of the autoencoder's latents first."""
+        if self.autoencoder is not None:
+            self.autoencoder.calibrate(images)
+        super().initialize(images)

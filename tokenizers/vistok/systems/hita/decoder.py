@@ -1,0 +1,111 @@
+"""Causal fusion of holistic and patch tokens, shifted, and a CNN behind it (Hita's decoder)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistok.core.errors import ArgumentError
+from vistok.models.cnn import CNNDecoder
+from vistok.models.decoder import Decoder
+from vistok.nn.blocks import Transformer, init_transformer_
+from vistok.nn.positions import grid_points, position_table, spread_points
+
+
+class HitaDecoder(Decoder):
+    """Causal attention over `[holistic | patches]`; the CNN gets the outputs `shift` places early.
+
+    Cell p of the CNN's grid is output H - k + p of the causal blocks, k being the shift. So it is
+    led by the patches up to p - k and by all holistic tokens (the first k cells by those up to
+    their own place), and the last k patch codes reach no pixel. Without the shift a cell could be
+    painted from its own patch alone, and the holistic codebook would fall out of use.
+
+    Paper: Hita, Zheng et al. 2025, https://arxiv.org/abs/2507.02358.
+
+    Args:
+        cnn: the last stage.
+        num_holistic_tokens: H.
+        latent_dim: D, the width of the quantized latents.
+        width: W of the transformer, a multiple of 4; also what the CNN takes.
+        depth: number of causal blocks.
+        num_heads: attention heads.
+        shift: k, 0 to H.
+        activation_checkpointing: see `Transformer`.
+        attention: auto, dense or flex; see `nn/attention.py`.
+        released: blocks of the released code, as in the encoder, and no norm behind them.
+    """
+
+    def __init__(
+        self,
+        cnn: CNNDecoder,
+        num_holistic_tokens: int,
+        latent_dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        shift: int = 4,
+        activation_checkpointing: bool = False,
+        attention: str = "auto",
+        released: bool = False,
+    ) -> None:
+        super().__init__()
+        if cnn.dim != width:
+            raise ArgumentError(f"cnn.latent_dim={cnn.dim}: must be width={width}")
+        if not 0 <= shift <= num_holistic_tokens:
+            raise ArgumentError(
+                f"shift={shift}: must be 0 to num_holistic_tokens={num_holistic_tokens}"
+            )
+        self.dim = latent_dim
+        self.num_holistic_tokens = num_holistic_tokens
+        self.grid = cnn.grid
+        self.first = num_holistic_tokens - shift
+        self.embed = nn.Linear(latent_dim, width)
+        self.norm_in = nn.LayerNorm(width)
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            block="hita" if released else "flextok",
+            attention=attention,
+        )
+        self.norm_out = nn.Identity() if released else nn.LayerNorm(width)
+        init_transformer_(self)
+        if latent_dim == width:
+            nn.init.eye_(self.embed.weight)
+        self.cnn = cnn
+        points = torch.cat([spread_points(num_holistic_tokens, cnn.grid), grid_points(cnn.grid)])
+        head = width // num_heads
+        self.positions = nn.Parameter(position_table(points, width, head, cnn.grid))
+        mask = torch.ones(len(points), len(points), dtype=torch.bool).tril()
+        self.mask: Tensor
+        self.register_buffer("mask", mask, persistent=False)
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Images `(B, C, H, W)` from `(B, H + cells, D)`; masked tokens count as zero."""
+        if mask is not None:
+            quantized = quantized * mask[..., None]
+        return self.cnn.reconstruct(self.cells(quantized))
+
+    def cells(self, quantized: Tensor) -> Tensor:
+        """What the CNN gets: `(B, rows * columns, W)`, raster order."""
+        x = self.norm_in(self.embed(quantized) + self.positions)
+        return self.norm_out(self.patch_tokens(self.transformer(x, self.mask)))
+
+    def patch_tokens(self, sequence: Tensor) -> Tensor:
+        """The cells `(B, rows * columns, W)` in the sequence behind any block."""
+        return sequence[:, self.first : self.first + self.grid[0] * self.grid[1]]
+
+    @torch.no_grad()
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Start the CNN's last layer at the linear map that reconstructs `images` best."""
+        self.cnn.initialize(
+            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+        )
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the CNN's last convolution."""
+        return self.cnn.last_layer

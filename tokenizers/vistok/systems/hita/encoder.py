@@ -1,0 +1,127 @@
+"""Holistic queries before the patches of a CNN (Hita's encoder)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vistok.models.cnn import CNNEncoder
+from vistok.models.encoder import Encoder
+from vistok.nn.blocks import Transformer, attend_by_position_, init_transformer_
+from vistok.nn.data_init import start_at_components_, start_conv_
+from vistok.nn.positions import grid_points, position_table, spread_points
+
+
+class HitaEncoder(Encoder):
+    """`[holistic queries | patches]` through full, then through causal attention; all are kept.
+
+    The patches are the cells of a CNN with learned positions. In the full blocks the queries read
+    the whole image; in the causal ones, which prepare the order that a language model will read,
+    the patches see all queries and the patches before them.
+
+    Differs from the released code: it feeds the features of a frozen teacher (DINOv2) to the full
+    blocks as well. Here an encoder needs no second network at encode time, and no weights but the
+    tokenizer's own, so that part is left out. Queries start at positions spread over the image,
+    and each token's mean over images is taken off. It has no dropout.
+
+    Paper: Hita, Zheng et al. 2025, https://arxiv.org/abs/2507.02358.
+
+    Args:
+        cnn: the first stage.
+        num_holistic_tokens: H; the code has H tokens and one per cell of the CNN's grid.
+        width: W of the transformers, a multiple of 4; also D of the latents.
+        depth: number of full blocks.
+        causal_depth: number of causal blocks.
+        num_heads: attention heads.
+        activation_checkpointing: see `Transformer`.
+        attention: auto, dense or flex, in the causal blocks; see `nn/attention.py`.
+        released: blocks of the released code (learned norms, biases, no normalised queries and
+            keys), a 3x3 convolution behind the CNN and not a linear layer, and no norm at the end.
+    """
+
+    def __init__(
+        self,
+        cnn: CNNEncoder,
+        num_holistic_tokens: int,
+        width: int,
+        depth: int,
+        causal_depth: int,
+        num_heads: int,
+        activation_checkpointing: bool = False,
+        attention: str = "auto",
+        released: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim = width
+        self.num_holistic_tokens = num_holistic_tokens
+        self.num_tokens = num_holistic_tokens + cnn.num_tokens
+        self.grid = cnn.grid
+        self.embed = (
+            nn.Conv2d(cnn.dim, width, 3, padding=1) if released else nn.Linear(cnn.dim, width)
+        )
+        self.norm_in = nn.LayerNorm(width)
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            block="hita" if released else "flextok",
+        )
+        self.norm_causal = nn.LayerNorm(width)
+        self.causal = Transformer(
+            width,
+            causal_depth,
+            num_heads,
+            activation_checkpointing=activation_checkpointing,
+            block="hita" if released else "flextok",
+            attention=attention,
+        )
+        self.norm_out = nn.Identity() if released else nn.LayerNorm(width)
+        init_transformer_(self)
+        self.num_position_dims = head = width // num_heads
+        attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
+        self.cnn = cnn
+        points = grid_points(cnn.grid)
+        self.patch_positions = nn.Parameter(position_table(points, width, head, cnn.grid))
+        points = spread_points(num_holistic_tokens, cnn.grid)
+        positions = position_table(points, width, head, cnn.grid)
+        self.queries = nn.Parameter(positions + 0.02 * torch.randn_like(positions))
+        # What a token says about its own place is no news: its mean over images is taken off.
+        self.latent_means = nn.Parameter(torch.zeros(self.num_tokens, width))
+        mask = torch.ones(self.num_tokens, self.num_tokens, dtype=torch.bool).tril()
+        self.mask: Tensor
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, H + cells, D)`, holistic tokens first."""
+        patches = self.patches(self.cnn(images)) + self.patch_positions
+        queries = self.queries.expand(len(patches), -1, -1).to(patches.dtype)
+        x = self.transformer(self.norm_in(torch.cat([queries, patches], dim=1)))
+        return self.norm_out(self.causal(self.norm_causal(x), self.mask)) - self.latent_means
+
+    def patches(self, features: Tensor) -> Tensor:
+        """The embedding `(B, cells, W)` of the CNN's features `(B, cells, D)`."""
+        if isinstance(self.embed, nn.Linear):
+            return self.embed(features)
+        return self.embed(self._map(features)).flatten(2).transpose(1, 2)
+
+    def _map(self, features: Tensor) -> Tensor:
+        return features.transpose(1, 2).unflatten(2, self.grid)
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start the embedding at the principal components of the CNN's features.
+
+        In the dimensions that positions leave free (`released`: in all). Then take the latents'
+        means off.
+        """
+        self.cnn.initialize(images)
+        chunks = images.split(32)
+        features = torch.cat([self.cnn(chunk).float() for chunk in chunks])
+        if isinstance(self.embed, nn.Linear):
+            free = self.dim - self.num_position_dims
+            start_at_components_(self.embed, features.flatten(0, 1), free)
+        else:
+            start_conv_(self.embed, self._map(features[:128]))
+        latents = torch.cat([self(chunk).float() for chunk in chunks])
+        self.latent_means += latents.mean(dim=0)

@@ -1,0 +1,24 @@
+"""MaskGIT's VQGAN: import its released weights."""
+
+from __future__ import annotations
+
+from vistok.core.released_weights import Published, Released, inside, vector_quantizer
+from vistok.models.maskgit_cnn_weights import maskgit_decoder, maskgit_encoder
+
+
+def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
+    """The VQGAN of MaskGIT (https://arxiv.org/abs/2202.04200), the proxy of TiTok's stages."""
+    size = image_size or 256  # convolutions take any
+    codes = published.take("quantize.embedding.weight")
+    encoder, encoder_state = maskgit_encoder(published, "encoder", size)
+    decoder, decoder_state = maskgit_decoder(published, "decoder", size)
+    tokenizer = {
+        "_target_": "vistok.systems.vqgan.VQGAN",
+        "image_size": size,
+        "channels": encoder["channels"],
+        "encoder": encoder,
+        "decoder": decoder,
+    }
+    state = inside("encoder", encoder_state) | inside("decoder", decoder_state)
+    state["quantizer.embedding"] = codes
+    return Released(tokenizer, vector_quantizer(codes, codes.shape[1], "euclidean"), state)

@@ -1,0 +1,124 @@
+"""A transformer that paints a grid from levels of latents, and a CNN behind it (ResTok's)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vistok.models.cnn import CNNDecoder
+from vistok.models.decoder import Decoder
+from vistok.models.maskgit_cnn import MaskGITDecoder
+from vistok.nn.blocks import init_transformer_
+from vistok.nn.positions import level_points
+from vistok.nn.qformer import pooling_pyramid
+from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
+from vistok.systems.restok.hierarchy import LevelLinear, queued_points
+
+
+class ResTokDecoder(Decoder):
+    """`[latents | mask tokens]` with full attention; the mask tokens become the CNN's grid.
+
+    Tokens that are missing (masked, or behind the end) become one learned vector of the code
+    space, before the linear layer of their level. Positions are rotary, as in the encoder, and the
+    first block starts by copying from the latents that lie near. The biases of the linear layers
+    tell the levels apart; the released code adds vectors of their own, which say no more.
+
+    Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
+
+    Args:
+        cnn: the last stage.
+        num_latent_tokens: K, the longest code; a power of two.
+        latent_dim: D, the width of the quantized latents.
+        width: W of the transformer.
+        depth: number of blocks.
+        num_heads: attention heads.
+        activation_checkpointing: recompute each block in the backward pass.
+        released: as in the released code, the latents lie on a diagonal and the cells behind
+            them, and a norm stands before and behind the blocks.
+    """
+
+    def __init__(
+        self,
+        cnn: CNNDecoder | MaskGITDecoder,
+        num_latent_tokens: int,
+        latent_dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        activation_checkpointing: bool = False,
+        released: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim = latent_dim
+        self.grid = cnn.grid
+        self.num_tokens = num_latent_tokens
+        self.activation_checkpointing = activation_checkpointing
+        levels = pooling_pyramid(num_latent_tokens)
+        counts = [rows * columns for rows, columns in levels]
+        self.embed = LevelLinear(counts, latent_dim, width)
+        self.norm_in = nn.LayerNorm(width) if released else nn.Identity()
+        self.blocks = nn.ModuleList(RotaryBlock(width, num_heads) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(width) if released else nn.Identity()
+        self.project = nn.Linear(width, cnn.dim)
+        init_transformer_(self)
+        attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
+        for net in self.embed.layers:
+            nn.init.orthogonal_(net.weight)  # type: ignore[arg-type]
+        self.cnn = cnn
+        self.dropped = nn.Parameter(torch.randn(1, 1, latent_dim) * 0.02)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        if released:
+            points = queued_points([num_latent_tokens, cnn.grid])
+        else:
+            points = level_points([*levels, cnn.grid], cnn.grid)
+        self.turn: Tensor
+        self.register_buffer("turn", rotation(points, width // num_heads), persistent=False)
+
+    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
+        return self.cnn.reconstruct(self.cells(quantized, mask))
+
+    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
+        latents = self.embed(self.filled(quantized, mask))
+        return self.project(self.norm_out(self.paint(latents, self.mask_token)))
+
+    def filled(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All K tokens `(B, K, D)`, the missing ones replaced."""
+        batch, length, _ = quantized.shape
+        if mask is None:  # DDP wants every parameter in every step's graph
+            mask = torch.ones(batch, length, dtype=torch.bool, device=quantized.device)
+        dropped = self.dropped.to(quantized.dtype)
+        kept = torch.where(mask[..., None], quantized, dropped)
+        return torch.cat([kept, dropped.expand(batch, self.num_tokens - length, -1)], dim=1)
+
+    def paint(self, latents: Tensor, mask_token: Tensor) -> Tensor:
+        """Cells `(B, rows * columns, W)` that start as `mask_token` `(1, 1, W)`, by all blocks."""
+        tokens = mask_token.to(latents.dtype)
+        cells = self.grid[0] * self.grid[1]
+        x = self.norm_in(torch.cat([latents, tokens.expand(len(latents), cells, -1)], dim=1))
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x, self.turn)
+        return self.patch_tokens(x)
+
+    def patch_tokens(self, sequence: Tensor) -> Tensor:
+        """The cells `(B, rows * columns, W)` in the sequence behind any block."""
+        return sequence[:, self.num_tokens :]
+
+    @torch.no_grad()
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Start the CNN's last layer at the linear map that reconstructs `images` best."""
+        self.cnn.initialize(
+            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+        )
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the CNN's last convolution."""
+        return self.cnn.last_layer

@@ -1,0 +1,82 @@
+"""ReTok: a flexible GigaTok whose tail is padded, so that it does not starve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vistok.core.errors import ConfigError
+from vistok.core.released_weights import Published, Released
+from vistok.models.decoder import Decoder
+from vistok.models.flexible import FlexibleTokenizer
+from vistok.models.length import LengthPolicy, LevelPolicy
+from vistok.models.qformer import QFormerEncoder
+from vistok.models.qformer_weights import _gigatok
+from vistok.quantizers.base import Quantizer
+
+
+class ReTok(FlexibleTokenizer):
+    """GigaTok with nested dropout over a code that is padded with copies of its later queries.
+
+    Redundant token padding: the queries from `padding_start` on are repeated behind the N of the
+    code, M more, with positions of their own in encoder and decoder. In training all N + M are
+    quantized, the length policy draws k of 1..N+M, and the decoder reads the first k. Under a
+    uniform k the last token of the code is then seen in (M + 1) / (N + M) of the steps and not in
+    1 / N. Outside training the padding is thrown away: ids are N tokens, and their prefixes.
+
+    The paper's hierarchical semantic regularisation is `alignment.form=hierarchical` of the run,
+    see `HierarchicalAlignment`. Its last phase, in which the decoder alone is trained on, is a
+    run with `init_from=runs/<run>` and `stage.frozen=[encoder,quantizer]`.
+
+    Paper: Fu et al. 2026, https://arxiv.org/abs/2601.01535. Its training code is not public; a
+    uniform k is our choice.
+    Parts: `QFormerEncoder` and `QFormerDecoder` with `padding_start`.
+
+    Args:
+        encoder: images to latents.
+        quantizer: one id (of any number of slots) per token.
+        decoder: vectors to images; it must take N + M tokens.
+        image_size: (H, W) in pixels, or the side of squares.
+        length: how many of the N + M tokens a training step keeps.
+        channels: C of the images.
+    """
+
+    encoder: QFormerEncoder
+
+    def __init__(
+        self,
+        encoder: QFormerEncoder,
+        quantizer: Quantizer,
+        decoder: Decoder,
+        image_size: int | Sequence[int],
+        length: LengthPolicy | LevelPolicy,
+        channels: int = 3,
+    ) -> None:
+        if quantizer.num_index_tokens(encoder.num_tokens) != encoder.num_tokens:
+            raise ConfigError(
+                f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
+                "code, so ReTok's padding can't be cut off; use one with an id per token"
+            )
+        super().__init__(encoder, quantizer, decoder, image_size, length, channels)
+        total = len(encoder.latent_positions)
+        if (taken := getattr(decoder, "num_tokens", total)) < total:
+            raise ConfigError(
+                f"tokenizer.decoder.padding_start: the decoder takes {taken} tokens, but the code "
+                f"and its padding are {total}; must be the encoder's {encoder.padding_start}"
+            )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to `(B, N, D)`, in training to `(B, N + M, D)`."""
+        return self.encoder.padded(images) if self.training else self.encoder(images)
+
+
+def retok(published: Published, image_size: int | None) -> Released:
+    """ReTok (https://arxiv.org/abs/2601.01535)."""
+    length = {
+        "_target_": "vistok.models.length.LengthPolicy",
+        "distribution": "uniform",
+        "per": "batch",
+    }
+    model = {"_target_": "vistok.systems.retok.ReTok", "length": length}
+    return _gigatok(published, image_size, model)
