@@ -229,7 +229,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(fails, finished_run,
             fails("evaluate", f"run={path}", words=("evil.ckpt", "refused"))
             fails("train", "init_from=evil.ckpt", *words, words=("evil.ckpt", "refused"))
             fails("export", f"run={path}", "out=out", words="evil.ckpt")
-            with pytest.raises(vistok.checkpoint.CheckpointError):
+            with pytest.raises(vistok.core.errors.CheckpointError):
                 vistok.load(path)
             assert not mark.exists()
     torch.load(path, weights_only=False)  # the trap itself works

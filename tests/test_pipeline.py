@@ -615,7 +615,7 @@ def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path, monkeypat
     assert train([*words, f"plugins=[{name}]"]) == 0
     assert vistok.load("run").codebooks()[0].shape == (9, 2)
     assert train(["resume=run", "trainer.max_steps=3"]) == 0
-    monkeypatch.setattr(vistok.checkpoint, "_registered", {})  # a program without the class
+    monkeypatch.setattr("vistok.core.registry._registered", {})  # a program without the class
     with pytest.raises(ConfigError, match="registry"):
         vistok.load("run")
 
