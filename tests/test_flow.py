@@ -513,7 +513,9 @@ def test_it_learns_and_more_tokens_help():
     optimizer = torch.optim.AdamW(tok.parameters(), 4e-3, betas=(0.9, 0.95))
     for _ in range(300):
         output = tok(x)
-        loss = (output.prediction - output.target).square().mean()
+        loss = (
+            (output.predictions["image"].value - output.predictions["image"].target).square().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tok.parameters(), 1.0)

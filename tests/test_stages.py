@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import CONFIGS, SIZES, TINY, config_of, images_of, metrics_of, tiny_tokenizer
+from helpers import CONFIGS, SIZES, TINY, config_of, images_of, metrics_of, stepped, tiny_tokenizer
 from vistok.cli import evaluate, export, train
 from vistok.core.errors import ConfigError
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
@@ -62,11 +62,15 @@ def test_first_stage_learns_the_codes_of_the_proxy(stages):
     proxy, module = vistok.load(proxy_run), module_of(run)
     module.train()
     images = images_of(6)
-    output = module.tokenizer(module.tokenizer.to_model_range(images))
-    assert torch.equal(output.target, proxy.tokenize(images)[..., 0])
-    assert output.prediction.shape == (6, 4, 16)
-    losses = module.loss(output, module.tokenizer.quantizer.loss_weights, 0)
-    expected = F.cross_entropy(output.prediction.reshape(24, 16), output.target.reshape(24))
+    step = stepped(module, module.tokenizer.to_model_range(images))
+    output = step.output
+    assert torch.equal(output.predictions["codes"].target, proxy.tokenize(images)[..., 0])
+    assert output.predictions["codes"].value.shape == (6, 4, 16)
+    losses = module.objective(step)
+    expected = F.cross_entropy(
+        output.predictions["codes"].value.reshape(24, 16),
+        output.predictions["codes"].target.reshape(24),
+    )
     assert losses["codes"].item() == pytest.approx(expected.item(), rel=1e-5)
     rows = [float(r["loss/codes"]) for r in metrics_of(run) if r.get("loss/codes")]
     assert rows[0] == pytest.approx(math.log(16), abs=0.3)
@@ -110,11 +114,10 @@ def test_expected_codes_are_exact_under_autocast(stages, monkeypatch):
 
 def gradients(module):
     module.train()
-    output = module.tokenizer(module.tokenizer.to_model_range(images_of(6)))
-    losses = module.loss(output, module.tokenizer.quantizer.loss_weights, 0)
-    losses["total"].backward()
+    step = stepped(module, module.tokenizer.to_model_range(images_of(6)))
+    module.objective(step)["total"].backward()
     named = module.tokenizer.named_parameters()
-    return {n for n, p in named if p.grad is not None and p.grad.abs().max() > 0}, output
+    return {n for n, p in named if p.grad is not None and p.grad.abs().max() > 0}, step.output
 
 
 def of(names, *prefixes):

@@ -127,7 +127,9 @@ def test_a_text_says_what_tokens_cannot():
     for _ in range(150):
         images, text = batch(32)
         output = tok(images, text=text)
-        loss = (output.prediction - output.target).square().mean()
+        loss = (
+            (output.predictions["image"].value - output.predictions["image"].target).square().mean()
+        )
         loss = loss + 0.25 * output.quantizer.losses["commitment"]
         optimizer.zero_grad()
         loss.backward()
@@ -159,7 +161,9 @@ def test_a_flexible_tokenizer_reads_texts_too():
     _, lengths = tok.tokenize_to_target(images, psnr=target, text=text)
     for row, k in enumerate(lengths.tolist()):
         assert k == next((j + 1 for j in range(3) if quality[j][row] >= target), 4)
-    tok.train()(tok.to_model_range(images), text=text).prediction.sum().backward()
+    tok.train()(tok.to_model_range(images), text=text).predictions["image"].values[
+        "image"
+    ].value.sum().backward()
     assert tok.decoder.text_embed.weight.grad.any()
 
 

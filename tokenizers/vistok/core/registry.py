@@ -55,11 +55,15 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def register(cls: type[nn.Module]) -> type[nn.Module]:
-    """Let configs name a class of your own by its import path; usable as a decorator.
+def register(cls: Any) -> Any:
+    """Let configs name a class."""
+    if isinstance(cls, str):
 
-    Only for code of your own: a config never causes an import outside vistok.
-    """
+        def under(decorated: Any) -> Any:
+            _registered[cls] = decorated
+            return register(decorated)
+
+        return under
     _registered[f"{cls.__module__}.{cls.__qualname__}"] = cls
     return cls
 
@@ -71,6 +75,13 @@ def resolve(target: str) -> type[nn.Module]:
         ConfigError: unless it is a module class of vistok's layers, or a registered one.
     """
     target = str(target)
+    if target not in _registered and "." not in target:
+        import pkgutil
+
+        for floor in ("losses", "systems", "models", "quantizers"):
+            package = importlib.import_module(f"vistok.{floor}")
+            for info in pkgutil.walk_packages(package.__path__, f"vistok.{floor}."):
+                importlib.import_module(info.name)
     if target in _registered:
         return _registered[target]
     module_name, _, class_name = target.rpartition(".")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError
+from vistok.core.outputs import Prediction
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.models.decoder import Decoder
 from vistok.models.latent_vit import LatentTransformerDecoder
 from vistok.nn.blocks import init_transformer_
@@ -108,17 +110,23 @@ class ProxyDecoder(LatentTransformerDecoder):
                 vectors = vectors.to(self.code_vectors.weight.dtype)
         return self.pixel_decoder.reconstruct(vectors)
 
+    @property
+    def heads(self) -> dict[str, str]:
+        """In stage 1 the logits of "codes", in stage 2 the pixels of an "image"."""
+        return {"codes": "logits"} if self.learns == "codes" else {"image": "pixels"}
+
     def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Stage 1: logits and the proxy's codes `(B, cells)`; stage 2: pictures and images."""
+        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS
+    ) -> dict[str, Prediction]:
+        """Predict the proxy's codes `(B, cells)` in stage 1, pictures in stage 2."""
         if self.learns == "pixels":
-            return self.reconstruct(quantized, mask), images
+            return super().forward(quantized, images, mask, taps)
         if self.proxy is None:
             raise ConfigError(
                 "tokenizer.decoder: learning codes needs stage=proxy stage.proxy=<run>"
             )
-        return self.logits(quantized, mask), self.proxy(images)
+        logits = self.logits(quantized, mask)
+        return {"codes": Prediction(logits, self.proxy(images), "logits")}
 
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Nothing: codes are no linear map of the features."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vistok.core.errors import ConfigError
 from vistok.core.released_weights import Published, Released
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.models.decoder import Decoder
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.length import LengthPolicy, LevelPolicy
@@ -66,9 +67,11 @@ class ReTok(FlexibleTokenizer):
                 f"and its padding are {total}; must be the encoder's {encoder.padding_start}"
             )
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to `(B, N, D)`, in training to `(B, N + M, D)`."""
-        return self.encoder.padded(images) if self.training else self.encoder(images)
+    def encode(self, signal: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """Encode images `(B, C, H, W)` in [-1, 1] to `(B, N, D)`, in training `(B, N + M, D)`."""
+        if self.training:
+            return self.encoder.padded(signal, taps=taps)
+        return self.encoder(signal, taps=taps)
 
 
 def retok(published: Published, image_size: int | None) -> Released:

@@ -114,8 +114,9 @@ def _train(
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
     trainer = build_trainer(config, folder, first_step, stop, checkpoints)
-    if module.adversary is not None and trainer.precision == "16-mixed":
-        raise ConfigError("trainer.precision=16: an adversary takes bf16 or 32")
+    if module.objective.players and trainer.precision == "16-mixed":
+        names = ", ".join(module.objective.players)
+        raise ConfigError(f"trainer.precision=16: loss.terms.{names} takes bf16 or 32")
     set_batches(config, data, trainer)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     baseline_options(config.get("baseline"))  # and not at the end

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import as_pair, grid_of
+from vistok.core.outputs import Prediction
 from vistok.core.sample_random import normal, uniform
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.core.values import check_number, check_whole
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import ModulatedBlock, attend_by_position_, init_transformer_
@@ -142,13 +144,15 @@ class FlowDecoder(Decoder):
 
     # ------------------------------------------------------------------ training
 
-    def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the head says at a random time of each image's path, and what it should say.
+    @property
+    def heads(self) -> dict[str, str]:
+        """The image at a random time of its path, or the velocity there; see `predicts`."""
+        return {"image": "pixels" if self.predicts == "image" else "velocity"}
 
-        That is the velocity, noise - image, or the image; see `predicts`.
-        """
+    def forward(
+        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS
+    ) -> dict[str, Prediction]:
+        """Predict the velocity, noise - image, or the image at a random time of each path."""
         registers = self.registers(quantized, mask)
         if self.training and self.null_probability:
             drop = uniform((len(images), 1, 1), images.device) < self.null_probability
@@ -156,7 +160,8 @@ class FlowDecoder(Decoder):
         time = torch.sigmoid(normal((len(images),), images.device))
         noise = normal(images.shape, images.device).to(images.dtype)
         output = self.output(mix(images, noise, time), time, registers)
-        return output, images if self.predicts == "image" else noise - images
+        target = images if self.predicts == "image" else noise - images
+        return {"image": Prediction(output, target, self.heads["image"])}
 
     def registers(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """Registers `(B, N, W)` of the first n <= N tokens `(B, n, D)`; missing ones dropped."""
