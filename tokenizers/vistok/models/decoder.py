@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vistok.core.taps import NO_TAPS, Tap, Taps
+
 
 class Decoder(nn.Module, ABC):
     """Maps quantized latents `(B, N, D)` back to images.
@@ -27,12 +29,19 @@ class Decoder(nn.Module, ABC):
     conditions: tuple[str, ...] = ()
 
     @abstractmethod
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
+        """Return images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
 
         Args:
             quantized: vectors of the tokens.
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
+            taps: offered the features that `tap_shapes` names.
             sampling: arguments named in `sampling` or `conditions`.
         """
 
@@ -44,14 +53,23 @@ class Decoder(nn.Module, ABC):
         """
 
     def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, **conditions: Tensor
+        self,
+        quantized: Tensor,
+        images: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **conditions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Prediction and target of a training step.
 
         Pixels by default. A decoder that learns something else (codes of a proxy tokenizer, the
         velocity of a flow) overrides this, so that one loss and one trainer serve all.
         """
-        return self.reconstruct(quantized, mask, **conditions), images
+        return self.reconstruct(quantized, mask, taps, **conditions), images
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return the features that every forward offers; named as those of an encoder."""
+        return {}
 
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Set weights from data, once, before training; by default nothing.
