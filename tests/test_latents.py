@@ -239,7 +239,6 @@ def test_what_does_not_fit_is_told(fails, photos, latent_words, autoencoder_run,
 
 
 def test_it_learns_latents(autoencoder_run, latent_words):
-    from helpers import config_of
     from vistok.tasks.stages import resolve_stage
 
     torch.manual_seed(0)

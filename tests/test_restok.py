@@ -20,12 +20,12 @@ from helpers import (
 from vistok.core.errors import ConfigError
 from vistok.models.build import build_tokenizer
 from vistok.models.length import LevelPolicy
+from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryAttention, RotaryBlock, attend_by_place_, rotate, rotation
 from vistok.systems.restok.hierarchy import (
     block_causal_mask,
     halved,
-    level_points,
     merge_residual,
     queued_points,
     residual_pyramid,
@@ -545,13 +545,10 @@ def test_whom_the_foundation_loss_teaches(teacher_words):
     assert not any("teacher" in key for key in m.state_dict())
 
 
-def test_foundation_loss_is_at_the_cells(teacher_words):
-    with pytest.raises(ConfigError, match=r"alignment\.grid=teacher: .*form=foundation"):
-        module([*teacher_words, "alignment.grid=teacher"])
-
-
 def test_foundation_loss_is_restoks(teacher_words):
-    with pytest.raises(ConfigError, match=r"alignment\.form=foundation: is ResTok's.*GigaTok"):
+    with pytest.raises(
+        ConfigError, match=r"^loss\.terms\.alignment\._target_.*belongs to ResTok.*GigaTok"
+    ):
         module(teacher_words, "gigatok_tiny")
 
 

@@ -52,7 +52,7 @@ def test_lengths_reach_into_the_padding(monkeypatch):
     tok, seen = small().train(), []
     forward = tok.decoder.forward
     monkeypatch.setattr(
-        tok.decoder, "forward", lambda q, x, m=None: (seen.append(q), forward(q, x, m))[1]
+        tok.decoder, "forward", lambda q, x, m=None, **k: (seen.append(q), forward(q, x, m))[1]
     )
     images = tok.to_model_range(images_of(3))
     for _ in range(60):

@@ -10,10 +10,19 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import CONFIGS, SIZES, TINY, config_of, images_of, metrics_of, stepped, tiny_tokenizer
+from helpers import (
+    CONFIGS,
+    SIZES,
+    TINY,
+    compared,
+    config_of,
+    images_of,
+    metrics_of,
+    stepped,
+    tiny_tokenizer,
+)
 from vistok.cli import evaluate, export, train
 from vistok.core.errors import ConfigError
-from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.losses.codes import CodeLoss
 from vistok.nn.frozen import Frozen
 from vistok.tasks.reconstruction import TokenizerModule
@@ -103,7 +112,9 @@ def test_expected_codes_are_exact_under_autocast(stages, monkeypatch):
     tok.decoder.head.register_forward_hook(lambda m, i, o: logits.append(o))
     reconstruct = tok.decoder.pixel_decoder.reconstruct
     monkeypatch.setattr(
-        tok.decoder.pixel_decoder, "reconstruct", lambda v: vectors.append(v) or reconstruct(v)
+        tok.decoder.pixel_decoder,
+        "reconstruct",
+        lambda v, **more: vectors.append(v) or reconstruct(v),
     )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         tok.decoder.reconstruct(torch.randn(2, 4, 16))
@@ -383,8 +394,7 @@ def test_code_loss_closed_form():
     logits = torch.zeros(2, 3, 4)
     logits[0, 0, 1] = math.log(3)
     target = torch.tensor([[1, 0, 0], [0, 0, 0]])
-    quantizer = QuantizerOutput(torch.zeros(1), torch.zeros(1))
-    loss = CodeLoss()(TokenizerOutput(logits, target, quantizer), 0)
+    loss = CodeLoss()(compared(logits, target, kind="logits", of="codes"))
     assert loss.item() == pytest.approx((math.log(2) + 5 * math.log(4)) / 6)
 
 
@@ -423,15 +433,19 @@ def test_a_source_without_its_stage_is_told(key, chosen, owner):
     [
         (
             ["stage=proxy", "loss=mse"],
-            r"MSELoss compares pixels, but stage=proxy.*loss=proxy_codes",
+            r"^loss\.terms\.reconstruction\.of=image: ProxyDecoder predicts .*: codes \(logits\)",
         ),
-        (["stage.name=proxy"], r"loss\.terms\.reconstruction: MSELoss compares pixels"),
-        (["loss=proxy_codes"], r"CodeLoss compares codes, which stage=single.*use stage=proxy"),
+        (["loss=proxy_codes"], r"^loss\.terms\.codes\.of=codes: Latent.*: image \(pixels\)"),
+        (
+            ["loss=proxy_codes", "loss.terms.codes.of=image"],
+            r"^loss\.terms\.codes: CodeLoss compares logits, but .* as pixels; .*: .*mse",
+        ),
     ],
 )
-def test_a_loss_that_does_not_fit_the_stage_is_told(words, message):
+def test_a_loss_that_does_not_fit_the_stage_is_told(words, message, proxy_run):
+    words = [*words, f"stage.proxy={proxy_run}"] if "stage=proxy" in words else words
     with pytest.raises(ConfigError, match=message):
-        resolve_stage(config_of(*WORDS, *words))
+        TokenizerModule(resolve_stage(config_of(*WORDS, *words)))
 
 
 @pytest.mark.parametrize("frozen", ["['']", "['encoder.']", "[3]", "7", "[[encoder]]", "[null]"])

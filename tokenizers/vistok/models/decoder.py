@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vistok.core.outputs import Prediction
-from vistok.core.taps import NO_TAPS, Taps
+from vistok.core.taps import NO_TAPS, Tap, Taps
 
 
 class Decoder(nn.Module, ABC):
@@ -30,12 +30,19 @@ class Decoder(nn.Module, ABC):
     conditions: tuple[str, ...] = ()
 
     @abstractmethod
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
+        """Return images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
 
         Args:
             quantized: vectors of the tokens.
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
+            taps: offered the features that `tap_shapes` names.
             sampling: arguments named in `sampling` or `conditions`.
         """
 
@@ -71,8 +78,12 @@ class Decoder(nn.Module, ABC):
             taps: collects features on the way; `tap_shapes` names them.
             conditions: the arguments named in `conditions`.
         """
-        pictures = self.reconstruct(quantized, mask, taps=taps, **conditions)
+        pictures = self.reconstruct(quantized, mask, taps, **conditions)
         return {"image": Prediction(pictures, images, "pixels")}
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return the features that every forward offers; named as those of an encoder."""
+        return {}
 
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Set weights from data, once, before training; by default nothing.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.outputs import Prediction
-from vistok.core.taps import NO_TAPS, Taps
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.decoder import Decoder
 from vistok.models.latent_vit import LatentTransformerDecoder
 from vistok.nn.blocks import init_transformer_
@@ -94,13 +94,19 @@ class ProxyDecoder(LatentTransformerDecoder):
         #: Images `(B, C, H, W)` to target codes `(B, cells)`; only stage 1 has and needs one.
         self.proxy: Frozen | None = None
 
-    def logits(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def logits(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """Logits `(B, cells, num_codes)` of the first n <= K tokens, `(B, n, D)`."""
-        return self.head(self.features(quantized, mask))
+        return self.head(self.features(quantized, mask, taps=taps))
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
-        logits = self.logits(quantized, mask)
+        logits = self.logits(quantized, mask, taps)
         if self.learns == "codes":
             vectors = self.code_vectors(logits.argmax(dim=-1))
         else:
@@ -108,14 +114,19 @@ class ProxyDecoder(LatentTransformerDecoder):
             with torch.autocast(logits.device.type, enabled=False):
                 vectors = logits.float().softmax(dim=-1) @ self.code_vectors.weight.float()
                 vectors = vectors.to(self.code_vectors.weight.dtype)
-        return self.pixel_decoder.reconstruct(vectors)
+        return self.pixel_decoder.reconstruct(vectors, taps=taps.inside("pixel_decoder"))
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, in stage 2 also those of the 2D tokenizer's decoder."""
+        pixels = self.pixel_decoder.tap_shapes() if self.learns == "pixels" else {}
+        return super().tap_shapes() | inside("pixel_decoder", pixels)
 
     @property
     def heads(self) -> dict[str, str]:
         """In stage 1 the logits of "codes", in stage 2 the pixels of an "image"."""
         return {"codes": "logits"} if self.learns == "codes" else {"image": "pixels"}
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS
     ) -> dict[str, Prediction]:
         """Predict the proxy's codes `(B, cells)` in stage 1, pictures in stage 2."""
@@ -125,7 +136,7 @@ class ProxyDecoder(LatentTransformerDecoder):
             raise ConfigError(
                 "tokenizer.decoder: learning codes needs stage=proxy stage.proxy=<run>"
             )
-        logits = self.logits(quantized, mask)
+        logits = self.logits(quantized, mask, taps)
         return {"codes": Prediction(logits, self.proxy(images), "logits")}
 
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
