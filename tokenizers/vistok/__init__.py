@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 __all__ = ["Tokenizer", "__version__", "load", "register"]
 
 _LAZY = {
-    "load": "vistok.checkpoint",
-    "register": "vistok.checkpoint",
+    "load": "vistok.checkpoints.load",
+    "register": "vistok.core.registry",
     "Tokenizer": "vistok.models.tokenizer",
 }
 

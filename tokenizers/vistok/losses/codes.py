@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.outputs import TokenizerOutput
+from vistok.core.registry import register
 
 
+@register("codes")
 class CodeLoss(nn.Module):
     """Cross-entropy between predicted logits `(B, n, K)` and target codes `(B, n)`, in nats."""
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
 from vistok.core.outputs import TokenizerOutput
+from vistok.core.registry import register
 from vistok.nn.frozen import Frozen
 from vistok.nn.lite0 import Lite0
 
 
+@register("features")
 class FeatureLoss(nn.Module):
     """Distance between the features of a small ImageNet network for prediction and target.
 

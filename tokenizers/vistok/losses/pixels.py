@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from vistok.core.errors import ConfigError
 from vistok.core.outputs import TokenizerOutput
 from vistok.core.ranks import all_reduce_mean_with_grad
+from vistok.core.registry import register
 
 
+@register("mse")
 class MSELoss(nn.Module):
     """Mean squared error between prediction and target."""
 
@@ -18,6 +20,7 @@ class MSELoss(nn.Module):
         return F.mse_loss(output.prediction.float(), output.target.float())
 
 
+@register("log_mse")
 class LogMSELoss(nn.Module):
     """Logarithm of the mean squared error: of each image's, averaged, or of the batch's.
 
@@ -48,6 +51,7 @@ class LogMSELoss(nn.Module):
         return (error.flatten(1).mean(dim=1) + self.floor).log().mean()
 
 
+@register("l1")
 class L1Loss(nn.Module):
     """Mean absolute error between prediction and target."""
 

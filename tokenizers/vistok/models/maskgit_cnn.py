@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.conv import OutputSkipBlock, Upsample, group_norm
 
 
+@register("maskgit_encoder")
 class MaskGITEncoder(Encoder):
     """Residual blocks with an average over 2x2 cells between levels; no attention.
 
@@ -79,6 +81,7 @@ class MaskGITEncoder(Encoder):
         return self.conv_out(F.silu(self.norm_out(x))).flatten(2).transpose(1, 2)
 
 
+@register("maskgit_decoder")
 class MaskGITDecoder(Decoder):
     """Residual blocks with a doubling between levels; the mirror of `MaskGITEncoder`.
 

@@ -17,6 +17,7 @@ from vistok.core.registry import build
 from vistok.core.sample_random import drawing
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.evaluator import Evaluator
+from vistok.losses.objective import CompositeLoss
 from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
 from vistok.tasks.adversary import Adversary, build_adversary
@@ -45,7 +46,8 @@ class TokenizerModule(L.LightningModule):
         self.tokenizer = build_tokenizer(config)
         prepare_stage(self.tokenizer, config)
         check_fields(self.tokenizer, config["data"].get("fields") or ())
-        self.loss = build(config["loss"], "loss")
+        parts = {key: value for key, value in config["loss"].items() if key != "_target_"}
+        self.loss = CompositeLoss(**build(parts, "loss"))
         self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
         self.adversary = build_adversary(config.get("adversary"))
         self._played: tuple[Tensor, Tensor] | None = None  # images and pictures for the adversary

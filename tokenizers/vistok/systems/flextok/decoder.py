@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import as_pair, grid_of
+from vistok.core.registry import register
 from vistok.core.sample_random import normal, uniform
 from vistok.core.values import check_number, check_whole
 from vistok.models.decoder import Decoder
@@ -23,6 +24,7 @@ from vistok.nn.patches import patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("flow_decoder")
 class FlowDecoder(Decoder):
     """Predicts the velocity of a noisy image from the tokens; sampling walks from noise.
 

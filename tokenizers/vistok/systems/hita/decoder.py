@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import Transformer, init_transformer_
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("hita_decoder")
 class HitaDecoder(Decoder):
     """Causal attention over `[holistic | patches]`; the CNN gets the outputs `shift` places early.
 

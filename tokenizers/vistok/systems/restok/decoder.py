@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vistok.core.registry import register
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
@@ -18,6 +19,7 @@ from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
 from vistok.systems.restok.hierarchy import LevelLinear, queued_points
 
 
+@register("restok_decoder")
 class ResTokDecoder(Decoder):
     """`[latents | mask tokens]` with full attention; the mask tokens become the CNN's grid.
 

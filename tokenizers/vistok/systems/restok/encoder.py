@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
 from vistok.models.maskgit_cnn import MaskGITEncoder
@@ -29,6 +30,7 @@ from vistok.systems.restok.hierarchy import (
 )
 
 
+@register("restok_encoder")
 class ResTokEncoder(Encoder):
     """Image to a grid of features by a CNN, and these to levels of latents by a transformer.
 
