@@ -132,7 +132,7 @@ def test_a_run_is_the_loop_by_hand(words, tmp_path, starts):
     tokenizer, discriminator = build_tokenizer(config), build(options["discriminator"])
     tokenizer.load_state_dict(starts[0][0])
     discriminator.load_state_dict(starts[0][1])
-    data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
+    data = VistokDataModule(**config["data"])
     data.setup("fit")
     first = torch.optim.AdamW(
         parameter_groups(tokenizer, config["optimizer"]["weight_decay"]),

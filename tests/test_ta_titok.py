@@ -149,8 +149,7 @@ def test_a_text_says_what_tokens_cannot():
 
 
 def test_a_flexible_tokenizer_reads_texts_too():
-    decoder = "vistok.systems.ta_titok.decoder.TextTransformerDecoder"
-    words = [f"tokenizer.decoder._target_={decoder}", "+tokenizer.decoder.text_dim=6"]
+    words = ["tokenizer.decoder._target_=text_decoder", "+tokenizer.decoder.text_dim=6"]
     words += ["+tokenizer.decoder.num_text_tokens=3", "+tokenizer.decoder.text_dropout=0.1"]
     tok = tiny_tokenizer(*words, tokenizer="one_d_piece_tiny")
     images, text = images_of(5), torch.randn(5, 3, 6)

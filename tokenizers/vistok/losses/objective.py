@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError, nearest
-from vistok.core.registry import build, register, resolve
+from vistok.core.registry import build, register, registered, resolve
 from vistok.core.values import check_number, check_whole
 from vistok.models.term import MakeOptimizer, Player, Step, Term, check_taps
 from vistok.models.tokenizer import Tokenizer
@@ -178,7 +178,7 @@ def build_objective(
         here = f"{key}.terms.{name}"
         if not isinstance(options, Mapping) or "_target_" not in options:
             raise ConfigError(f"{here}: expected a mapping with a _target_")
-        cls = resolve(options["_target_"])
+        cls = resolve(options["_target_"], key=f"{here}._target_")
         if cls is QuantizerLoss:
             if name not in quantizer:
                 known = ", ".join(quantizer) or "none"
@@ -218,18 +218,23 @@ def _entry(options: Mapping[str, Any], key: str, weight: float | None = None) ->
 
 def _check_fit(member: Term | Player, entry: Entry, tokenizer: Tokenizer, key: str) -> None:
     """Raise if a term cannot compare the prediction that it names, or a tap does not exist."""
-    heads = tokenizer.decoder.heads
-    if member.accepts:
-        if entry.of not in heads:
-            raise ConfigError(
-                f"{key}.of={entry.of}: {type(tokenizer.decoder).__name__} predicts no such thing"
-                f"{nearest(entry.of, heads)}; it predicts: {', '.join(heads)}"
-            )
-        if heads[entry.of] not in member.accepts:
-            raise ConfigError(
-                f"{key}: {type(member).__name__} compares {' or '.join(member.accepts)}, but "
-                f"{type(tokenizer.decoder).__name__} predicts {entry.of} as {heads[entry.of]}"
-            )
+    heads, decoder = tokenizer.decoder.heads, type(tokenizer.decoder).__name__
+    if member.accepts and entry.of not in heads:
+        known = ", ".join(f"{name} ({kind})" for name, kind in heads.items())
+        raise ConfigError(
+            f"{key}.of={entry.of}: {decoder} predicts no such thing{nearest(entry.of, heads)}; "
+            f"it predicts: {known}"
+        )
+    if member.accepts and heads[entry.of] not in member.accepts:
+        fitting = [
+            name
+            for name, cls in registered().items()
+            if isinstance(cls, type) and heads[entry.of] in getattr(cls, "accepts", ())
+        ]
+        raise ConfigError(
+            f"{key}: {type(member).__name__} compares {' or '.join(member.accepts)}, but {decoder} "
+            f"predicts {entry.of} as {heads[entry.of]}; terms for these are: {', '.join(fitting)}"
+        )
     try:
         check_taps(tokenizer, member.taps)
     except ArgumentError as error:

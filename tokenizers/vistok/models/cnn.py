@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -26,6 +27,7 @@ from vistok.nn.conv import (
 from vistok.nn.data_init import least_squares, pixels, start_block_, start_conv_, start_upsampling_
 
 
+@register("cnn_encoder")
 class CNNEncoder(Encoder):
     """Residual blocks with a halving between levels; one latent per cell of the last grid.
 
@@ -150,6 +152,7 @@ def _fold(images: Tensor, side: int) -> Tensor:
 _ROWS = 20000  # pixels that the last layer is fitted to
 
 
+@register("cnn_decoder")
 class CNNDecoder(Decoder):
     """Residual blocks with a doubling between levels; the mirror of `CNNEncoder`.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.registry import register
 from vistok.models.arguments import as_budgets, as_numbers, as_tensor, in_words
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -18,6 +19,7 @@ from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
 
 
+@register("flexible_tokenizer")
 class FlexibleTokenizer(Tokenizer):
     """A tokenizer whose decoder learns to work from the first k tokens, for every k of 1 to N.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number
 from vistok.models.decoder import Decoder
@@ -21,6 +22,7 @@ from vistok.nn.patches import pad_edges, patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("latent_vit_encoder")
 class LatentTransformerEncoder(Encoder):
     """Patches and K learned latent tokens through one transformer; the latents are kept.
 
@@ -163,6 +165,7 @@ def prefix_causal_mask(prefix: int, length: int) -> Tensor:
     return (columns < prefix) | ((rows >= prefix) & (columns <= rows))
 
 
+@register("latent_vit_decoder")
 class LatentTransformerDecoder(Decoder):
     """Mask tokens and latent tokens through one transformer; the mask tokens become patches.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.models.cnn import level_taps, offer_level
 from vistok.models.decoder import Decoder
@@ -18,6 +19,7 @@ from vistok.models.encoder import Encoder
 from vistok.nn.conv import OutputSkipBlock, Upsample, group_norm
 
 
+@register("maskgit_encoder")
 class MaskGITEncoder(Encoder):
     """Residual blocks with an average over 2x2 cells between levels; no attention.
 
@@ -92,6 +94,7 @@ class MaskGITEncoder(Encoder):
         return level_taps(self.widths, self.grid)
 
 
+@register("maskgit_decoder")
 class MaskGITDecoder(Decoder):
     """Residual blocks with a doubling between levels; the mirror of `MaskGITEncoder`.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.outputs import Prediction
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.decoder import Decoder
 from vistok.models.latent_vit import LatentTransformerDecoder
@@ -17,6 +18,7 @@ from vistok.nn.blocks import init_transformer_
 from vistok.nn.frozen import Frozen
 
 
+@register("proxy_decoder")
 class ProxyDecoder(LatentTransformerDecoder):
     """Predicts a code of a 2D tokenizer for each of its cells, and decodes them as it does.
 

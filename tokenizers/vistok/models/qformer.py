@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.decoder import Decoder
@@ -19,6 +20,7 @@ from vistok.nn.positions import grid_points, position_table
 from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
 
 
+@register("qformer_encoder")
 class QFormerEncoder(Encoder):
     """Image to a grid of features by a CNN, and these to a 1D code by a Q-Former.
 
@@ -125,6 +127,7 @@ class QFormerEncoder(Encoder):
         start_at_components_(self.project, latents.flatten(0, 1), self.dim)
 
 
+@register("qformer_decoder")
 class QFormerDecoder(Decoder):
     """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import as_pair
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
@@ -19,6 +20,7 @@ from vistok.models.packing import Alphabet, pack, unpack
 from vistok.quantizers.base import Quantizer
 
 
+@register("tokenizer")
 class Tokenizer(nn.Module):
     """Images to integers and back.
 

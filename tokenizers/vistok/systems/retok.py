@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.core.taps import NO_TAPS, Taps
 from vistok.models.decoder import Decoder
@@ -17,6 +18,7 @@ from vistok.models.qformer_weights import _gigatok
 from vistok.quantizers.base import Quantizer
 
 
+@register("retok")
 class ReTok(FlexibleTokenizer):
     """GigaTok with nested dropout over a code that is padded with copies of its later queries.
 
@@ -74,12 +76,13 @@ class ReTok(FlexibleTokenizer):
         return self.encoder(signal, taps=taps)
 
 
+@register("retok", kind="importer")
 def retok(published: Published, image_size: int | None) -> Released:
     """ReTok (https://arxiv.org/abs/2601.01535)."""
     length = {
-        "_target_": "vistok.models.length.LengthPolicy",
+        "_target_": "length",
         "distribution": "uniform",
         "per": "batch",
     }
-    model = {"_target_": "vistok.systems.retok.ReTok", "length": length}
+    model = {"_target_": "retok", "length": length}
     return _gigatok(published, image_size, model)

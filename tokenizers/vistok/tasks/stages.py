@@ -16,6 +16,7 @@ from vistok.checkpoints.load import load
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import as_pair
+from vistok.core.registry import resolve
 from vistok.core.values import check_whole
 from vistok.models.build import build_tokenizer
 from vistok.models.latent_space import LatentSpace
@@ -24,17 +25,17 @@ from vistok.models.tokenizer import Tokenizer
 from vistok.nn.frozen import Frozen
 from vistok.systems.flextok.model import FlexTok
 
-_PIXEL_DECODER = "vistok.models.latent_vit.LatentTransformerDecoder"
+_PIXEL_DECODER = "latent_vit_decoder"
 
-_PROXY_DECODER = "vistok.models.proxy_decoder.ProxyDecoder"
+_PROXY_DECODER = "proxy_decoder"
 
-_FLOW_DECODER = "vistok.systems.flextok.decoder.FlowDecoder"
+_FLOW_DECODER = "flow_decoder"
 
-_FLEXTOK = "vistok.systems.flextok.model.FlexTok"
+_FLEXTOK = "flextok"
 
-_LATENT_SPACE = "vistok.models.latent_space.LatentSpace"
+_LATENT_SPACE = "latent_space"
 
-_CODE_LOSS = "vistok.losses.codes.CodeLoss"
+_CODE_LOSS = "codes"
 
 #: The key that names where a stage's weights come from, and the stage that reads it.
 _SOURCES = {"proxy": "proxy", "weights": "decoder", "autoencoder": "latents"}
@@ -135,9 +136,10 @@ def _check_loss(config: dict[str, Any]) -> None:
     name = config["stage"]["name"]
     for key, term in (config["loss"].get("terms") or {}).items():
         target = str((term or {}).get("_target_"))
-        if not target.startswith("vistok.losses."):
+        cls = resolve(target, key=f"loss.terms.{key}._target_")
+        if not cls.__module__.startswith("vistok.losses."):
             continue  # a user's own
-        what = target.rsplit(".", 1)[-1]
+        what = cls.__name__
         if name == "proxy" and target != _CODE_LOSS:
             raise ConfigError(
                 f"loss.terms.{key}: {what} compares pixels, but stage=proxy learns codes; use "
@@ -294,7 +296,7 @@ def _with_words(
 
 
 def _class(config: Mapping[str, Any]) -> str:
-    return str(config["_target_"]).rpartition(".")[2]
+    return resolve(config["_target_"]).__name__
 
 
 def _at(config: Any, key: str) -> Any:

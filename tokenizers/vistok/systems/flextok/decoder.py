@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import as_pair, grid_of
 from vistok.core.outputs import Prediction
+from vistok.core.registry import register
 from vistok.core.sample_random import normal, uniform
 from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number, check_whole
@@ -25,6 +26,7 @@ from vistok.nn.patches import patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("flow_decoder")
 class FlowDecoder(Decoder):
     """Predicts the velocity of a noisy image from the tokens; sampling walks from noise.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
@@ -15,6 +16,7 @@ from vistok.nn.blocks import Transformer, init_transformer_
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("hita_decoder")
 class HitaDecoder(Decoder):
     """Causal attention over `[holistic | patches]`; the CNN gets the outputs `shift` places early.
 

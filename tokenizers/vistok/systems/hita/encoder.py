@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
@@ -13,6 +14,7 @@ from vistok.nn.data_init import start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("hita_encoder")
 class HitaEncoder(Encoder):
     """`[holistic queries | patches]` through full, then through causal attention; all are kept.
 

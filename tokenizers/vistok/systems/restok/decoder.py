@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
@@ -19,6 +20,7 @@ from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
 from vistok.systems.restok.hierarchy import LevelLinear, queued_points
 
 
+@register("restok_decoder")
 class ResTokDecoder(Decoder):
     """`[latents | mask tokens]` with full attention; the mask tokens become the CNN's grid.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
@@ -30,6 +31,7 @@ from vistok.systems.restok.hierarchy import (
 )
 
 
+@register("restok_encoder")
 class ResTokEncoder(Encoder):
     """Image to a grid of features by a CNN, and these to levels of latents by a transformer.
 

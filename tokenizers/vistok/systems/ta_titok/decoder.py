@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.registry import register
 from vistok.core.sample_random import uniform
 from vistok.core.taps import NO_TAPS, Taps
 from vistok.core.values import check_number
 from vistok.models.latent_vit import LatentTransformerDecoder
 
 
+@register("text_decoder")
 class TextTransformerDecoder(LatentTransformerDecoder):
     """TiTok's decoder with text tokens at the end of its sequence.
 
