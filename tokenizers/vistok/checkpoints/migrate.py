@@ -121,7 +121,6 @@ def _format(config: dict[str, Any], source: str | Path) -> int:
 _FROM_1: list[Callable[[dict[str, Any]], None]] = [_one_objective]
 
 
-
 def _terms_of_one_objective(content: dict[str, Any]) -> None:
     """Put the weights of alignment and adversary under the names of their terms."""
     if isinstance(state := content.get("state_dict"), dict):
