@@ -20,8 +20,8 @@ import torch
 
 import vistok.cli
 import vistok.tasks.run
+from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.seals import read_seal
-from vistok.training import checkpoints
 
 WRITE_DELAY = 0.002  # seconds for each piece of a checkpoint
 

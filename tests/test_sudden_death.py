@@ -14,13 +14,13 @@ import torch
 
 from helpers import ROOT, TINY, losses_of
 from test_pipeline import assert_same_training, break_runs, state_of
+from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.resume import newest_whole
 from vistok.checkpoints.seals import check_seal, read_seal
 from vistok.checkpoints.write import snapshot
 from vistok.cli import train
 from vistok.core.errors import CheckpointError
-from vistok.training import checkpoints
 from vistok.training.checkpointing import CheckpointWriter
 from vistok.training.metrics_file import Rows, read_rows
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vistok.core.files import replacing
 from vistok.core.ranks import is_first_process
+from vistok.training.lightning_internals import row_to_log
 
 
 class ContinuedCSVLogger(CSVLogger):
@@ -43,9 +44,7 @@ class ContinuedCSVLogger(CSVLogger):
 
         A checkpoint must not be there before the row of its step: a resume would never write it.
         """
-        connector = trainer._logger_connector
-        if connector.should_update_logs:
-            row = {name: float(value) for name, value in connector.metrics["log"].items()}
+        if row := row_to_log(trainer):
             step = int(row.pop("step", trainer.global_step))
             self.experiment.log_metrics(row, step)
             self.experiment.save()
