@@ -216,7 +216,7 @@ FILES = ("core/torch_internals.py", "data/loader_internals.py", "training/lightn
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields"}
 
 #: Of torch, extended or called where it must be: see `test_moving_a_module_goes_through_apply`.
-EXTENDED = {"_apply", "_experiment"}
+EXTENDED = {"_apply"}
 
 LIBRARIES = ("torch", "lightning")
 

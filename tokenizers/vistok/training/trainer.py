@@ -29,7 +29,7 @@ from vistok.training.callbacks import (
 )
 from vistok.training.checkpointing import Checkpoints
 from vistok.training.lightning_internals import leave_signals_alone
-from vistok.training.metrics_file import ContinuedCSVLogger
+from vistok.training.metrics_file import MetricsFile
 from vistok.training.sharding import ShardedStrategy
 from vistok.training.stopping import StopAfterStep
 
@@ -204,8 +204,8 @@ def float32_products(name: Any) -> Iterator[None]:
 
 
 def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list[Logger]:
-    """CSV always, and wandb or TensorBoard if chosen."""
-    loggers: list[Logger] = [ContinuedCSVLogger(folder, first_step)]
+    """The run folder's `metrics.jsonl` always, and wandb or TensorBoard if chosen."""
+    loggers: list[Logger] = [MetricsFile(folder, first_step)]
     kind = config["logger"]["name"]
     if kind == "tensorboard":
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
