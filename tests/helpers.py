@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +123,11 @@ def images_of(count: int = 4, size: int | tuple[int, int] = 16, channels: int = 
 
 
 def metrics_of(run: Path) -> list[dict[str, str]]:
-    """Rows of a run's `metrics.csv`."""
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    """Rows of a run's `metrics.jsonl`, all with all names: numbers as written, "" for none."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_float=str, parse_int=str) for line in lines]
+    names = sorted({name for row in rows for name in row})
+    return [{name: row.get(name, "") for name in names} for row in rows]
 
 
 def losses_of(run: Path) -> dict[int, str]:

@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_told(fails, photos, latent_words, autoencoder_run,
     fails("train", *words, f"stage.autoencoder={autoencoder_run}", "tokenizer.encoder.patch_size=2", "tokenizer.decoder.patch_size=2", words=("patch_size=2", "multiple of 4 pixels"))  # fmt: skip
     fails("train", *words, f"stage.autoencoder={autoencoder_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     titok = [*words_of(photos), *SIZES["titok_tiny"], "stage=latents"]
-    fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a FlexTok")
+    fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a flextok")
 
 
 def test_it_learns_latents(autoencoder_run, latent_words):
@@ -263,6 +263,7 @@ def test_it_learns_latents(autoencoder_run, latent_words):
         quantized = tok.quantizer(tok.encode(maps)).quantized
         for tokens in (quantized, quantized.roll(1, 0)):  # its own, and another image's
             torch.manual_seed(3)
-            prediction, target = tok.decoder(tokens, maps)
+            said = tok.decoder(tokens, maps)["image"]
+            prediction, target = said.value, said.target
             errors.append((prediction - target).square().mean().item())
     assert errors[0] < 1.8 and errors[0] < 0.9 * errors[1]  # a guess of zero has an error of 2

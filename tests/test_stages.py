@@ -406,7 +406,7 @@ def test_stages_say_what_they_lack(fails, photos, proxy_run, finished_run):
     fails("train", *words, "stage=proxy", words=("stage.proxy: is missing", "2D tokenizer"))
     fails("train", *words, "stage=decoder", words=("stage.weights: is missing", "stage=proxy"))
     fails("train", *words, "stage=proxy", f"stage.proxy={finished_run}", words="must be a 2D tokenizer")  # fmt: skip
-    fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is no run of stage=proxy")  # fmt: skip
+    fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is not a run of stage=proxy")  # fmt: skip
     fails("train", *words, "stage=proxy", f"stage.proxy={proxy_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     fails("train", *words, "stage.frozen=[encodr]", words="stage.frozen: the tokenizer has no part encodr")  # fmt: skip
     fails("train", *words, "stage.frozen=encodr", words="the tokenizer has no part encodr")

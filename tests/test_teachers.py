@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import TINY, aligned, awake, config_of, images_of, stepped
+from helpers import TINY, aligned, awake, config_of, images_of, metrics_of, stepped
 from vistok.checkpoints.read import read_checkpoint
 from vistok.core.errors import ConfigError
 from vistok.models.pretrained import Teacher, feature_map
@@ -373,10 +373,7 @@ def test_a_run_with_a_teacher_resumes_and_leaves_it_behind(files, photos, tmp_pa
     assert any("projector" in key for key in content["state_dict"])
     tok = vistok.load("run")
     assert not any("projector" in key for key in tok.state_dict())
-    import csv
-
-    with open("run/metrics.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r.get("loss/alignment")]
+    rows = [row for row in metrics_of(tmp_path / "run") if row["loss/alignment"]]
     assert len(rows) >= 6
     total = float(rows[0]["loss/total"])
     parts = float(rows[0]["loss/reconstruction"]) + 0.5 * float(rows[0]["loss/alignment"])

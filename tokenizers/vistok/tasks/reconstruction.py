@@ -21,6 +21,7 @@ from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
 from vistok.tasks.stages import prepare_stage
 from vistok.training.ema import EMA
+from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
 from vistok.training.memory import keep_freed_memory
 from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate, warmup_cosine
 from vistok.training.sharding import ShardedStrategy, is_sharded, release, shard, whole_parameters
@@ -100,7 +101,7 @@ class TokenizerModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Keep `log_every_n_steps` in time: Lightning's count gains one in some resumes."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        set_logged_step(self.trainer, self.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step from the samples seen; end the reduction."""
@@ -247,14 +248,7 @@ class TokenizerModule(L.LightningModule):
         if self.ema is not None and checkpoint.get("ema"):
             self.ema.load_state_dict(checkpoint["ema"])
         self.objective.load_players_state(checkpoint.get("players") or {})
-        # Lightning counts batches: those of its epoch, at whose end it steps with what it has, and
-        # all of them, by which it validates. Checkpoints lie between steps, so count these.
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        for name, ready in (("current", 0), ("total", done)):
-            shift = ready - batches[name]["ready"]
-            batches[name] = {key: count + shift for key, count in batches[name].items()}
-        batches["is_last_batch"] = False
+        begin_with_a_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_fit_start(self) -> None:
         """Bring what is no submodule to where the tokenizer is; keep memory between steps."""

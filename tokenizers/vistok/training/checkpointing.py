@@ -28,6 +28,7 @@ from vistok.checkpoints.write import (
 )
 from vistok.core.errors import CheckpointError
 from vistok.core.ranks import max_of_all
+from vistok.training.metrics_file import MetricsFile
 
 
 class CheckpointWriter(TorchCheckpointIO):
@@ -151,8 +152,8 @@ class Checkpoints(Checkpoint):
         self._step = trainer.global_step
         if self._step % self.every == 0:
             for logger in trainer.loggers:
-                if hasattr(logger, "log_early"):
-                    logger.log_early(trainer)  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(logger, MetricsFile):
+                    logger.log_early(trainer)
             self.save(trainer)
 
     def on_validation_batch_end(self, *args: Any) -> None:
