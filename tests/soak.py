@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
 import torch
 
 import vistok.cli
-import vistok.tasks.run
+import vistok.training.run
 from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.seals import read_seal
 from vistok.training.metrics_file import whole_rows

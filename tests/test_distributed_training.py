@@ -20,7 +20,7 @@ from vistok.training.trainer import split_batch
 PROBE = """
 import torch
 import torch.distributed as dist
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 def on_train_end(self):
     quantizer = self.tokenizer.quantizer
@@ -28,7 +28,7 @@ def on_train_end(self):
     content["usage"] = torch.cat(quantizer.usage.histograms())
     torch.save(content, f"rank{self.global_rank}.pt")
 
-TokenizerModule.on_train_end = on_train_end
+Reconstruction.on_train_end = on_train_end
 """
 
 
@@ -188,13 +188,13 @@ def test_two_ranks_draw_what_one_process_draws(words, tmp_path, more):
 AT_STEP_3 = """
 import os, signal, time
 from vistok.core.errors import VistokError
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 def on_train_batch_start(self, batch, index):
     if self.global_step == 3 and self.global_rank == {rank}:
         {what}
 
-TokenizerModule.on_train_batch_start = on_train_batch_start
+Reconstruction.on_train_batch_start = on_train_batch_start
 """
 
 

@@ -273,7 +273,7 @@ def test_errors_of_libraries_are_one_line_too(fails, words, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line\n" + "x" * 5000)
 
-    monkeypatch.setattr("vistok.tasks.run.build_trainer", broken)
+    monkeypatch.setattr("vistok.training.run.build_trainer", broken)
     line = fails("train", *words, words=("RuntimeError", "first line second line", "debug=true"))
     assert len(line) < 500
 
@@ -333,7 +333,7 @@ def test_disk_full_keeps_the_previous_checkpoint(fails, cli, words, tmp_path, mo
 LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv.pop(1))
-import vistok.tasks.run as run
+import vistok.training.run as run
 from vistok.cli import train
 real = run.fit
 def fit(trainer, *args):

@@ -15,7 +15,7 @@ from vistok.cli import evaluate, export, train
 from vistok.core.errors import ConfigError
 from vistok.models.latent_space import LatentSpace
 from vistok.quantizers.fsq import FSQ
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 COMMON = ["trainer.max_steps=5", "trainer.val_check_interval=2"]
 BRIDGE = ["quantizer=token_bridge_post", "quantizer.codebook_dim=5", "quantizer.codebook_size=8"]
@@ -161,7 +161,7 @@ def test_the_autoencoder_stays_as_it_is_and_outside_the_ema(run, autoencoder_run
         state = vistok.load(run, weights=weights).autoencoder.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[k], expected[k]) for k in state if k not in ("mean", "std"))
-    module = TokenizerModule(yaml.safe_load((run / "config.yaml").read_text()))
+    module = Reconstruction(yaml.safe_load((run / "config.yaml").read_text()))
     assert not any("autoencoder" in name for name in module.ema.shadow)
     trained = {id(p) for g in module.configure_optimizers().param_groups for p in g["params"]}
     assert not any(id(p) in trained for p in module.tokenizer.autoencoder.parameters())
@@ -194,7 +194,7 @@ def test_alignment_looks_at_images_and_teaches_the_flow(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     alignment = config_of(*TINY, "alignment=plain")["loss"]["terms"]["alignment"]
     config["loss"]["terms"]["alignment"] = {**alignment, "tap": "decoder.block.0"}
-    module = TokenizerModule(config).train()
+    module = Reconstruction(config).train()
     awake(module.tokenizer.decoder)
     images = module.tokenizer.to_model_range(images_of(4))
     aligned(module, images).backward()  # the teacher takes three channels, not five
@@ -243,7 +243,7 @@ def test_it_learns_latents(autoencoder_run, latent_words):
 
     torch.manual_seed(0)
     wide = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.decoder.depth=2"]
-    module = TokenizerModule(resolve_stage(config_of(*latent_words, *wide)))
+    module = Reconstruction(resolve_stage(config_of(*latent_words, *wide)))
     tok = module.tokenizer
     x = tok.to_model_range(images_of(24))
     tok.initialize(x)

@@ -259,7 +259,7 @@ class Breaks(L.Callback):
 
 
 def break_runs(monkeypatch, *args):
-    import vistok.tasks.run as run
+    import vistok.training.run as run
 
     real = run.build_trainer
 

@@ -24,7 +24,7 @@ from vistok.losses.alignment import length_weights
 from vistok.models.build import build_tokenizer
 from vistok.models.length import LengthPolicy
 from vistok.models.qformer import QFormerDecoder
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 N, M = 4, 3  # tokens and padding of the small one: queries 1 to 3 are repeated
 
@@ -151,7 +151,7 @@ def teacher_words(tmp_path_factory):
 def module(words, name="retok_tiny"):
     base = [w for w in TINY if not w.startswith("tokenizer.")]
     torch.manual_seed(0)
-    built = TokenizerModule(config_of(f"experiment={name}", *base, *SIZES[name], *words)).train()
+    built = Reconstruction(config_of(f"experiment={name}", *base, *SIZES[name], *words)).train()
     awake(built.tokenizer)
     return built
 

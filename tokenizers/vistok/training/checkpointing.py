@@ -162,13 +162,14 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Save what is best."""
-        psnr = module.val_results["psnr"]
-        if trainer.state.fn == TrainerFn.FITTING and psnr > self.best:
-            self.best = psnr
+        name, mode = module.monitor
+        score = module.results[name] if mode == "max" else -module.results[name]
+        if trainer.state.fn == TrainerFn.FITTING and score > self.best:
+            self.best = score
             self.save(trainer, BEST)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
+        """Return the best score so far, the larger the better."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -20,11 +20,9 @@ from vistok.core.errors import ConfigError, nearest
 from vistok.core.torch_internals import cpu_has_bf16_units
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.callbacks import (
-    CodebookWatch,
     DataWatch,
     ProgressBar,
     RandomState,
-    ReconstructionGrid,
     ValidationLine,
 )
 from vistok.training.checkpointing import Checkpoints
@@ -52,8 +50,18 @@ def build_trainer(
     first_step: int,
     stop: StopAfterStep,
     checkpoints: Checkpoints,
+    own: list[L.Callback],
 ) -> L.Trainer:
-    """The Lightning Trainer of a config."""
+    """Return the Lightning Trainer of a config.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        first_step: step at which it goes on; 0 for a fresh run.
+        stop: ends the run early.
+        checkpoints: keeps the last and the best.
+        own: callbacks of the task.
+    """
     options = dict(config["trainer"])
     accelerator = str(options.pop("accelerator"))
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -90,7 +98,6 @@ def build_trainer(
         if config["compile"]:
             raise ConfigError("compile=true: does not go with trainer.strategy=fsdp2")
         strategy = ShardedStrategy(timeout)
-    callbacks = config["callbacks"]
     trainer = L.Trainer(
         accelerator=accelerator,
         strategy=strategy,
@@ -106,11 +113,8 @@ def build_trainer(
         enable_progress_bar=False,
         callbacks=[
             RandomState(),
-            CodebookWatch(callbacks["codebook_window"]),
+            *own,
             DataWatch(folder / "skipped.tsv"),
-            ReconstructionGrid(
-                folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
-            ),
             ValidationLine(),
             *([ProgressBar()] if show_bar else []),
             stop,
