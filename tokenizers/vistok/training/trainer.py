@@ -104,11 +104,11 @@ def build_trainer(
         callbacks=[
             RandomState(),
             CodebookWatch(callbacks["codebook_window"]),
-            DataWatch(folder / "skipped.tsv"),
             ReconstructionGrid(
                 folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
             ),
             ValidationLine(),
+            DataWatch(folder / "skipped.tsv"),  # behind what draws after a validation
             *([ProgressBar()] if show_bar else []),
             stop,
             checkpoints,
