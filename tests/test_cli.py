@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import vistok
-from helpers import CONFIGS, ROOT, TINY
+from helpers import CONFIGS, PATIENCE, ROOT, TINY
 from vistok.cli import main
 
 PROBE = """
@@ -19,7 +18,7 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
     assert not stop.code, stop.code
-heavy = [name for name in ("torch", "lightning", "wandb") if name in sys.modules]
+heavy = {"hydra", "lightning", "timm", "torch", "torchmetrics", "wandb"} & set(sys.modules)
 assert not heavy, heavy
 """
 
@@ -34,20 +33,16 @@ assert not heavy, heavy
         ("scripts/make_shards.py", "shard_size"),
     ],
 )
-def test_help_is_quick_and_light(script, word):
-    seconds = []
-    for _ in range(2):  # the first reads the disk
-        start = time.monotonic()
-        result = subprocess.run(
-            [sys.executable, "-c", PROBE, str(ROOT / script), "--help"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        seconds.append(time.monotonic() - start)
-        assert result.returncode == 0, result.stderr
-        assert word in result.stdout
-    assert min(seconds) < 3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
+def test_help_is_light(script, word):
+    """It comes at once, since it imports none of what takes its time."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE, str(ROOT / script), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    assert word in result.stdout
 
 
 def test_help_may_be_cut_short():
@@ -56,7 +51,9 @@ def test_help_may_be_cut_short():
     os.close(read)
     command = [sys.executable, "-m", "vistok.cli", "--help"]
     path = {**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")}
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=path, timeout=60)
+    result = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=path, timeout=PATIENCE
+    )
     os.close(write)
     assert (result.returncode, result.stderr) == (0, b"")
 
@@ -102,7 +99,7 @@ def test_python_m_vistok_is_the_command(word, code, out, err):
         env={**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert (result.returncode, result.stdout, result.stderr) == (code, out, err)
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 import vistok
-from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
+from helpers import PATIENCE, ROOT, TINY, losses_of, make_photos, metrics_of
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.read import read_checkpoint
 from vistok.cli import train
@@ -579,7 +579,7 @@ def test_wandb_in_one_word(words, tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *words],
         cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"

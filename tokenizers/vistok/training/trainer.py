@@ -116,6 +116,7 @@ def build_trainer(
             *own,
             DataWatch(folder / "skipped.tsv"),
             ValidationLine(),
+            DataWatch(folder / "skipped.tsv"),  # behind what draws after a validation
             *([ProgressBar()] if show_bar else []),
             stop,
             checkpoints,
