@@ -14,13 +14,14 @@ import pytest
 from data_helpers import encode, picture
 
 from helpers import ROOT
+from vistok import cli
 from vistok.data.shards import ShardWriter
 from vistok.data.sources import ShardSource
 from vistok.tools import make_shards
 
 
 def run(*arguments):
-    return make_shards.main([str(argument) for argument in arguments])
+    return cli.make_shards([str(argument) for argument in arguments])
 
 
 def contents(folder, split="train", members=()):

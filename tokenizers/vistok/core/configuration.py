@@ -34,18 +34,43 @@ def user_config_dirs() -> list[Path]:
 
 
 def options(group: str, extra_dirs: Iterable[Path] = ()) -> list[str]:
-    """Names that can be chosen in a config group, for example "experiment"."""
+    """Return the names that can be chosen in a config group, for example "experiment"."""
+    return sorted(option_files(group, extra_dirs))
+
+
+def option_files(group: str, extra_dirs: Iterable[Path] = ()) -> dict[str, Path]:
+    """Return the file of each name in a group; of one name in two folders, ours."""
     folders = [config_dir(), *user_config_dirs(), *extra_dirs]
-    names = {p.stem for folder in folders for p in (folder / group).glob("*.yaml")}
-    return sorted(names)
+    files = [path for folder in reversed(folders) for path in (folder / group).glob("[!_]*.yaml")]
+    return {path.stem: path for path in files}
+
+
+def groups(extra_dirs: Iterable[Path] = ()) -> list[str]:
+    """Return the config groups: the folders of configs, without those of Hydra itself."""
+    folders = [config_dir(), *user_config_dirs(), *extra_dirs]
+    paths = (path.parent for folder in folders for path in folder.glob("*/[!_]*.yaml"))
+    return sorted({path.name for path in paths} - {"hydra"})
+
+
+def notes(path: Path) -> list[str]:
+    """Return the lines of the comment at the top of a config, without their `# `."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line[1:].removeprefix(" "))
+    return lines
 
 
 def header(path: Path) -> str:
-    """First comment line of a config: what it is, for people."""
-    for line in path.read_text().splitlines():
-        if line.startswith("# ") and not line.startswith("# @package"):
-            return line[2:].strip()
-    return ""
+    """Return the first sentence of a config's comment."""
+    text = ""
+    for line in notes(path):
+        text = f"{text} {line}".strip()
+        if line.endswith((".", ":")):
+            break
+    return re.split(r"(?<=\.)\s(?=[A-Z])", text)[0].removesuffix(":")
 
 
 def quoted(override: str) -> str:
