@@ -73,7 +73,7 @@ def test_errors_and_help(capsys):
         (["image_size=0"], "image_size=0: must be a whole number"),
         (["sice=3"], "sice=: no such option"),
         (["a.tar", "b.tar"], "expected one pattern or folder"),
-        (["crop=middle"], "no crop policy"),
+        (["crop=middle"], "data.train_crop='middle': must be one of tv_center"),
         (["plain=maybe"], "must be true or false"),
     ]:
         assert cli.bench_data(arguments) == 2

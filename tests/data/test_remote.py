@@ -122,7 +122,7 @@ def test_what_passes_is_tried_again_and_nothing_is_lost(server, quick, shards, f
 @pytest.mark.parametrize(
     ("faults", "message", "asked"),
     [
-        (["stall"] * 9, r"nothing came for 0.3 s \(gave up after 4 tries\)", 4),
+        (["stall"] * 9, r"no data for 0.3 s \(gave up after 4 tries\)", 4),
         ([500] * 9, r"HTTP 500 \(Internal Server Error\) \(gave up after 4 tries\)", 4),
         (["lie"] * 9, r"does not match the checksum in its manifest \(gave up after 4 tries\)", 4),
         ([403], r"HTTP 403 \(Forbidden\)$", 1),
@@ -291,7 +291,7 @@ def test_a_local_shard_removed_in_mid_run(shards):
     datamodule.setup()
     for tar in shards.glob("*.tar"):
         tar.unlink()
-    with pytest.raises(DataError, match=r"train-00000\d.tar was there when this began and is gone"):
+    with pytest.raises(DataError, match=r"train-00000\d.tar has disappeared since the run began"):
         next(iter(datamodule.train_dataloader()))
 
 

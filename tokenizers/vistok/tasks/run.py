@@ -31,6 +31,7 @@ from vistok.core import ranks as distributed
 from vistok.core.console import say
 from vistok.core.errors import ConfigError, Preempted, VistokError
 from vistok.core.files import replacing
+from vistok.core.terminal import typed
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.tasks.reconstruction import TokenizerModule
@@ -40,7 +41,7 @@ from vistok.training.checkpointing import Checkpoints, CheckpointWriter
 from vistok.training.optimizers import learning_rate
 from vistok.training.sharding import ShardWriter
 from vistok.training.stopping import INTERRUPT, PREEMPTION_SIGNALS, StopAfterStep
-from vistok.training.trainer import build_trainer, float32_products, set_batches
+from vistok.training.trainer import build_trainer, float32_products, in_words, set_batches
 
 
 def train(
@@ -105,7 +106,7 @@ def _train(
         if config["trainer"]["max_steps"] <= min(first_step, finished_steps(folder)):
             raise ConfigError(
                 f"trainer.max_steps={config['trainer']['max_steps']}: {resume} is already at step "
-                f"{first_step}; pass a larger trainer.max_steps to go on"
+                f"{first_step}; set a larger trainer.max_steps to continue"
             )
         del content
     callbacks = config["callbacks"]
@@ -115,7 +116,7 @@ def _train(
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
     trainer = build_trainer(config, folder, first_step, stop, checkpoints)
     if module.adversary is not None and trainer.precision == "16-mixed":
-        raise ConfigError("trainer.precision=16: an adversary takes bf16 or 32")
+        raise ConfigError("trainer.precision=16: does not work with an adversary; use bf16 or 32")
     set_batches(config, data, trainer)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     baseline_options(config.get("baseline"))  # and not at the end
@@ -142,7 +143,8 @@ def _train(
         raise
     if stop.reason:
         if trainer.is_global_zero:
-            say(f"stopped at step {trainer.global_step}; go on with: train.py resume={folder}")
+            command = f"{typed('train')} resume={folder}"
+            say(f"stopped at step {trainer.global_step}; continue with: {command}")
         if stop.reason == INTERRUPT:
             raise KeyboardInterrupt
         raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
@@ -177,8 +179,8 @@ def fit(
             if trainer.world_size > 1 and is_of_a_collective(error):
                 first = " ".join(str(error).split())[:160]
                 raise VistokError(
-                    "another rank ended, or gave no answer for trainer.timeout seconds; its own "
-                    f"error says why ({first})"
+                    "another rank ended, or did not answer for trainer.timeout seconds; see its "
+                    f"own error ({first})"
                 ) from error
             raise
 
@@ -270,18 +272,13 @@ def announce(
     t = module.tokenizer
     parameters = sum(p.numel() for p in t.parameters()) / 1e6
     verb = f"resuming {resume}" if resume is not None else "training"
-    batch = f"{data.batch_size} x {trainer.world_size}"
-    if trainer.accumulate_grad_batches > 1:
-        batch += f" x {trainer.accumulate_grad_batches}"
-    per_step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     say(
         f"vistok {vistok.__version__} ({Path(vistok.__file__).parent})\n"
         f"{verb}: {type(t).__name__} with {type(t.quantizer).__name__}, {parameters:.2f} M "
         f"parameters, {t.num_tokens} tokens = {t.bits_per_image:.0f} bits per image\n"
         f"data: {data.num_train} training and {data.num_val} validation images of "
-        f"{t.image_size[0]}x{t.image_size[1]}\n"
-        f"trainer: {trainer.max_steps} steps of {per_step} images ({batch}), "
-        f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, {trainer.precision}\n"
+        f"{t.image_size[0]}x{t.image_size[1]} px\n"
+        f"trainer: {in_words(trainer, data.batch_size)}\n"
         f"run folder: {folder}"
     )
 
@@ -330,8 +327,8 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path) -> Non
         say(f"[yellow]{report}[/yellow]")
     say(
         f"pictures: {folder}/pictures\n"
-        f"next: eval.py run={folder}\n"
-        f"      scripts/export.py run={folder} out=exported/my_tokenizer"
+        f"next: {typed('eval')} run={folder}\n"
+        f"      {typed('export')} run={folder} out=exported/my_tokenizer"
     )
 
 

@@ -247,7 +247,7 @@ def _learn_pixels(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """The tokenizer of stage 1, its weights as the start, its decoder set to learn pixels."""
     own, found = _described(config, "weights", source)
     if not isinstance(found.decoder, ProxyDecoder):
-        raise ConfigError(f"stage.weights={source}: is no run of stage=proxy")
+        raise ConfigError(f"stage.weights={source}: not a run of stage=proxy")
     tokenizer = copy.deepcopy(own["tokenizer"])
     tokenizer["decoder"]["learns"] = "pixels"
     return {
@@ -288,7 +288,7 @@ def _with_words(
                 source = next(key for key, owner in _SOURCES.items() if owner == stage)
                 raise ConfigError(
                     f"{word}: stage={stage} takes {key}={_at(found, key)} from "
-                    f"stage.{source}={found['stage'][source]}; leave the word out"
+                    f"stage.{source}={found['stage'][source]}; leave it out"
                 )
     return found
 

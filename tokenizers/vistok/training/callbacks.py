@@ -1,4 +1,4 @@
-"""Callbacks: pictures, random state, codebook watch, what the terminal shows."""
+"""Callbacks: pictures, random state, codebook watch and output to the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vistok.quantizers.usage import collapse_advice
 
 
 class ReconstructionGrid(L.Callback):
-    """At every validation, a PNG of fixed validation images above their reconstructions.
+    """Writes a PNG of fixed images above their reconstructions at every validation.
 
     Args:
         folder: where to write `step_000100.png`.
@@ -92,7 +92,7 @@ class CodebookWatch(L.Callback):
         usage.reset()
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """A run that is shorter than a window has a usage too."""
+        """Report usage also for a run that is shorter than a window."""
         if not self.last:
             self._read(module.tokenizer.quantizer.usage)
 
@@ -136,7 +136,7 @@ class DataWatch(L.Callback):
             self._restart(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Leave validation out."""
+        """Exclude the validation."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._restart(module)
 
@@ -188,7 +188,7 @@ class RandomState(L.Callback):
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator, as tensors and plain containers."""
+    """Return the state of every random generator, as tensors and plain containers."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": list(random.getstate()),
@@ -201,7 +201,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`."""
+    """Restore a state that `random_state` returned."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     keys, position, has_gauss, gauss = state["numpy"]

@@ -53,7 +53,7 @@ class FoundationAlignment(nn.Module):
         encoder, decoder = tokenizer.encoder, tokenizer.decoder
         if not (isinstance(encoder, ResTokEncoder) and isinstance(decoder, ResTokDecoder)):
             raise ConfigError(
-                f"alignment.form=foundation: is ResTok's, but the tokenizer is a "
+                f"alignment.form=foundation: needs a ResTok tokenizer, but this is a "
                 f"{type(tokenizer).__name__}; use alignment.form=plain"
             )
         self.margin = margin
