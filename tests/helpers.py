@@ -160,6 +160,30 @@ def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
     return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()
 
 
+def compared(prediction, target, kind="pixels", of="image", **losses):
+    """What a term sees of a prediction; `losses` are the quantizer's."""
+    from vistok.core.outputs import Prediction, QuantizerOutput, TokenizerOutput
+    from vistok.models.term import Step
+
+    scalars = {name: torch.tensor(value) for name, value in losses.items()}
+    quantizer = QuantizerOutput(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1).long(), scalars)
+    output = TokenizerOutput({of: Prediction(prediction, target, kind)}, quantizer)
+    return Step(target, output, torch.nn.Identity(), of=of)  # type: ignore[arg-type]
+
+
+def stepped(task, images, **conditions):
+    """A training forward of a task's tokenizer, as its objective sees it."""
+    from vistok.models.term import Step
+
+    output = task.tokenizer(images, task.objective.taps, **conditions)
+    return Step(images, output, task.tokenizer)
+
+
+def aligned(task, images):
+    """The alignment term of a task, after a training forward of these images."""
+    return task.objective.terms["alignment"](stepped(task, images))
+
+
 def errors_while_learning(tok, images: torch.Tensor, lr: float, steps: int) -> list[float]:
     """Train on the same images `(B, C, H, W)` in [-1, 1]; the mean squared error of each step."""
     optimizer = torch.optim.AdamW(tok.parameters(), lr)
@@ -167,7 +191,7 @@ def errors_while_learning(tok, images: torch.Tensor, lr: float, steps: int) -> l
     errors = []
     for _ in range(steps):
         output = tok(images)
-        error = (output.prediction - images).square().mean()
+        error = (output.predictions["image"].value - images).square().mean()
         optimizer.zero_grad()
         (error + 0.25 * output.quantizer.losses["commitment"]).backward()
         optimizer.step()

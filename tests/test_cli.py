@@ -90,6 +90,14 @@ def test_train_help_shows_keys_that_exist(cli):
     assert compose("train", words).quantizer.codebook_size == 4096
 
 
+def test_import_help_names_every_importer(cli):
+    from vistok.core.registry import registered
+
+    _, _, out = cli("import_weights", "--help")
+    named = " ".join(out.partition("source=")[2].partition("weights=")[0].split()).split(", ")
+    assert named == list(registered("importer"))
+
+
 def entries(out):
     """Names and texts of a listing whose columns are put back together."""
     found = {}

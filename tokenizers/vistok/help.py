@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ _FIRST = ("experiment", "tokenizer", "quantizer", "loss", "stage", "data", "logg
 
 #: The experiments that `train --help` shows: one per kind of tokenizer, minutes on a CPU.
 _SHOWN = ("titok_tiny", "vqgan_tiny", "flextok_tiny")
+
+
+_IMPORTER = r'@register\("(\w+)", kind="importer"\)'
 
 
 def overview() -> None:
@@ -130,7 +134,7 @@ def import_help() -> None:
     """Print `import_weights.py --help`."""
     program = typed("import-weights")
     keys = {
-        "source=": "maskgit_vqgan, titok, one_d_piece, ta_titok, flextok, gigatok, retok, restok",
+        "source=": ", ".join(_importers()),
         "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
         "out=": "folder to write, for example exported/titok_l32",
         "image_size=": "for maskgit_vqgan and restok, whose weights take any (published: 256)",
@@ -144,6 +148,12 @@ def import_help() -> None:
         "Then, for example\n"
         f"  {typed('eval')} run=FOLDER data=shards data.val=/sets/val-000000.tar",
     )
+
+
+def _importers() -> list[str]:
+    """Return the names of the importers, read off their sources: importing them takes torch."""
+    sources = (Path(__file__).parent / "systems").rglob("*.py")
+    return sorted(n for p in sources for n in re.findall(_IMPORTER, p.read_text("utf-8")))
 
 
 def list_help() -> None:

@@ -291,6 +291,12 @@ def load_run_config(run: Path) -> DictConfig:
         raise CheckpointError(f"{run}: {what}{hint}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
+    return config
+
+
+def closed(container: dict[str, Any]) -> DictConfig:
+    """Return a config of plain containers that takes overrides of the keys it has."""
+    config = OmegaConf.create(container)
     OmegaConf.set_struct(config, True)
     return config
 

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError, nearest
+from vistok.core.registry import register
 from vistok.nn.lite0 import Lite0
 
 #: The teacher whose weights come with a package, so that no download is needed.
 PACKAGED = "packaged_lite0"
 
 
+@register("pretrained")
 class Teacher(nn.Module):
     """Images to a feature map of a pretrained network.
 
@@ -97,7 +99,7 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
         if features.shape[1] == dim and side > 1 and side * side == features.shape[2]:
             return features.unflatten(2, (side, side))
     what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    raise ValueError(f"found {what}, which is no square grid of features")
+    raise ValueError(f"found {what}, which is not a square grid of features")
 
 
 def _file(weights: str | None) -> str | None:

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from vistok.checkpoints.migrate import migrate_checkpoint
 from vistok.checkpoints.write import (
     BEST,
     LAST,
@@ -57,6 +58,10 @@ class CheckpointWriter(TorchCheckpointIO):
         if not self.background:
             self.join()
         self.stall = time.perf_counter() - started
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return the content of a file, of an older version too."""
+        return migrate_checkpoint(super().load_checkpoint(path, *args, **options), path)
 
     def _start(self, checkpoint: dict, target: Path) -> None:
         if self.background:
