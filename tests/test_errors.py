@@ -166,7 +166,7 @@ def test_nothing_but_bad_images_fails(fails, words, tmp_path):
 
 
 def test_eval_and_export_without_a_run(fails, finished_run, tmp_path):
-    fails("evaluate", words=("run", "eval.py run="))
+    fails("evaluate", words=("run", "eval run="))
     fails("evaluate", "run=runs/nope", words=("runs/nope", "no such run"))
     fails("evaluate", "rum=x", words="did you mean 'run'")
     near = finished_run.with_name("rum")
@@ -251,7 +251,7 @@ def test_files_that_are_no_checkpoints(fails, tmp_path):
         fails("evaluate", f"run={name}", words=name)
     for name, value in (("list.ckpt", [1]), ("bare.ckpt", {"state_dict": {}})):
         torch.save(value, tmp_path / name)
-        fails("evaluate", f"run={name}", words=(name, "not a checkpoint of vistok"))
+        fails("evaluate", f"run={name}", words=(name, "not a vistok checkpoint"))
 
 
 # ---------------------------------------------------------------------- tracebacks on demand
@@ -363,7 +363,7 @@ def test_a_really_limited_disk(words, tmp_path):
     )  # fmt: skip
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.splitlines()
-    assert "last.ckpt: could not be written" in line and "previous checkpoint is whole" in line
+    assert "last.ckpt: could not be written" in line and "previous checkpoint is intact" in line
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000 and Path(run).exists()

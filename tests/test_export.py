@@ -229,7 +229,7 @@ def test_overwriting(fails, cli, finished_run, tmp_path):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    line = ("out=mine", "is not an export")
+    line = ("out=mine", "not an export")
     fails("export", f"run={finished_run}", "out=mine", "overwrite=true", words=line)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     assert cli("export", f"run={finished_run}", "out=deep/er/out")[0] == 0

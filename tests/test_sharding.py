@@ -123,8 +123,8 @@ def test_the_last_folders_are_kept_and_damage_is_passed_over(tmp_path, monkeypat
     assert "00001-of-00002.ckpt: damaged" in said and "older" in said
     (folder / "step_00000004.ckpt" / "00000-of-00002.ckpt").unlink()
     assert newest_whole(tmp_path).name == "step_00000002.ckpt"
-    assert "not whole, it has 1 of 2 files" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="not of one step"):
+    assert "incomplete: 1 of 2 files" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="from different steps"):
         other = written(tmp_path / "x", 9, torch.zeros(5), 2, monkeypatch)
         shutil.copy(other / "00001-of-00002.ckpt", folder / "step_00000002.ckpt")
         check_seal(folder / "step_00000002.ckpt")

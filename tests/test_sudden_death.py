@@ -158,7 +158,7 @@ def test_the_newest_whole_one_is_found(tmp_path, capsys):
             flip(found, 300)
         else:  # cut short: the seal is gone too
             found.write_bytes(found.read_bytes()[:-200])
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole; .*last\.ckpt"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is intact; .*last\.ckpt"):
         newest_whole(tmp_path)
 
 
@@ -338,7 +338,7 @@ def test_preemption_does_not_wait_for_a_validation(cli, words, whole, monkeypatc
     with monkeypatch.context() as patch:
         break_runs(patch, 6, lambda: signal.raise_signal(signal.SIGTERM), "validation")
         code, lines, _ = cli("train", *words, "hydra.run.dir=run", "data.eval_batch_size=1")
-    assert code == 75 and "stopped in a validation" in lines[0]
+    assert code == 75 and "stopped during a validation" in lines[0]
     assert state_of(Path("run"))["global_step"] == 6
     assert train(["resume=run", "data.eval_batch_size=4"]) == 0
     assert losses_of(Path("run")) == losses_of(whole)
@@ -399,7 +399,7 @@ def test_a_run_folder_that_becomes_read_only_loses_nothing(fails, words, whole, 
     words = [*words, "hydra.run.dir=run", "resume=auto", "trainer.val_check_interval=100"]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.Summed, "__init__", refuse)
-        fails("train", *words, words=("last.ckpt", "Read-only", "previous checkpoint is whole"))
+        fails("train", *words, words=("last.ckpt", "Read-only", "previous checkpoint is intact"))
     assert state_of(Path("run"))["global_step"] == 2
     assert train(words) == 0
     assert losses_of(Path("run")) == losses_of(whole)

@@ -14,13 +14,14 @@ import pytest
 from data_helpers import encode, picture
 
 from helpers import ROOT
+from vistok import cli
 from vistok.data.shards import ShardWriter
 from vistok.data.sources import ShardSource
 from vistok.tools import make_shards
 
 
 def run(*arguments):
-    return make_shards.main([str(argument) for argument in arguments])
+    return cli.make_shards([str(argument) for argument in arguments])
 
 
 def contents(folder, split="train", members=()):
@@ -86,10 +87,10 @@ def test_a_list_with_names_or_none_and_a_missing_file(tmp_path, images, capsys):
 
 def test_lists_that_cannot_be(tmp_path, capsys):
     for text, message in [
-        ("a.jpg 1\nb.jpg\n", "only some lines have a label; the first without: b.jpg"),
-        ("a.jpg\na.jpg\n", "names a.jpg more than once"),
-        ("\n", "names no images"),
-        (b"\xff\xd8\xff\xfe", "is no text file"),
+        ("a.jpg 1\nb.jpg\n", "only some lines have a label; the first without one is b.jpg"),
+        ("a.jpg\na.jpg\n", "lists a.jpg more than once"),
+        ("\n", "lists no images"),
+        (b"\xff\xd8\xff\xfe", "not a text file"),
     ]:
         (tmp_path / "x.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
         assert run(tmp_path / "x.txt", f"out={tmp_path / 'o'}") == 2
@@ -299,5 +300,5 @@ def test_two_at_once_are_refused(tmp_path, photos, capsys, monkeypatch):
     with open(out / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run(photos, f"out={out}") == 2
-    assert "another make-shards is writing there" in capsys.readouterr().err
+    assert "another make-shards is writing to it" in capsys.readouterr().err
     assert os.listdir(out) == [".lock"]

@@ -145,7 +145,7 @@ def test_what_passes_is_tried_again_and_nothing_is_lost(server, quick, shards, f
 @pytest.mark.parametrize(
     ("faults", "message", "asked"),
     [
-        (["stall"] * 9, rf"nothing came for {PATIENCE} s \(gave up after 4 tries\)", 4),
+        (["stall"] * 9, rf"no data for {PATIENCE} s \(gave up after 4 tries\)", 4),
         ([500] * 9, r"HTTP 500 \(Internal Server Error\) \(gave up after 4 tries\)", 4),
         (["lie"] * 9, r"does not match the checksum in its manifest \(gave up after 4 tries\)", 4),
         ([403], r"HTTP 403 \(Forbidden\)$", 1),
@@ -315,7 +315,7 @@ def test_a_local_shard_removed_in_mid_run(shards):
     datamodule.setup()
     for tar in shards.glob("*.tar"):
         tar.unlink()
-    with pytest.raises(DataError, match=r"train-00000\d.tar was there when this began and is gone"):
+    with pytest.raises(DataError, match=r"train-00000\d.tar has disappeared since the run began"):
         next(iter(datamodule.train_dataloader()))
 
 
@@ -358,19 +358,19 @@ def test_missing_packages_are_named(quick, url, message, monkeypatch):
 
 
 def test_remote_shards_are_checked(server, shards, tmp_path, monkeypatch, capsys):
-    from vistok.tools import check_shards
+    from vistok import cli
 
     monkeypatch.setenv("VISTOK_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.0)
 
     def check(place):
         monkeypatch.setattr(remote, "_manifests", {})
-        code = check_shards.main([f"{server.url}/{place}".rstrip("/"), "decode=true", "workers=1"])
+        code = cli.check_shards([f"{server.url}/{place}".rstrip("/"), "decode=true", "workers=1"])
         return code, capsys.readouterr().out
 
     for place in ("", "train-{000000..000002}.tar", NAME):
         code, said = check(place)
-        assert code == 0 and "all is well" in said, said
+        assert code == 0 and "no problems found" in said, said
     data = bytearray((shards / NAME).read_bytes())
     data[700] ^= 1
     (shards / NAME).write_bytes(data)
@@ -383,5 +383,5 @@ def test_remote_shards_are_checked(server, shards, tmp_path, monkeypatch, capsys
     assert code == 1 and f"{NAME}: there is no such shard" in said
     (shards / "manifest.json").unlink()
     monkeypatch.setattr(remote, "_manifests", {})
-    assert check_shards.main([server.url]) == 2
-    assert "has no manifest.json of ours" in capsys.readouterr().err
+    assert cli.check_shards([server.url]) == 2
+    assert "no manifest.json of vistok here" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Positions in, batches out: what runs in the loader's workers, and the samplers that drive it."""
+"""Turn positions into batches: the data set of the loader's workers, and their samplers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_SUBSTITUTES = 100  # bad images in a row before we say that the set is broke
 
 
 class Row(NamedTuple):
-    """What a batch says of one sample beside its pixels."""
+    """The entries of one sample in a batch, without its pixels."""
 
     key: str
     label: int
@@ -174,7 +174,7 @@ class ImageDataset(Dataset):
         target: torch.Tensor,
         skipped: list[Skip],
     ) -> Row | None:
-        """A member, or the next good one; its pixels go to `target` (H, W, C) at once."""
+        """Read a member, or the next good one, and write its pixels to `target` (H, W, C)."""
         tried = 0
         for member in self._candidates(number):
             tried += 1
@@ -203,7 +203,7 @@ class ImageDataset(Dataset):
         return self.source.keys[index].decode(errors="replace")
 
     def _candidates(self, number: int) -> Iterator[int]:
-        """A member and those that may take its place: the next ones (of its size), in a circle."""
+        """Yield a member and those that may take its place: the next ones of its size, in turn."""
         yield number
         if not self.substitute:
             return
@@ -240,7 +240,7 @@ class StreamSampler:
         self.batches_per_step = batches_per_step
 
     def __len__(self) -> int:
-        """Batches in an epoch; only a length of Lightning's epochs, no end.
+        """Return the batches in an epoch of Lightning; the stream itself does not end.
 
         Whole steps, for at an epoch's end Lightning steps with what it has.
         """
@@ -282,7 +282,7 @@ class EvalSampler:
 
 
 def _as_sent(batch: Any) -> Batch:
-    """What goes through the queue: pixels by their slot, small tensors as arrays.
+    """Return what goes through the queue: pixels by their slot, small tensors as arrays.
 
     These are pickled at once, where torch would open shared memory for each.
     """
@@ -368,7 +368,7 @@ class ImageLoader(DataLoader):
             dataset.memory = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is the DataModule's. That it is here tells Lightning we resume."""
+        """Return nothing: the DataModule has the position. Lightning asks for this to resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

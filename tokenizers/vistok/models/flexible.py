@@ -52,7 +52,7 @@ class FlexibleTokenizer(Tokenizer):
         if not self._has_prefixes:
             warnings.warn(
                 f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
-                f"code, of which no prefix is a code: {type(self).__name__} keeps its full length",
+                f"code, so a prefix is not a code; {type(self).__name__} keeps its full length",
                 stacklevel=2,
             )
             length = LengthPolicy("full")

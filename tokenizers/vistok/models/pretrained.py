@@ -99,7 +99,7 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
         if features.shape[1] == dim and side > 1 and side * side == features.shape[2]:
             return features.unflatten(2, (side, side))
     what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    raise ValueError(f"found {what}, which is no square grid of features")
+    raise ValueError(f"found {what}, which is not a square grid of features")
 
 
 def _file(weights: str | None) -> str | None:

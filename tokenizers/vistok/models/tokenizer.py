@@ -311,7 +311,7 @@ class Tokenizer(nn.Module):
                 found = unpack(memoryview(data), self._alphabet(length))
             except (TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"packed: image {number} is no code of {length} tokens: {error}"
+                    f"packed: image {number} is not a code of {length} tokens: {error}"
                 ) from error
             ids[number, :length] = torch.tensor(found).view(length, slots)
         return ids.to(self.device)

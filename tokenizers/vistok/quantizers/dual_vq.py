@@ -191,7 +191,7 @@ class DualToken(Product):
         **codebook_options: Any,
     ) -> None:
         if codebook_dim is None and dim % 2:
-            raise ConfigError(f"DualToken: dim={dim} has no halves; set quantizer.codebook_dim")
+            raise ConfigError(f"DualToken: dim={dim} cannot be halved; set quantizer.codebook_dim")
         branches = [
             ResidualVQ(
                 codebook_dim or dim // 2,

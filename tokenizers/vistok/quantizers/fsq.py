@@ -94,7 +94,7 @@ class FSQ(Quantizer):
             raise ConfigError(f"quantizer.levels={levels}: needs integers of 2 or more")
         if grid == "standard" and 2 in levels:
             raise ConfigError(
-                f"quantizer.levels={levels}: a channel of 2 levels is all but constant on the "
+                f"quantizer.levels={levels}: a channel of 2 levels is almost constant on the "
                 "standard grid (its threshold lies at z = -3.8); use quantizer.grid=symmetric"
             )
         if grid == "standard" and slope != 1:

@@ -15,7 +15,7 @@ from vistok.quantizers.usage import collapse_advice
 
 
 class ReconstructionGrid(L.Callback):
-    """At every validation, a PNG of fixed validation images above their reconstructions.
+    """Writes a PNG of fixed images above their reconstructions at every validation.
 
     Args:
         folder: where to write `step_000100.png`.
@@ -78,7 +78,7 @@ class CodebookWatch(L.Callback):
         usage.reset()
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """A run that is shorter than a window has a usage too."""
+        """Report usage also for a run that is shorter than a window."""
         if not self.last:
             self._read(module.tokenizer.quantizer.usage)
 

@@ -123,7 +123,7 @@ def _with_words(
             if not skipped and _at(found, key) != value:
                 raise ConfigError(
                     f"{word}: stage={name} takes {key}={_at(found, key)} from "
-                    f"stage.{stage.source}={path}; leave the word out"
+                    f"stage.{stage.source}={path}; leave it out"
                 )
     return found
 

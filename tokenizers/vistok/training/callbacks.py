@@ -49,7 +49,7 @@ class DataWatch(L.Callback):
             self._restart(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Leave validation out."""
+        """Exclude the validation."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._restart(module)
 
@@ -101,7 +101,7 @@ class RandomState(L.Callback):
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator, as tensors and plain containers."""
+    """Return the state of every random generator, as tensors and plain containers."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": list(random.getstate()),
@@ -114,7 +114,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`."""
+    """Restore a state that `random_state` returned."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     keys, position, has_gauss, gauss = state["numpy"]

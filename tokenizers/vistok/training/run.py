@@ -19,6 +19,7 @@ from vistok.checkpoints.resume import finished_steps
 from vistok.core import ranks
 from vistok.core.console import say
 from vistok.core.errors import ConfigError, Preempted, VistokError
+from vistok.core.terminal import typed
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.checkpointing import Checkpoints, CheckpointWriter
 from vistok.training.optimizers import learning_rate
@@ -93,7 +94,7 @@ def _train(
         if config["trainer"]["max_steps"] <= min(first_step, finished_steps(folder)):
             raise ConfigError(
                 f"trainer.max_steps={config['trainer']['max_steps']}: {resume} is already at step "
-                f"{first_step}; pass a larger trainer.max_steps to go on"
+                f"{first_step}; set a larger trainer.max_steps to continue"
             )
         del content
     callbacks = config["callbacks"]
@@ -104,7 +105,9 @@ def _train(
     trainer = build_trainer(config, folder, first_step, stop, checkpoints, task.callbacks(folder))
     if task.objective.players and trainer.precision == "16-mixed":
         names = ", ".join(task.objective.players)
-        raise ConfigError(f"trainer.precision=16: loss.terms.{names} takes bf16 or 32")
+        raise ConfigError(
+            f"trainer.precision=16: does not work with loss.terms.{names}; use bf16 or 32"
+        )
     set_batches(config, data, trainer)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     write_run_files(config, folder)
@@ -130,7 +133,8 @@ def _train(
         raise
     if stop.reason:
         if trainer.is_global_zero:
-            say(f"stopped at step {trainer.global_step}; go on with: train.py resume={folder}")
+            command = f"{typed('train')} resume={folder}"
+            say(f"stopped at step {trainer.global_step}; continue with: {command}")
         if stop.reason == INTERRUPT:
             raise KeyboardInterrupt
         raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
@@ -166,8 +170,8 @@ def fit(trainer: L.Trainer, task: Task, data: VistokDataModule, resume: Path | N
             if trainer.world_size > 1 and is_of_a_collective(error):
                 first = " ".join(str(error).split())[:160]
                 raise VistokError(
-                    "another rank ended, or gave no answer for trainer.timeout seconds; its own "
-                    f"error says why ({first})"
+                    "another rank ended, or did not answer for trainer.timeout seconds; see its "
+                    f"own error ({first})"
                 ) from error
             raise
 

@@ -20,8 +20,10 @@ from rich.table import Table
 import vistok
 from vistok.core.console import say
 from vistok.core.files import replacing
+from vistok.core.terminal import typed
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.task import Task
+from vistok.training.trainer import in_words
 
 
 @rank_zero_only
@@ -72,18 +74,13 @@ def announce(
 ) -> None:
     """Say in a few lines what this run is."""
     verb = f"resuming {resume}" if resume is not None else "training"
-    batch = f"{data.batch_size} x {trainer.world_size}"
-    if trainer.accumulate_grad_batches > 1:
-        batch += f" x {trainer.accumulate_grad_batches}"
-    per_step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     height, width = data.image_size
     say(
         f"vistok {vistok.__version__} ({Path(vistok.__file__).parent})\n"
         f"{verb}: {task.description()}\n"
         f"data: {data.num_train} training and {data.num_val} validation images of "
-        f"{height}x{width}\n"
-        f"trainer: {trainer.max_steps} steps of {per_step} images ({batch}), "
-        f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, {trainer.precision}\n"
+        f"{height}x{width} px\n"
+        f"trainer: {in_words(trainer, data.batch_size)}\n"
         f"run folder: {folder}"
     )
 
@@ -103,6 +100,6 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path) -> Non
         say(f"[yellow]{report}[/yellow]")
     say(
         f"pictures: {folder}/pictures\n"
-        f"next: eval.py run={folder}\n"
-        f"      scripts/export.py run={folder} out=exported/my_tokenizer"
+        f"next: {typed('eval')} run={folder}\n"
+        f"      {typed('export')} run={folder} out=exported/my_tokenizer"
     )

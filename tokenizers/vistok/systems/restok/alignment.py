@@ -42,7 +42,7 @@ class FoundationAlignment(Term):
         encoder, decoder = tokenizer.encoder, tokenizer.decoder
         if not (isinstance(encoder, ResTokEncoder) and isinstance(decoder, ResTokDecoder)):
             raise ArgumentError(
-                f"_target_=foundation_alignment: belongs to ResTok, but the tokenizer is a "
+                f"_target_=foundation_alignment: needs a ResTok tokenizer, but this is a "
                 f"{type(tokenizer).__name__}; use alignment=plain"
             )
         self.margin = margin
