@@ -11,6 +11,7 @@ import torch
 import vistok
 from helpers import CONFIGS, ROOT, TINY
 from vistok.cli import main
+from vistok.core.registry import registered
 
 PROBE = """
 import runpy, sys
@@ -30,7 +31,6 @@ assert not heavy, heavy
         ("train.py", "experiment=vqgan_tiny"),
         ("eval.py", "run=runs/<run>"),
         ("scripts/export.py", "out="),
-        ("scripts/import_weights.py", "maskgit_vqgan"),
         ("scripts/make_shards.py", "shard_size"),
     ],
 )
@@ -48,6 +48,13 @@ def test_help_is_quick_and_light(script, word):
         assert result.returncode == 0, result.stderr
         assert word in result.stdout
     assert min(seconds) < 3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
+
+
+def test_help_of_the_importer_names_every_source(cli):
+    """It asks the registry, so it waits for torch."""
+    code, lines, out = cli("import_weights", "--help")
+    assert code == 0 and not lines
+    assert len(registered("importer")) >= 8 and ", ".join(registered("importer")) in out
 
 
 def test_help_may_be_cut_short():

@@ -8,10 +8,10 @@ import torch
 from helpers import CONFIGS, config_of, needs_lite0
 from vistok.core.errors import ConfigError
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
-from vistok.core.registry import build
 from vistok.losses import pixels as reconstruction
 from vistok.losses.objective import CompositeLoss
 from vistok.losses.pixels import L1Loss, LogMSELoss, MSELoss
+from vistok.tasks.reconstruction import build_loss
 
 
 def output(prediction, target, **losses):
@@ -125,7 +125,7 @@ PIXEL_LOSSES = [
 
 @pytest.mark.parametrize("name", PIXEL_LOSSES)
 def test_every_loss_config_builds_and_is_zero_or_least_at_the_target(name):
-    loss = build(config_of(f"loss={name}")["loss"])
+    loss = build_loss(config_of(f"loss={name}")["loss"])
     target = torch.rand(2, 3, 8, 8) * 2 - 1
     exact = loss(output(target.clone(), target), {}, 0)["total"]
     near, far = (loss(output(target + d, target), {}, 0)["total"] for d in (0.1, 0.3))
@@ -133,7 +133,7 @@ def test_every_loss_config_builds_and_is_zero_or_least_at_the_target(name):
 
 
 def test_proxy_codes_are_a_cross_entropy():
-    loss = build(config_of("loss=proxy_codes")["loss"])
+    loss = build_loss(config_of("loss=proxy_codes")["loss"])
     logits, codes = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
     expected = torch.logsumexp(logits, -1) - logits.gather(-1, codes[..., None])[..., 0]
     total = loss(output(logits, codes), {}, 0)["total"]

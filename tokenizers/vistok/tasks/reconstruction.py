@@ -29,6 +29,12 @@ from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_r
 from vistok.training.sharding import ShardedStrategy, is_sharded, release, shard, whole_parameters
 
 
+def build_loss(config: dict[str, Any]) -> CompositeLoss:
+    """Return the loss that `loss` of a run's config describes."""
+    parts = {key: value for key, value in config.items() if key != "_target_"}
+    return CompositeLoss(**build(parts, "loss"))
+
+
 class TokenizerModule(L.LightningModule):
     """Trains any tokenizer.
 
@@ -46,8 +52,7 @@ class TokenizerModule(L.LightningModule):
         self.tokenizer = build_tokenizer(config)
         prepare_stage(self.tokenizer, config)
         check_fields(self.tokenizer, config["data"].get("fields") or ())
-        parts = {key: value for key, value in config["loss"].items() if key != "_target_"}
-        self.loss = CompositeLoss(**build(parts, "loss"))
+        self.loss = build_loss(config["loss"])
         self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
         self.adversary = build_adversary(config.get("adversary"))
         self._played: tuple[Tensor, Tensor] | None = None  # images and pictures for the adversary
