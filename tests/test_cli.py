@@ -11,6 +11,7 @@ import vistok
 from helpers import CONFIGS, PATIENCE, ROOT, TINY
 from vistok.cli import main
 from vistok.core.configuration import header, notes
+from vistok.core.registry import registered
 
 PROBE = """
 import runpy, sys
@@ -30,7 +31,6 @@ assert not heavy, heavy
         ("train.py", "uv run train.py resume=runs/<run>"),
         ("eval.py", "run=runs/<run>"),
         ("scripts/export.py", "out="),
-        ("scripts/import_weights.py", "maskgit_vqgan"),
         ("scripts/make_shards.py", "shard_size"),
         ("scripts/check_shards.py", "decode=false"),
         ("scripts/bench_data.py", "seconds=8"),
@@ -88,7 +88,6 @@ def test_train_help_shows_keys_that_exist(cli):
 
 
 def test_import_help_names_every_importer(cli):
-    from vistok.core.registry import registered
 
     _, _, out = cli("import_weights", "--help")
     named = " ".join(out.partition("source=")[2].partition("weights=")[0].split()).split(", ")
