@@ -94,7 +94,7 @@ def test_import_help_names_every_importer(cli):
     from vistok.core.registry import registered
 
     _, _, out = cli("import_weights", "--help")
-    named = " ".join(out.partition("source=")[2].partition("weights=")[0].split()).split(", ")
+    named = " ".join(out.partition("Keys\n  source=")[2].partition("weights=")[0].split()).split(", ")
     assert named == list(registered("importer"))
 
 
