@@ -101,8 +101,8 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vistok.core.registry import build
     from vistok.models.build import build_tokenizer
+    from vistok.tasks.reconstruction import build_loss
     from vistok.training.memory import keep_freed_memory
     from vistok.training.optimizers import build_optimizer
 
@@ -113,7 +113,7 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     products = [word for word in words if word != "compile"]
     torch.set_float32_matmul_precision(products[0] if products else "highest")
     tokenizer = build_tokenizer(config).to(device).train()
-    loss = build(config["loss"])
+    loss = build_loss(config["loss"])
     settings = config["optimizer"]
     optimizer = build_optimizer(
         tokenizer, settings["lr"], settings["betas"], settings["weight_decay"]

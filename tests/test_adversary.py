@@ -17,7 +17,7 @@ from vistok.losses.gan.players import hinge_discriminator_loss, hinge_generator_
 from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer
 from vistok.models.term import Step
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 from vistok.training.optimizers import build_optimizer, parameter_groups
 
 TERM = "loss.terms.adversarial"
@@ -60,7 +60,7 @@ def starts(monkeypatch):
             discriminator = self.objective.players["adversarial"].discriminator.state_dict()
             kept.append([copied(self.tokenizer.state_dict()), copied(discriminator)])
 
-    monkeypatch.setattr(TokenizerModule, "on_train_start", keep, raising=False)
+    monkeypatch.setattr(Reconstruction, "on_train_start", keep, raising=False)
     return kept
 
 

@@ -23,7 +23,7 @@ STRANGERS = [
     "torch.load",
     "vistok.cli.main",
     "vistok.checkpoints.load.load",
-    "vistok.tasks.run.train",
+    "vistok.training.run.train",
     "vistok.quantizers.vq.torch",
     "vistok.quantizers.vq.nn",
     "vistok.quantizers.vq.Quantizer",  # imported there, at home elsewhere

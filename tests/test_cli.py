@@ -3,15 +3,15 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import vistok
-from helpers import CONFIGS, ROOT, TINY
+from helpers import CONFIGS, PATIENCE, ROOT, TINY
 from vistok.cli import main
 from vistok.core.configuration import header, notes
+from vistok.core.registry import registered
 
 PROBE = """
 import runpy, sys
@@ -20,7 +20,7 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
     assert not stop.code, stop.code
-heavy = [name for name in ("torch", "lightning", "wandb", "rich") if name in sys.modules]
+heavy = {"hydra", "lightning", "rich", "timm", "torch", "torchmetrics", "wandb"} & set(sys.modules)
 assert not heavy, heavy
 """
 
@@ -31,26 +31,21 @@ assert not heavy, heavy
         ("train.py", "uv run train.py resume=runs/<run>"),
         ("eval.py", "run=runs/<run>"),
         ("scripts/export.py", "out="),
-        ("scripts/import_weights.py", "maskgit_vqgan"),
         ("scripts/make_shards.py", "shard_size"),
         ("scripts/check_shards.py", "decode=false"),
         ("scripts/bench_data.py", "seconds=8"),
     ],
 )
-def test_help_is_quick_and_light(script, word):
-    seconds = []
-    for _ in range(2):  # the first reads the disk
-        start = time.monotonic()
-        result = subprocess.run(
-            [sys.executable, "-c", PROBE, str(ROOT / script), "--help"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        seconds.append(time.monotonic() - start)
-        assert result.returncode == 0, result.stderr
-        assert word in result.stdout
-    assert min(seconds) < 3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
+def test_help_is_light(script, word):
+    """It comes at once, since it imports none of what takes its time."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE, str(ROOT / script), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    assert word in result.stdout
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list", "experiments"]], ids=" ".join)
@@ -60,7 +55,9 @@ def test_help_may_be_cut_short(words):
     os.close(read)
     command = [sys.executable, "-m", "vistok", *words]
     path = {**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")}
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=path, timeout=60)
+    result = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=path, timeout=PATIENCE
+    )
     os.close(write)
     assert (result.returncode, result.stderr) == (0, b"")
 
@@ -91,10 +88,11 @@ def test_train_help_shows_keys_that_exist(cli):
 
 
 def test_import_help_names_every_importer(cli):
-    from vistok.core.registry import registered
 
     _, _, out = cli("import_weights", "--help")
-    named = " ".join(out.partition("Keys\n  source=")[2].partition("weights=")[0].split()).split(", ")
+    named = " ".join(out.partition("Keys\n  source=")[2].partition("weights=")[0].split()).split(
+        ", "
+    )
     assert named == list(registered("importer"))
 
 
@@ -197,7 +195,7 @@ def test_python_m_vistok_is_the_command(word, code, out, err):
         env={**os.environ, "PYTHONPATH": str(ROOT / "tokenizers")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert (result.returncode, result.stdout, result.stderr) == (code, out, err)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vistok
-from helpers import ROOT, TINY, losses_of, make_photos
+from helpers import PATIENCE, ROOT, TINY, losses_of, make_photos
 from vistok.checkpoints.read import read_checkpoint
 from vistok.core.errors import CheckpointError
 
@@ -273,7 +273,7 @@ def test_errors_of_libraries_are_one_line_too(fails, words, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line\n" + "x" * 5000)
 
-    monkeypatch.setattr("vistok.tasks.run.build_trainer", broken)
+    monkeypatch.setattr("vistok.training.run.build_trainer", broken)
     line = fails("train", *words, words=("RuntimeError", "first line second line", "debug=true"))
     assert len(line) < 500
 
@@ -281,7 +281,7 @@ def test_errors_of_libraries_are_one_line_too(fails, words, monkeypatch):
 def test_fails_in_a_fresh_process_too(tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "experiment=titok_tyny"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: experiment=")
@@ -333,7 +333,7 @@ def test_disk_full_keeps_the_previous_checkpoint(fails, cli, words, tmp_path, mo
 LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv.pop(1))
-import vistok.tasks.run as run
+import vistok.training.run as run
 from vistok.cli import train
 real = run.fit
 def fit(trainer, *args):
@@ -359,7 +359,7 @@ def test_a_really_limited_disk(words, tmp_path):
     words += ["trainer.val_check_interval=100"]
     result = subprocess.run(
         [sys.executable, "-c", LIMITED, str(ROOT / "tokenizers"), *words],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.splitlines()

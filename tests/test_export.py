@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vistok
-from helpers import config_of, images_of, tiny_tokenizer
+from helpers import PATIENCE, config_of, images_of, tiny_tokenizer
 from test_checkpoint import STRANGERS
 from vistok.core.errors import CheckpointError, ConfigError, VistokError
 from vistok.export.exporter import codebook_tensors, write_export
@@ -76,7 +76,7 @@ def test_a_fresh_process_reads_the_codebook_with_safetensors_alone(
     )
     result = subprocess.run(
         [sys.executable, "-c", READER, str(exported), str(tmp_path / "given.safetensors")],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip
     assert result.stdout == "read\n", result.stderr
 

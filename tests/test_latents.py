@@ -15,7 +15,7 @@ from vistok.cli import evaluate, export, train
 from vistok.core.errors import ConfigError
 from vistok.models.latent_space import LatentSpace
 from vistok.quantizers.fsq import FSQ
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 COMMON = ["trainer.max_steps=5", "trainer.val_check_interval=2"]
 BRIDGE = ["quantizer=token_bridge_post", "quantizer.codebook_dim=5", "quantizer.codebook_size=8"]
@@ -161,7 +161,7 @@ def test_the_autoencoder_stays_as_it_is_and_outside_the_ema(run, autoencoder_run
         state = vistok.load(run, weights=weights).autoencoder.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[k], expected[k]) for k in state if k not in ("mean", "std"))
-    module = TokenizerModule(yaml.safe_load((run / "config.yaml").read_text()))
+    module = Reconstruction(yaml.safe_load((run / "config.yaml").read_text()))
     assert not any("autoencoder" in name for name in module.ema.shadow)
     trained = {id(p) for g in module.configure_optimizers().param_groups for p in g["params"]}
     assert not any(id(p) in trained for p in module.tokenizer.autoencoder.parameters())
@@ -194,7 +194,7 @@ def test_alignment_looks_at_images_and_teaches_the_flow(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     alignment = config_of(*TINY, "alignment=plain")["loss"]["terms"]["alignment"]
     config["loss"]["terms"]["alignment"] = {**alignment, "tap": "decoder.block.0"}
-    module = TokenizerModule(config).train()
+    module = Reconstruction(config).train()
     awake(module.tokenizer.decoder)
     images = module.tokenizer.to_model_range(images_of(4))
     aligned(module, images).backward()  # the teacher takes three channels, not five
@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_told(fails, photos, latent_words, autoencoder_run,
     fails("train", *words, f"stage.autoencoder={autoencoder_run}", "tokenizer.encoder.patch_size=2", "tokenizer.decoder.patch_size=2", words=("patch_size=2", "multiple of 4 pixels"))  # fmt: skip
     fails("train", *words, f"stage.autoencoder={autoencoder_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     titok = [*words_of(photos), *SIZES["titok_tiny"], "stage=latents"]
-    fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a FlexTok")
+    fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a flextok")
 
 
 def test_it_learns_latents(autoencoder_run, latent_words):
@@ -243,7 +243,7 @@ def test_it_learns_latents(autoencoder_run, latent_words):
 
     torch.manual_seed(0)
     wide = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.decoder.depth=2"]
-    module = TokenizerModule(resolve_stage(config_of(*latent_words, *wide)))
+    module = Reconstruction(resolve_stage(config_of(*latent_words, *wide)))
     tok = module.tokenizer
     x = tok.to_model_range(images_of(24))
     tok.initialize(x)
@@ -263,6 +263,7 @@ def test_it_learns_latents(autoencoder_run, latent_words):
         quantized = tok.quantizer(tok.encode(maps)).quantized
         for tokens in (quantized, quantized.roll(1, 0)):  # its own, and another image's
             torch.manual_seed(3)
-            prediction, target = tok.decoder(tokens, maps)
+            said = tok.decoder(tokens, maps)["image"]
+            prediction, target = said.value, said.target
             errors.append((prediction - target).square().mean().item())
     assert errors[0] < 1.8 and errors[0] < 0.9 * errors[1]  # a guess of zero has an error of 2

@@ -12,7 +12,7 @@ from vistok.losses.features import FeatureLoss
 from vistok.models.pretrained import PACKAGED, Teacher
 from vistok.nn import lite0
 from vistok.nn.lite0 import Lite0, packaged_weights
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 pytestmark = needs_lite0
 
@@ -137,7 +137,7 @@ WITH_TEACHER = [
 
 def test_nobody_owns_the_network():
     config = config_of(*TINY, "loss=mse_features", *WITH_TEACHER)  # fmt: skip
-    module = TokenizerModule(config)
+    module = Reconstruction(config)
     names = [*module.state_dict(), *dict(module.named_parameters()), *module.ema.shadow]
     assert not any("network" in n or "teacher" in n or "stages" in n for n in names)
     module.double()  # but it moves along

@@ -30,7 +30,7 @@ from vistok.systems.restok.hierarchy import (
     queued_points,
     residual_pyramid,
 )
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 
 def small(*overrides):
@@ -488,7 +488,7 @@ def teacher_words(tmp_path_factory):
 def module(words, name="restok_tiny"):
     base = [w for w in TINY if not w.startswith("tokenizer.")]
     torch.manual_seed(0)
-    built = TokenizerModule(config_of(f"experiment={name}", *base, *SIZES[name], *words)).train()
+    built = Reconstruction(config_of(f"experiment={name}", *base, *SIZES[name], *words)).train()
     awake(built.tokenizer)
     return built
 

@@ -25,7 +25,7 @@ from vistok.cli import evaluate, export, train
 from vistok.core.errors import ConfigError
 from vistok.losses.codes import CodeLoss
 from vistok.nn.frozen import Frozen
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 from vistok.tasks.stages import resolve_stage
 from vistok.training.ema import EMA
 
@@ -58,8 +58,8 @@ def stages(request, proxy_run, tmp_path_factory, photos):
     return proxy_run, first, second
 
 
-def module_of(run) -> TokenizerModule:
-    return TokenizerModule(yaml.safe_load((run / "config.yaml").read_text()))
+def module_of(run) -> Reconstruction:
+    return Reconstruction(yaml.safe_load((run / "config.yaml").read_text()))
 
 
 def weights_of(run):
@@ -241,7 +241,7 @@ def test_second_stage_computes_as_it_is_told(stages, photos):
     for part in ("encoder", "decoder"):  # and all else is the first stage's
         rest = {"attention": "auto", "activation_checkpointing": False}
         assert {**told[part], **rest} == first[part]
-    state = TokenizerModule(config).tokenizer.state_dict()
+    state = Reconstruction(config).tokenizer.state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in weights_of(stages[1]).items()}  # fmt: skip
 
 
@@ -406,7 +406,7 @@ def test_stages_say_what_they_lack(fails, photos, proxy_run, finished_run):
     fails("train", *words, "stage=proxy", words=("stage.proxy: is missing", "2D tokenizer"))
     fails("train", *words, "stage=decoder", words=("stage.weights: is missing", "stage=proxy"))
     fails("train", *words, "stage=proxy", f"stage.proxy={finished_run}", words="must be a 2D tokenizer")  # fmt: skip
-    fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is no run of stage=proxy")  # fmt: skip
+    fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is not a run of stage=proxy")  # fmt: skip
     fails("train", *words, "stage=proxy", f"stage.proxy={proxy_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     fails("train", *words, "stage.frozen=[encodr]", words="stage.frozen: the tokenizer has no part encodr")  # fmt: skip
     fails("train", *words, "stage.frozen=encodr", words="the tokenizer has no part encodr")
@@ -445,7 +445,7 @@ def test_a_source_without_its_stage_is_told(key, chosen, owner):
 def test_a_loss_that_does_not_fit_the_stage_is_told(words, message, proxy_run):
     words = [*words, f"stage.proxy={proxy_run}"] if "stage=proxy" in words else words
     with pytest.raises(ConfigError, match=message):
-        TokenizerModule(resolve_stage(config_of(*WORDS, *words)))
+        Reconstruction(resolve_stage(config_of(*WORDS, *words)))
 
 
 @pytest.mark.parametrize("frozen", ["['']", "['encoder.']", "[3]", "7", "[[encoder]]", "[null]"])
@@ -453,11 +453,11 @@ def test_frozen_must_name_parts(frozen):
     config = config_of(*TINY)
     config["stage"]["frozen"] = yaml.safe_load(frozen)
     with pytest.raises(ConfigError, match=r"^stage\.frozen: the tokenizer has no part "):
-        TokenizerModule(config)
+        Reconstruction(config)
 
 
 def test_one_frozen_part_may_be_a_word():
     for frozen in ("encoder", "[encoder]"):
-        module = TokenizerModule(config_of(*TINY, f"stage.frozen={frozen}"))
+        module = Reconstruction(config_of(*TINY, f"stage.frozen={frozen}"))
         assert module.tokenizer.frozen == ("encoder",)
-    assert not TokenizerModule(config_of(*TINY, "stage.frozen=null")).tokenizer.frozen
+    assert not Reconstruction(config_of(*TINY, "stage.frozen=null")).tokenizer.frozen

@@ -16,7 +16,7 @@ from vistok.core.errors import ConfigError
 from vistok.data.shards import ShardWriter
 from vistok.models.flexible import rounded_psnr
 from vistok.systems.ta_titok.decoder import TextTransformerDecoder
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 
 def decoder(**options):
@@ -247,7 +247,7 @@ def test_images_without_texts_are_not_evaluated_silently(
 
 
 def test_other_tokenizers_know_nothing_of_it():
-    module = TokenizerModule(config_of(*TINY))
+    module = Reconstruction(config_of(*TINY))
     batch = {"image": images_of(2), "text": torch.zeros(2, 3, 6)}
     assert module.tokenizer.conditions_of(batch) == {}
     assert "text" in tiny_tokenizer(tokenizer="ta_titok_tiny").conditions_of(batch)

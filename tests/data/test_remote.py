@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from data_helpers import encode, picture
 
+from helpers import PATIENCE
 from vistok.core.errors import DataError
 from vistok.data import remote
 from vistok.data.datamodule import VistokDataModule
@@ -24,7 +25,7 @@ class Server:
 
     def __init__(self, folder):
         self.folder, self.faults, self.asked, self.ranges = folder, {}, Counter(), True
-        self.released = threading.Event()
+        self.stalled, self.released = threading.Event(), threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,6 +34,8 @@ class Server:
                 outer.asked[name] += 1
                 faults = outer.faults.get(name, [])
                 fault = faults.pop(0) if faults else "none"
+                if fault == "stall":
+                    outer.stalled.set()
                 path = outer.folder / name
                 if isinstance(fault, int):
                     return self.send_error(fault)
@@ -53,7 +56,7 @@ class Server:
                     self.wfile.write(data[: len(data) // 2])
                     self.wfile.flush()
                     if fault == "stall":
-                        outer.released.wait(20)
+                        outer.released.wait(PATIENCE)
                 return None
 
             def log_message(self, *args):
@@ -80,10 +83,29 @@ def server(shards, monkeypatch):
 
 @pytest.fixture
 def quick(tmp_path):
-    return ShardCache(tmp_path / "kept", retries=3, timeout=0.3, pause=0.01)
+    return ShardCache(tmp_path / "kept", retries=3, timeout=PATIENCE, pause=0.01)
 
 
 NAME = "train-000001.tar"
+
+
+@pytest.fixture
+def impatient(server, monkeypatch):
+    """Waits for a request that stalls 0.3 s, and for all others as long as they take."""
+    http = remote._http
+
+    def impatiently(url, start, timeout):
+        if server.faults.get(url.rpartition("/")[2], [])[:1] != ["stall"]:
+            yield from http(url, start, timeout)
+            return
+        server.stalled.clear()
+        try:
+            yield from http(url, start, 0.3)
+        except OSError:
+            assert server.stalled.wait(PATIENCE)  # a slow server hears it before the next one
+            raise
+
+    monkeypatch.setattr(remote, "_http", impatiently)
 
 
 def content(shard):
@@ -109,6 +131,7 @@ def content(shard):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("impatient")
 def test_what_passes_is_tried_again_and_nothing_is_lost(server, quick, shards, faults, ranges):
     server.faults[NAME], server.ranges = list(faults), ranges
     shard = RemoteShard(f"{server.url}/{NAME}", quick)
@@ -122,13 +145,14 @@ def test_what_passes_is_tried_again_and_nothing_is_lost(server, quick, shards, f
 @pytest.mark.parametrize(
     ("faults", "message", "asked"),
     [
-        (["stall"] * 9, r"no data for 0.3 s \(gave up after 4 tries\)", 4),
+        (["stall"] * 9, rf"no data for {PATIENCE} s \(gave up after 4 tries\)", 4),
         ([500] * 9, r"HTTP 500 \(Internal Server Error\) \(gave up after 4 tries\)", 4),
         (["lie"] * 9, r"does not match the checksum in its manifest \(gave up after 4 tries\)", 4),
         ([403], r"HTTP 403 \(Forbidden\)$", 1),
         ([404], r"there is no such shard \(any more\)$", 1),
     ],
 )
+@pytest.mark.usefixtures("impatient")
 def test_what_does_not_pass_is_one_line(server, quick, shards, faults, message, asked):
     server.faults[NAME] = list(faults)
     shard = RemoteShard(f"{server.url}/{NAME}", quick)
@@ -165,7 +189,7 @@ def module(server, **options):
         "batch_size": 8,
         "num_workers": 0,
         "retries": 2,
-        "timeout": 1,
+        "timeout": PATIENCE,
         **options,
     }
     train = f"{server.url}/train-{{000000..000002}}.tar"

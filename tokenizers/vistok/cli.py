@@ -192,9 +192,11 @@ def _run_training(
             raise ConfigError(f"plugins=[{name}]: {error}") from error
         finally:
             sys.path.pop(0)
-    from vistok.tasks.run import train as run
+    from vistok.core.registry import resolve
+    from vistok.training.run import train as run
 
-    run(config, folder, checkpoint, words)
+    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
+    run(task, config, folder, checkpoint, words)
 
 
 def _evaluate(argv: list[str]) -> None:

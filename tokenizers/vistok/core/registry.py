@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from vistok.core.errors import ArgumentError, ConfigError, as_written, nearest
@@ -18,8 +18,10 @@ _ARTICLES = {"part": "a part", "importer": "an importer", "stage": "a stage", "t
 
 #: Where things of a kind register themselves when their modules are imported: floors that need
 #: torch alone, but for tasks.
-_FLOORS = dict.fromkeys(_ARTICLES, ("quantizers", "models", "losses", "systems"))
-_FLOORS["task"] = ("tasks",)
+_FLOORS: dict[str, Sequence[str]] = {
+    **dict.fromkeys(_ARTICLES, ("quantizers", "models", "losses", "systems")),
+    "task": ("tasks",),
+}
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _ARTICLES}
 

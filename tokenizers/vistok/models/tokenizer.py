@@ -38,6 +38,11 @@ class Tokenizer(nn.Module):
     #: whole image, then a raster) or "unordered".
     token_order = "raster"
 
+    #: Parts that sharded training keeps whole on every rank: codes are moved row by row.
+    unsharded = ("quantizer",)
+    #: Methods, in addition to `forward`, that sharded weights are gathered for.
+    entries = ("tokenize", "detokenize")
+
     def __init__(
         self,
         encoder: Encoder,

@@ -18,17 +18,17 @@ from vistok.core import ranks as distributed
 from vistok.core.console import say
 from vistok.core.errors import ConfigError, nearest
 from vistok.core.terminal import counted
+from vistok.core.torch_internals import cpu_has_bf16_units
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.callbacks import (
-    CodebookWatch,
     DataWatch,
     ProgressBar,
     RandomState,
-    ReconstructionGrid,
     ValidationLine,
 )
 from vistok.training.checkpointing import Checkpoints
-from vistok.training.metrics_file import ContinuedCSVLogger
+from vistok.training.lightning_internals import leave_signals_alone
+from vistok.training.metrics_file import MetricsFile
 from vistok.training.sharding import ShardedStrategy
 from vistok.training.stopping import StopAfterStep
 
@@ -51,8 +51,18 @@ def build_trainer(
     first_step: int,
     stop: StopAfterStep,
     checkpoints: Checkpoints,
+    own: list[L.Callback],
 ) -> L.Trainer:
-    """Build the Lightning Trainer of a config."""
+    """Return the Lightning Trainer of a config.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        first_step: step at which it goes on; 0 for a fresh run.
+        stop: ends the run early.
+        checkpoints: keeps the last and the best.
+        own: callbacks of the task.
+    """
     options = dict(config["trainer"])
     accelerator = str(options.pop("accelerator"))
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -89,7 +99,6 @@ def build_trainer(
         if config["compile"]:
             raise ConfigError("compile=true: cannot be combined with trainer.strategy=fsdp2")
         strategy = ShardedStrategy(timeout)
-    callbacks = config["callbacks"]
     trainer = L.Trainer(
         accelerator=accelerator,
         strategy=strategy,
@@ -105,22 +114,16 @@ def build_trainer(
         enable_progress_bar=False,
         callbacks=[
             RandomState(),
-            CodebookWatch(callbacks["codebook_window"]),
+            *own,
             DataWatch(folder / "skipped.tsv"),
-            ReconstructionGrid(
-                folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
-            ),
             ValidationLine(),
+            DataWatch(folder / "skipped.tsv"),  # behind what draws after a validation
             *([ProgressBar()] if show_bar else []),
             stop,
             checkpoints,
         ],
     )
-    # Lightning's handlers of SIGTERM (and of SIGUSR1 under SLURM) run collectives and save inside
-    # the handler, which hangs if another collective is under way; and each batch pays a broadcast
-    # and a wait for the GPU. `StopAfterStep` does their work, scripts/slurm.sh the requeueing.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    leave_signals_alone(trainer)  # `StopAfterStep` does that, scripts/slurm.sh the requeueing
     return trainer
 
 
@@ -196,9 +199,7 @@ def precision(name: Any, accelerator: str) -> str:
         return PRECISIONS[name]
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    has_units = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return "bf16-mixed" if has_units else "32-true"
+    return "bf16-mixed" if cpu_has_bf16_units() else "32-true"
 
 
 @contextmanager
@@ -222,8 +223,8 @@ def float32_products(name: Any) -> Iterator[None]:
 
 
 def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list[Logger]:
-    """Build the CSV logger, and that of wandb or TensorBoard if chosen."""
-    loggers: list[Logger] = [ContinuedCSVLogger(folder, first_step)]
+    """Build the logger of `metrics.jsonl`, and that of wandb or TensorBoard if chosen."""
+    loggers: list[Logger] = [MetricsFile(folder, first_step)]
     kind = config["logger"]["name"]
     if kind == "tensorboard":
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
