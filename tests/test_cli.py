@@ -97,7 +97,9 @@ def test_train_help_shows_keys_that_exist(cli):
 def test_import_help_names_every_importer(cli):
 
     _, _, out = cli("import_weights", "--help")
-    named = " ".join(out.partition("source=")[2].partition("weights=")[0].split()).split(", ")
+    named = " ".join(out.partition("Keys\n  source=")[2].partition("weights=")[0].split()).split(
+        ", "
+    )
     assert named == list(registered("importer"))
 
 

@@ -598,7 +598,7 @@ def test_what_is_not_as_it_says_is_refused(tmp_path, capsys):
     for name, words in (
         ("sneaky.bin", "refused"),
         ("bad.bin", "bad.bin: "),
-        ("nested.bin", "no plain state_dict"),
+        ("nested.bin", "not a plain state_dict"),
         ("nowhere.bin", "no such file"),
     ):
         with pytest.raises(CheckpointError, match=words):

@@ -323,7 +323,7 @@ def test_the_command_for_paper_size_is_the_published_recipe():
 
 def test_the_words_of_the_command_line_are_heard(stages, photos, fails):
     words = [*second_words(stages, photos), "hydra.run.dir=run", "tokenizer.decoder.depth=3"]
-    fails("train", *words, words=("tokenizer.decoder.depth=3: stage=decoder takes", "leave the word"))  # fmt: skip
+    fails("train", *words, words=("tokenizer.decoder.depth=3: stage=decoder takes", "leave it out"))  # fmt: skip
     assert not Path("run").exists()
 
 

@@ -71,7 +71,7 @@ def _read_file(path: Path, mmap: bool) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused: it contains more than tensors and plain values, or is damaged"
+            f"{path}: refused; it contains more than tensors and plain values, or is damaged"
         ) from error
     except Exception as error:  # other files make torch.load raise almost anything
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -87,7 +87,8 @@ def _read(path: Path, source: str) -> Published:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"weights={path}: refused: it holds more than tensors and plain values, or is damaged"
+            f"weights={path}: refused; it contains more than tensors and plain values, or is "
+            "damaged"
         ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
