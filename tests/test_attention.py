@@ -14,7 +14,7 @@ from vistok.models.build import build_tokenizer
 from vistok.models.latent_vit import prefix_causal_mask
 from vistok.nn import attention as attentions
 from vistok.nn.attention import attend, in_blocks, mask_for
-from vistok.nn.blocks import Transformer
+from vistok.nn.blocks import NORMALIZED, Transformer
 
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
@@ -109,7 +109,7 @@ def test_the_option_changes_the_path_and_not_the_numbers(monkeypatch):
     outputs, gradients = [], []
     for attention in ("dense", "flex"):
         torch.manual_seed(0)
-        net = Transformer(16, 2, 2, block="flextok", attention=attention)
+        net = Transformer(16, 2, 2, attention=attention, **NORMALIZED)
         with torch.no_grad():
             outputs += [[net(x, mask) for mask in masks(3, 20).values()]]
             net(x)  # without a mask there is nothing to pass over
@@ -206,7 +206,7 @@ def test_auto_takes_the_faster_one(device_with, seconds):
     """And computes the same, with its gradient."""
     kernel = device_with(Kernel(CAUSAL, seconds))
     torch.manual_seed(0)
-    net, x = Transformer(16, 2, 2, block="flextok", attention="auto"), torch.randn(3, 20, 16)
+    net, x = Transformer(16, 2, 2, attention="auto", **NORMALIZED), torch.randn(3, 20, 16)
     state = torch.get_rng_state()
     value = net(x, CAUSAL)
     assert torch.equal(torch.get_rng_state(), state)
@@ -274,7 +274,7 @@ def test_auto_chooses_under_compile_too(monkeypatch, faster):
     monkeypatch.setattr(attentions, "_flex_attention", lambda fused: nothing)
     monkeypatch.setattr(attentions, "_FASTER", {})
     monkeypatch.setattr(attentions, "_measure", measure)
-    net = Transformer(16, 1, 2, block="flextok", attention="auto")
+    net = Transformer(16, 1, 2, attention="auto", **NORMALIZED)
     net.register_buffer("mask", CAUSAL.clone())
     x = torch.randn(3, 20, 16)
     compiled = torch.compile(lambda x: net(x, net.mask), backend="eager", fullgraph=True)
@@ -320,14 +320,14 @@ def test_attention_in_training_equals_its_definition(which, dtype):
 # ---------------------------------------------------------------------- tokens that are kept
 
 
-@pytest.mark.parametrize("style", ["vit", "flextok"])
+@pytest.mark.parametrize("block", [{}, NORMALIZED], ids=["vit", "normalized"])
 @pytest.mark.parametrize("attention", ["dense", "flex"])
 @pytest.mark.parametrize("keep", [slice(-6, None), slice(1, 15)])
 @pytest.mark.parametrize("which", [None, "causal", "each"])
-def test_kept_tokens_are_those_of_the_whole_sequence(which, keep, attention, style):
+def test_kept_tokens_are_those_of_the_whole_sequence(which, keep, attention, block):
     mask = None if which is None else masks(3, 20)[which]
     torch.manual_seed(0)
-    net = Transformer(16, 2, 2, block=style, attention=attention)
+    net = Transformer(16, 2, 2, attention=attention, **block)
     x = torch.randn(3, 20, 16)
     with torch.no_grad():
         assert torch.allclose(net(x, mask, keep), net(x, mask)[:, keep], atol=1e-5)
@@ -358,6 +358,6 @@ def test_the_last_block_computes_what_is_read(name):
             block.mlp.register_forward_hook(hook)
     tok(tok.to_model_range(images_of(2)))
     patches = len(tok.decoder.patch_positions)
-    assert (rows["encoder", 0], rows["encoder", 1]) == (patches + 4, 4)
+    assert (rows["encoder", 0], rows["encoder", 1]) == (1 + patches + 4, 4)  # a class token first
     # One-D-Piece leaves out a tail, here of a random length.
     assert rows["decoder", 0] > patches == rows["decoder", 1]

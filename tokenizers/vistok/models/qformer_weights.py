@@ -108,7 +108,7 @@ def _qformer(
     state |= published.move(names)
     width = len(state[f"{ours}.norm_out.weight"])
     heads = width // 64  # in all published sizes
-    return {**config, "width": width, "depth": depth, "num_heads": heads, "norm_first": True}
+    return {**config, "width": width, "depth": depth, "num_heads": heads}
 
 
 def _cnn(published: Published, part: str, state: dict[str, Tensor]) -> dict[str, Any]:

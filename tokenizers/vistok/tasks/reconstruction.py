@@ -18,7 +18,7 @@ from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
 from vistok.losses.objective import build_objective
-from vistok.models.build import build_tokenizer
+from vistok.models.build import build_tokenizer, starts_from_data
 from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
 from vistok.tasks.callbacks import CodebookWatch, ReconstructionGrid
@@ -46,6 +46,7 @@ class Reconstruction(Task):
         if config["init_from"]:
             find_checkpoint_or_export(config["init_from"])  # one that is missing shows now
         baseline_options(config.get("baseline"))  # and a wrong value, not at the end
+        starts_from_data(config)
         self.ready()
 
     @property
@@ -68,7 +69,7 @@ class Reconstruction(Task):
         if source:
             weights = load(find_checkpoint_or_export(source)).state_dict()
             load_weights(self.tokenizer, weights, str(source))
-        elif self.config.get("init", "data") == "data":
+        elif starts_from_data(self.config):
             tokenizer = self.tokenizer.to(device)
             images = data.init_batches(self._init_images(data))
             tokenizer.initialize(tokenizer.to_model_range(images))

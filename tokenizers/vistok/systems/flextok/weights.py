@@ -140,13 +140,9 @@ def _encoder(published: Published, channels: int, state: dict[str, Tensor]) -> d
     depth = _blocks(published, "encoder.trunk.blocks", "encoder.transformer.blocks", state)
     state |= published.move({"encoder.head.proj": "quantizer.project_in"})
     return {
-        "_target_": "latent_vit_encoder",
+        "_target_": "flextok_encoder",
         **patches,
         **_sizes(count, width, depth),
-        "class_token": False,
-        "causal": True,
-        "block": "flextok",
-        "norm_in": False,
     }
 
 

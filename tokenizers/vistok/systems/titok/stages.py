@@ -25,7 +25,7 @@ class LearnCodes(Stage):
 
     source = "proxy"
     described = "the run of a 2D tokenizer"
-    derived = ("decoder._target_", "decoder.patch_size", "decoder.borders")
+    derived = ("decoder._target_", "decoder.patch_size", "decoder.border")
 
     def resolve(self, config: dict[str, Any], source: Source) -> dict[str, Any]:
         """Exchange the pixel head for one over the proxy's codes."""
@@ -45,7 +45,7 @@ class LearnCodes(Stage):
         sides = {size // count for size, count in zip(proxy.image_size, grid, strict=True)}
         if len(sides) != 1:
             raise self.refuse(source, f"its cells must be squares, found a grid of {grid}")
-        kept = {key: value for key, value in tokenizer["decoder"].items() if key != "borders"}
+        kept = {key: value for key, value in tokenizer["decoder"].items() if key != "border"}
         decoder = {
             **kept,
             "_target_": "proxy_decoder",
