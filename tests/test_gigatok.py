@@ -188,7 +188,7 @@ def test_what_is_normalised_on_the_way_in(norm_first):
     with torch.no_grad():
         tok.encoder(images)
         tok.decoder.reconstruct(codes)
-        grid = tok.encoder.cnn(images).transpose(1, 2).unflatten(2, tok.encoder.grid)
+        grid = tok.encoder.cnn(images).transpose(1, 2).unflatten(2, tok.encoder.cnn.grid)
         cells = tok.encoder.conv_out(grid).flatten(2).transpose(1, 2)
     for part, x, memory in zip((tok.encoder, tok.decoder), (cells, codes), seen, strict=True):
 

@@ -10,6 +10,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from vistok.checkpoints.old_grids import keep_grids
+
 #: The form that is written today.
 FORMAT = 2
 
@@ -31,7 +33,7 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 #: Steps from form 1 to 2, in their order; each changes the config in place.
-_FROM_1: list[Callable[[dict[str, Any]], None]] = []
+_FROM_1: list[Callable[[dict[str, Any]], None]] = [keep_grids]
 
 
 def _from_1(config: dict[str, Any]) -> None:

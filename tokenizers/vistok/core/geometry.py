@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from vistok.core.errors import ConfigError
 
+#: Places along each axis: (rows, columns), or (frames, rows, columns).
+Grid = tuple[int, ...]
+
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(H, W) of a size that may be given as the side of a square."""

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from vistok.core.geometry import Grid
+
 
 class Encoder(nn.Module, ABC):
     """Maps images `(B, C, H, W)` in [-1, 1] to latents `(B, N, D)`.
@@ -13,10 +15,12 @@ class Encoder(nn.Module, ABC):
     Attributes:
         dim: D, the width of the latents.
         num_tokens: N.
+        grid: places of the N tokens, in raster order: (rows, columns). None for a sequence.
     """
 
     dim: int
     num_tokens: int
+    grid: Grid | None = None
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

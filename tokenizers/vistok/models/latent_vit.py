@@ -75,7 +75,7 @@ class LatentTransformerEncoder(Encoder):
         super().__init__()
         check_number("content", content, 0)
         self.legacy_reshape = legacy_reshape
-        self.grid = grid_of(image_size, patch_size)
+        self.patch_grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.content = content
         self.dim = width
@@ -96,10 +96,10 @@ class LatentTransformerEncoder(Encoder):
         # Positions start in as many dimensions as a head has, content in the others.
         self.num_position_dims = head = width // num_heads
         attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
-        points = grid_points(self.grid)
-        self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
-        points = spread_points(num_latent_tokens, self.grid, nested)
-        self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
+        points = grid_points(self.patch_grid)
+        self.patch_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
+        points = spread_points(num_latent_tokens, self.patch_grid, nested)
+        self.latent_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
         # What a latent says about its own place is no news: its mean over images is taken off.
         self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)

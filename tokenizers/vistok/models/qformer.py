@@ -56,7 +56,6 @@ class QFormerEncoder(Encoder):
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
-        self.grid = cnn.grid
         self.conv_out = nn.Conv2d(cnn.dim, dim, 3, padding=1)
         self.embed = nn.Linear(dim, width)
         self.norm_first = norm_first
@@ -95,13 +94,13 @@ class QFormerEncoder(Encoder):
 
     def cells(self, images: Tensor) -> Tensor:
         """What is embedded for the Q-Former to read: `(B, cells, D)`."""
-        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
+        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = grid.flatten(2).transpose(1, 2)
         return self.norm_in(cells) if self.norm_first else cells
 
     def queries(self, memory: Tensor) -> Tensor:
         """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""
-        grid = memory.transpose(1, 2).unflatten(2, self.grid)
+        grid = memory.transpose(1, 2).unflatten(2, self.cnn.grid)
         pooled = [F.adaptive_avg_pool2d(grid, level).flatten(2) for level in self.levels]
         return self.query(torch.cat(pooled, dim=2).transpose(1, 2))
 
@@ -111,7 +110,7 @@ class QFormerEncoder(Encoder):
         self.cnn.initialize(images)
         chunks = images.split(32)
         maps = torch.cat([self.cnn(chunk).float() for chunk in chunks[:4]])
-        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.grid))
+        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
         start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
         latents = torch.cat([self.latents(chunk).float() for chunk in chunks])

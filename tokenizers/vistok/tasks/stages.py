@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ class ProxyCodes(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode and search."""
-        return self.quantizer.encode(self.encoder(images))[..., 0]
+        return self.quantizer.encode(self.encoder(images), self.encoder.grid)[..., 0]
 
 
 @torch.no_grad()
@@ -154,12 +153,10 @@ def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """Exchange the pixel head for one over the proxy's codes."""
     own, proxy = _described(config, "proxy", source)
     tokenizer = config["tokenizer"]
-    size = proxy.image_size
-    cells = proxy.encoder.num_tokens
     if (
         proxy.token_order != "raster"
         or proxy.quantizer.num_indices != 1
-        or proxy.num_tokens != cells
+        or not proxy.quantizer.per_token
     ):
         raise ConfigError(
             f"stage.proxy={source}: must be a 2D tokenizer with one id per cell, found "
@@ -170,12 +167,11 @@ def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
             f"stage=proxy: needs a tokenizer with a LatentTransformerDecoder, found "
             f"{tokenizer['decoder'].get('_target_')}"
         )
-    patch = math.isqrt(size[0] * size[1] // cells)
     kept = {key: value for key, value in tokenizer["decoder"].items() if key != "borders"}
     decoder = {
         **kept,
         "_target_": _PROXY_DECODER,
-        "patch_size": patch,
+        "patch_size": _cell_side(proxy, f"stage.proxy={source}"),
         "num_codes": proxy.quantizer.codebook_sizes[0],
         "code_dim": proxy.decoder.dim,
         "pixel_decoder": copy.deepcopy(own["tokenizer"]["decoder"]),
@@ -203,7 +199,7 @@ def _learn_latents(config: dict[str, Any], source: Path) -> dict[str, Any]:
             f"{tokenizer.get('_target_')} with {parts['decoder'].get('_target_')}"
         )
     # A patch stays as large as it was, counted in pixels.
-    factor = found.image_size[0] // space.grid[0]
+    factor = _cell_side(found, f"stage.autoencoder={source}")
     for name, part in parts.items():
         check_whole(f"tokenizer.{name}.patch_size", part["patch_size"], 1)
         patch, rest = divmod(part["patch_size"], factor)
@@ -225,6 +221,27 @@ def _learn_latents(config: dict[str, Any], source: Path) -> dict[str, Any]:
         "decoder": copy.deepcopy(own["tokenizer"]["decoder"]),
     }
     return {**config, "tokenizer": {**tokenizer, **parts, "autoencoder": autoencoder}}
+
+
+def _cell_side(tokenizer: Tokenizer, key: str) -> int:
+    """Return the side in pixels of the square cells of a 2D tokenizer; `key=source` is for errors.
+
+    Raises:
+        ConfigError: if there is no grid of rows and columns, or its cells are not squares.
+    """
+    grid, size = tokenizer.encoder.grid, tokenizer.image_size
+    if grid is None or len(grid) != 2:
+        raise ConfigError(
+            f"{key}: must be a 2D tokenizer, found {type(tokenizer.encoder).__name__}, whose "
+            "tokens do not lie in rows and columns"
+        )
+    height, width = size[0] / grid[0], size[1] / grid[1]
+    if height != width or height != int(height):
+        raise ConfigError(
+            f"{key}: must have square cells, found {grid[0]} x {grid[1]} of them in images of "
+            f"{size[0]} x {size[1]} pixels"
+        )
+    return int(height)
 
 
 def _described(

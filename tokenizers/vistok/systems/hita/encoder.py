@@ -55,7 +55,6 @@ class HitaEncoder(Encoder):
         self.dim = width
         self.num_holistic_tokens = num_holistic_tokens
         self.num_tokens = num_holistic_tokens + cnn.num_tokens
-        self.grid = cnn.grid
         self.embed = (
             nn.Conv2d(cnn.dim, width, 3, padding=1) if released else nn.Linear(cnn.dim, width)
         )
@@ -106,7 +105,7 @@ class HitaEncoder(Encoder):
         return self.embed(self._map(features)).flatten(2).transpose(1, 2)
 
     def _map(self, features: Tensor) -> Tensor:
-        return features.transpose(1, 2).unflatten(2, self.grid)
+        return features.transpose(1, 2).unflatten(2, self.cnn.grid)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
