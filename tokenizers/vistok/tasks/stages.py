@@ -14,7 +14,7 @@ from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.load import load
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import ConfigError
-from vistok.core.geometry import as_pair
+from vistok.core.geometry import as_pair, cell_side
 from vistok.core.values import check_whole
 from vistok.models.build import build_tokenizer
 from vistok.models.latent_space import LatentSpace
@@ -153,6 +153,7 @@ def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """Exchange the pixel head for one over the proxy's codes."""
     own, proxy = _described(config, "proxy", source)
     tokenizer = config["tokenizer"]
+    size = proxy.image_size
     if (
         proxy.token_order != "raster"
         or proxy.quantizer.num_indices != 1
@@ -171,7 +172,7 @@ def _learn_codes(config: dict[str, Any], source: Path) -> dict[str, Any]:
     decoder = {
         **kept,
         "_target_": _PROXY_DECODER,
-        "patch_size": _cell_side(proxy, f"stage.proxy={source}"),
+        "patch_size": cell_side(size, proxy.encoder.grid, f"stage.proxy={source}"),
         "num_codes": proxy.quantizer.codebook_sizes[0],
         "code_dim": proxy.decoder.dim,
         "pixel_decoder": copy.deepcopy(own["tokenizer"]["decoder"]),
@@ -199,7 +200,7 @@ def _learn_latents(config: dict[str, Any], source: Path) -> dict[str, Any]:
             f"{tokenizer.get('_target_')} with {parts['decoder'].get('_target_')}"
         )
     # A patch stays as large as it was, counted in pixels.
-    factor = _cell_side(found, f"stage.autoencoder={source}")
+    factor = cell_side(found.image_size, space.grid, f"stage.autoencoder={source}")
     for name, part in parts.items():
         check_whole(f"tokenizer.{name}.patch_size", part["patch_size"], 1)
         patch, rest = divmod(part["patch_size"], factor)
@@ -221,27 +222,6 @@ def _learn_latents(config: dict[str, Any], source: Path) -> dict[str, Any]:
         "decoder": copy.deepcopy(own["tokenizer"]["decoder"]),
     }
     return {**config, "tokenizer": {**tokenizer, **parts, "autoencoder": autoencoder}}
-
-
-def _cell_side(tokenizer: Tokenizer, key: str) -> int:
-    """Return the side in pixels of the square cells of a 2D tokenizer; `key=source` is for errors.
-
-    Raises:
-        ConfigError: if there is no grid of rows and columns, or its cells are not squares.
-    """
-    grid, size = tokenizer.encoder.grid, tokenizer.image_size
-    if grid is None or len(grid) != 2:
-        raise ConfigError(
-            f"{key}: must be a 2D tokenizer, found {type(tokenizer.encoder).__name__}, whose "
-            "tokens do not lie in rows and columns"
-        )
-    height, width = size[0] / grid[0], size[1] / grid[1]
-    if height != width or height != int(height):
-        raise ConfigError(
-            f"{key}: must have square cells, found {grid[0]} x {grid[1]} of them in images of "
-            f"{size[0]} x {size[1]} pixels"
-        )
-    return int(height)
 
 
 def _described(
