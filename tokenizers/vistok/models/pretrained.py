@@ -84,7 +84,7 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
     """Last features `(B, D, h, w)` of a timm model, of normalised images `(B, 3, H, W)`.
 
     Raises:
-        ValueError: if they do not lie on a square grid.
+        ValueError: if they do not lie on a grid as fine as timm says.
     """
     found = model.forward_features(images)  # type: ignore[operator]
     dim = getattr(model, "num_features", None)
@@ -94,12 +94,13 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
             return features
     if isinstance(found, Tensor) and found.ndim == 3:  # (B, N, D): class tokens, then patches
         features = found[:, getattr(model, "num_prefix_tokens", 0) :].transpose(1, 2)
-        side = math.isqrt(features.shape[2])
+        stride = model.feature_info[-1]["reduction"]  # type: ignore[index,union-attr]
+        rows, columns = (math.ceil(side / stride) for side in images.shape[2:])
         # A single one may be a class token of which timm does not tell.
-        if features.shape[1] == dim and side > 1 and side * side == features.shape[2]:
-            return features.unflatten(2, (side, side))
+        if features.shape[1] == dim and features.shape[2] == rows * columns > 1:
+            return features.unflatten(2, (rows, columns))
     what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    raise ValueError(f"found {what}, which is not a square grid of features")
+    raise ValueError(f"found {what}, which is not a grid of features")
 
 
 def _file(weights: str | None) -> str | None:
