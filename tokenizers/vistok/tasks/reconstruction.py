@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
@@ -26,7 +26,7 @@ from vistok.training.ema import EMA
 from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
 from vistok.training.memory import keep_freed_memory
 from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate, warmup_cosine
-from vistok.training.sharding import ShardedStrategy, is_sharded, release, shard, whole_parameters
+from vistok.training.sharding import ShardedStrategy, is_sharded, shard, whole_parameters
 
 
 class TokenizerModule(L.LightningModule):
@@ -236,20 +236,10 @@ class TokenizerModule(L.LightningModule):
         self.evaluator = Evaluator(self.tokenizer)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Measure the averaged weights on a batch."""
+        """Measure the tokenizer on a batch; `AveragedWeights` has put its averages in place."""
         assert self.evaluator is not None
-        with self.averaged():
-            conditions = self.tokenizer.conditions_of(batch)
-            self.evaluator.update(batch["image"], batch["valid"], conditions)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within this context the tokenizer computes with its averaged weights, if it has any."""
-        with nullcontext() if self.ema is None else self.ema.averaged():
-            try:
-                yield
-            finally:
-                release(self.tokenizer)
+        conditions = self.tokenizer.conditions_of(batch)
+        self.evaluator.update(batch["image"], batch["valid"], conditions)
 
     def on_validation_epoch_end(self) -> None:
         """Log the results as `val/...`."""

@@ -28,6 +28,7 @@ from vistok.training.callbacks import (
     ValidationLine,
 )
 from vistok.training.checkpointing import Checkpoints
+from vistok.training.ema import AveragedWeights
 from vistok.training.lightning_internals import leave_signals_alone
 from vistok.training.metrics_file import MetricsFile
 from vistok.training.sharding import ShardedStrategy
@@ -111,6 +112,7 @@ def build_trainer(
             ReconstructionGrid(
                 folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
             ),
+            AveragedWeights(),
             ValidationLine(),
             *([ProgressBar()] if show_bar else []),
             stop,
