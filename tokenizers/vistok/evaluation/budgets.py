@@ -67,7 +67,7 @@ def evaluate_budgets(
     if num_pictures:
         samples = data.val_samples(num_pictures)
         images, conditions = samples["image"], tokenizer.conditions_of(samples)
-        painters = [Evaluator(tokenizer, [], num_tokens=k, sampling=sampling) for k in budgets]
+        painters = [Evaluator(tokenizer, {}, num_tokens=k, sampling=sampling) for k in budgets]
         columns = [images.cpu()]
         columns += [painter.update(images, None, conditions).cpu() for painter in painters]
         save_png(grid(torch.stack(columns, dim=1)), out / "budgets.png", picture_scale)

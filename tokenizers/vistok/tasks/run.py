@@ -308,7 +308,7 @@ def summarize(
         "samples_seen": data.samples_seen,
     }
     options = baseline_options(config.get("baseline"))
-    if options and trainer.is_global_zero:
+    if options:  # on every rank: they begin with the same codes and share the images
         summary.update(kmeans_baseline(data, module.tokenizer, **options))
     summary["seconds"] = round(seconds, 1)
     summary["skipped_images"] = len(set().union(*distributed.gather(list(data.skipped))))

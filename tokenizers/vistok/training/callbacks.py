@@ -49,7 +49,7 @@ class ReconstructionGrid(L.Callback):
         samples = module.data.val_samples(self.num_images)
         was_training = module.training
         module.eval()
-        evaluator = Evaluator(module.tokenizer, metrics=[])
+        evaluator = Evaluator(module.tokenizer, metrics={})
         with module.averaged():
             conditions = module.tokenizer.conditions_of(samples)
             reconstructions = evaluator.update(samples["image"], None, conditions)
