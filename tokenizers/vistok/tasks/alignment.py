@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from vistok.core.errors import ConfigError, nearest
+from vistok.core.errors import ArgumentError, ConfigError, nearest
 from vistok.core.values import check_number, check_whole
 from vistok.losses.alignment import Alignment, HierarchicalAlignment
 from vistok.models.pretrained import Teacher
@@ -33,6 +34,10 @@ def build_alignment(tokenizer: Tokenizer, config: Mapping[str, Any] | None) -> n
     check_number("alignment.weight", config["weight"], 0)
     check_whole("alignment.layer", config["layer"], 0)
     check_whole("alignment.input_size", config["input_size"], 1)
-    teacher = Teacher(config["teacher"], config["weights"], config["input_size"])
+    try:
+        teacher = Teacher(config["teacher"], config["weights"], config["input_size"])
+    except ArgumentError as error:
+        key = re.sub("^name=", "teacher=", str(error))  # as the config calls it
+        raise ConfigError(f"alignment.{key}") from error
     grid = config.get("grid", "tokens")  # nor a choice of grids
     return _FORMS[form](tokenizer, teacher, config["layer"], grid)
