@@ -131,7 +131,7 @@ def test_released_form_by_hand():
     """In float64; beside the official code without its teacher: docs/flexible_length.md."""
     tok = awake(small(*SHIFTED, "tokenizer.encoder.released=true")).double()
     encoder, decoder = tok.encoder, tok.decoder
-    heads = encoder.transformer.num_heads
+    heads = encoder.transformer.blocks[0].attn.num_heads
 
     def norm(net, x):
         return F.layer_norm(x, x.shape[-1:], net.weight, net.bias)

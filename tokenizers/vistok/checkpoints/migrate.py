@@ -30,8 +30,20 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _no_tuner(config: Any) -> None:
+    """Attention that chose its kernel by trial takes the one that needed no trial."""
+    if isinstance(config, dict):
+        if config.get("attention") == "auto":
+            config["attention"] = "dense"
+        config = config.values()
+    elif not isinstance(config, list):
+        return
+    for value in config:
+        _no_tuner(value)
+
+
 #: Steps from form 1 to 2, in their order; each changes the config in place.
-_FROM_1: list[Callable[[dict[str, Any]], None]] = []
+_FROM_1: list[Callable[[dict[str, Any]], None]] = [_no_tuner]
 
 
 def _from_1(config: dict[str, Any]) -> None:

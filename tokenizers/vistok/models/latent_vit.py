@@ -43,7 +43,7 @@ class LatentTransformerEncoder(Encoder):
         block: style of the blocks, such as "vit" or "flextok"; see `Block`.
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
-        attention: auto, dense or flex, under the causal mask; see `nn/attention.py`.
+        attention: dense or flex, under the causal mask; see `nn/attention.py`.
         content: strength of the patches' content at the start, over that of the positions. A
             codebook follows latents that training moves about as a whole, so there an eighth
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
@@ -67,7 +67,7 @@ class LatentTransformerEncoder(Encoder):
         causal: bool = False,
         block: str = "vit",
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         content: float = 0.125,
         legacy_reshape: bool = False,
         norm_in: bool = True,
@@ -170,7 +170,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
+        attention: dense or flex, where tokens are masked; see `nn/attention.py`.
         borders: what the last convolution sees beyond the image, its edges "repeated" or "black",
             as in the released models.
     """
@@ -188,7 +188,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         borders: str = "repeated",
     ) -> None:
         super().__init__()

@@ -168,11 +168,10 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         activation_checkpointing: bool = False,
         block: str = "vit",
-        attention: str = "auto",
+        attention: str = "dense",
     ) -> None:
         super().__init__()
         self.attention = check_kind(attention)
-        self.num_heads = num_heads
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, block) for _ in range(depth))
 
@@ -185,7 +184,7 @@ class Transformer(nn.Module):
             keep: the tokens that are read afterwards, and returned; the last block computes no
                 others. None for all.
         """
-        seen = None if mask is None else mask_for(self.attention, mask, x, self.num_heads)
+        seen = None if mask is None else mask_for(self.attention, mask, x)
         for number, block in enumerate(self.blocks, start=1):
             last = keep is not None and number == len(self.blocks)
             args = (x, mask, keep) if last else (x, seen)

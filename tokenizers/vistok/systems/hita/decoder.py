@@ -33,7 +33,7 @@ class HitaDecoder(Decoder):
         num_heads: attention heads.
         shift: k, 0 to H.
         activation_checkpointing: see `Transformer`.
-        attention: auto, dense or flex; see `nn/attention.py`.
+        attention: dense or flex; see `nn/attention.py`.
         released: blocks of the released code, as in the encoder, and no norm behind them.
     """
 
@@ -47,7 +47,7 @@ class HitaDecoder(Decoder):
         num_heads: int,
         shift: int = 4,
         activation_checkpointing: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         released: bool = False,
     ) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ class HitaEncoder(Encoder):
         causal_depth: number of causal blocks.
         num_heads: attention heads.
         activation_checkpointing: see `Transformer`.
-        attention: auto, dense or flex, in the causal blocks; see `nn/attention.py`.
+        attention: dense or flex, in the causal blocks; see `nn/attention.py`.
         released: blocks of the released code (learned norms, biases, no normalised queries and
             keys), a 3x3 convolution behind the CNN and not a linear layer, and no norm at the end.
     """
@@ -48,7 +48,7 @@ class HitaEncoder(Encoder):
         causal_depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         released: bool = False,
     ) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ class ResTokEncoder(Encoder):
         num_heads: attention heads.
         merge_layers: indices of the blocks that merge, rising.
         activation_checkpointing: recompute each block in the backward pass.
-        attention: auto, dense or flex, under the mask; see `nn/attention.py`.
+        attention: dense or flex, under the mask; see `nn/attention.py`.
         released: places, merging and level vectors of the released code, as in the decoder.
         legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
             weights need it: each token gets channels of every latent, of all levels.
@@ -74,7 +74,7 @@ class ResTokEncoder(Encoder):
         num_heads: int,
         merge_layers: Sequence[int],
         activation_checkpointing: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         released: bool = False,
         legacy_reshape: bool = False,
     ) -> None:
@@ -82,7 +82,6 @@ class ResTokEncoder(Encoder):
         self.released = released
         self.legacy_reshape = legacy_reshape
         self.attention = check_kind(attention)
-        self.num_heads = num_heads
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
@@ -128,7 +127,7 @@ class ResTokEncoder(Encoder):
         features = self.embed(self.cnn(images))
         x, merges = self.norm_in(self.sequence(features)), 0
         for number, block in enumerate(self.blocks):
-            mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x, self.num_heads)
+            mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x)
             inputs = (x, self.get_buffer(f"turn{merges}"), mask)
             between = None
             if number in self.merge_layers:
