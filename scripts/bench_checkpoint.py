@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
 import torch
 
 from vistok.cli import train
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 from vistok.training.checkpointing import CheckpointWriter
 
 EVERY = 4  # steps of training between saves
@@ -78,13 +78,13 @@ def measure(content: dict, folder: Path, background: bool, saves: int) -> dict[s
 def train_and_measure(words: list[str], folder: Path, background: bool, saves: int) -> dict:
     """Medians over the steps of a run, in milliseconds."""
     times: list[float] = []
-    real = TokenizerModule.on_train_batch_start
+    real = Reconstruction.on_train_batch_start
 
-    def note(self: TokenizerModule, *arguments: object) -> None:
+    def note(self: Reconstruction, *arguments: object) -> None:
         times.append(time.perf_counter())
         real(self, *arguments)
 
-    TokenizerModule.on_train_batch_start = note
+    Reconstruction.on_train_batch_start = note
     try:
         code = train(
             [
@@ -100,7 +100,7 @@ def train_and_measure(words: list[str], folder: Path, background: bool, saves: i
             ]
         )
     finally:
-        TokenizerModule.on_train_batch_start = real
+        Reconstruction.on_train_batch_start = real
     assert code == 0, "the run failed"
     steps = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
     steps = steps[EVERY:]  # the first ones start the workers; a save ends each group of four

@@ -101,8 +101,8 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vistok.core.registry import build
     from vistok.models.build import build_tokenizer
+    from vistok.tasks.reconstruction import build_loss
     from vistok.training.memory import keep_freed_memory
     from vistok.training.optimizers import build_optimizer
 
@@ -113,7 +113,7 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     products = [word for word in words if word != "compile"]
     torch.set_float32_matmul_precision(products[0] if products else "highest")
     tokenizer = build_tokenizer(config).to(device).train()
-    loss = build(config["loss"])
+    loss = build_loss(config["loss"])
     settings = config["optimizer"]
     optimizer = build_optimizer(
         tokenizer, settings["lr"], settings["betas"], settings["weight_decay"]
@@ -438,7 +438,7 @@ def longest(parts: dict[str, float]) -> str:
 def is_titok(experiment: str, overrides: list[str]) -> bool:
     """Whether an experiment's tokenizer is one that `textbook` can be built in the sizes of."""
     sizes = config_of({"experiment": experiment, "overrides": overrides})["tokenizer"]
-    return sizes["_target_"].endswith(".TiTok")
+    return sizes["_target_"] == "titok"
 
 
 def main(argv: list[str]) -> int:

@@ -1,10 +1,10 @@
-"""Write images as shards: `python scripts/make_shards.py /photos out=/sets/photos`."""
+"""Write images as shards: `uv run scripts/make_shards.py /photos out=/sets/photos`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tokenizers"))
-from vistok.tools.make_shards import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
+from vistok.cli import make_shards
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make_shards())

@@ -2,16 +2,16 @@
 
 Importing takes longer than such a run; it is done once, and every attempt is a fork of that
 process, made before there are any threads. Writes `killed/` and `whole/`, and prints one line of
-JSON. The moments are drawn from a generator with a fixed seed, but what they hit depends on the
-machine.
+JSON. An attempt dies when it has touched its files so many times, however long that takes; the
+numbers are drawn from a generator with a fixed seed.
 """
 
+import itertools
 import json
 import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
@@ -19,36 +19,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
 import torch
 
 import vistok.cli
-import vistok.tasks.run
+import vistok.training.run
+from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.seals import read_seal
-from vistok.training import checkpoints
+from vistok.training.metrics_file import whole_rows
 
-WRITE_DELAY = 0.002  # seconds for each piece of a checkpoint
+TOUCHES = {"open", "os.link", "os.remove", "os.rename"}
 
 
-def attempt(words: list[str], log: Path, slow: bool) -> int:
-    """Start a run; its process."""
+def attempt(words: list[str], run: Path, log: Path, mortal: tuple[int, bool] | None = None) -> int:
+    """Run a command in a process of its own; its exit code.
+
+    With `mortal` (n, pieces) it is killed at the n-th time that it touches a file of its run;
+    each piece that goes into a checkpoint counts, too, if `pieces`.
+    """
     process = os.fork()
     if process:
-        return process
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    if slow:
+    if mortal:
+        die_at(run, *mortal)
+    os._exit(vistok.cli.train([*words, f"hydra.run.dir={run}"]))
+
+
+def die_at(run: Path, number: int, pieces: bool) -> None:
+    """Let this process die at the n-th touch."""
+    touches = itertools.count(1)
+
+    def touch() -> None:
+        if next(touches) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: str, details: tuple) -> None:
+        if event in TOUCHES and str(details[0]).startswith(str(run)):
+            touch()
+
+    sys.addaudithook(watch)
+    if pieces:
         real = checkpoints.Summed.write
 
         def write(self, data):
-            time.sleep(WRITE_DELAY)
+            touch()
             return real(self, data)
 
         checkpoints.Summed.write = write
-    os._exit(vistok.cli.train(words))
-
-
-def ended(process: int) -> int | None:
-    """Exit code, if it has ended."""
-    pid, status = os.waitpid(process, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def last_step(run: Path) -> int:
@@ -59,55 +75,34 @@ def last_step(run: Path) -> int:
 
 def logged_step(run: Path) -> int:
     """Last step whose loss was written."""
-    path = run / "metrics.csv"
+    path = run / "metrics.jsonl"
     if not path.exists():
         return 0
-    lines = path.read_text().splitlines()
-    place = lines[0].split(",").index("step") if lines else 0
-    return max([int(c) for r in lines[1:] for c in r.split(",")[place : place + 1] if c], default=0)
+    with open(path, "rb") as file:
+        return max((int(row["step"]) for row, _ in whole_rows(file)), default=0)
 
 
 def main(folder: Path, kills: int, words: list[str]) -> None:
     """Kill, then finish; and run once without any kill."""
     torch.set_num_threads(1)
-    random.seed(0)
+    moments = random.Random(0)
     run, log = folder / "killed", folder / "log.txt"
-    report = {"kills": 0, "in_a_write": 0, "while_starting": 0, "steps_lost": 0}
-    started = time.monotonic()
-    while report["kills"] < kills:
+    report = {"kills": kills, "in_a_write": 0, "while_starting": 0, "steps_lost": 0}
+    for number in range(kills):
         before = last_step(run)
-        process = attempt([*words, f"hydra.run.dir={run}"], log, slow=True)
-        # Some die while they start, the others some time after they have saved something.
-        deadline = time.monotonic() + random.uniform(0.1, 2.0)
-        if random.random() < 0.8:
-            while last_step(run) == before and ended_early(process) is None:
-                time.sleep(0.005)
-            deadline = time.monotonic() + random.uniform(0, 0.4)
-        while time.monotonic() < deadline:
-            time.sleep(0.001)
-        code = ended(process)
-        if code is not None:
-            sys.exit(f"ended by itself with {code} after {report['kills']} kills")
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        report["kills"] += 1
+        # Every other one dies between the pieces of a checkpoint, more likely than not.
+        mortal = (moments.randint(1, 4000), True) if number % 2 else (moments.randint(1, 60), False)
+        code = attempt(words, run, log, mortal)
+        if code != -signal.SIGKILL:
+            sys.exit(f"ended by itself with {code} after {number} kills")
         report["in_a_write"] += bool(list(run.glob("checkpoints/*.tmp")))
         report["while_starting"] += last_step(run) == before
         report["steps_lost"] += max(0, logged_step(run) - last_step(run))
-    report |= {"at_step": last_step(run), "seconds": round(time.monotonic() - started)}
+    report["at_step"] = last_step(run)
     for name in ("killed", "whole"):
-        process = attempt([*words, f"hydra.run.dir={folder / name}"], log, slow=False)
-        _, status = os.waitpid(process, 0)
-        if os.waitstatus_to_exitcode(status):
-            sys.exit(f"{name} failed with {os.waitstatus_to_exitcode(status)}")
+        if code := attempt(words, folder / name, log):
+            sys.exit(f"{name} failed with {code}")
     print(json.dumps(report))
-
-
-def ended_early(process: int) -> None:
-    """Stop everything if the process has ended by itself."""
-    code = ended(process)
-    if code is not None:
-        sys.exit(f"an attempt ended by itself with {code}")
 
 
 if __name__ == "__main__":

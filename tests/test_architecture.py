@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 
 PACKAGE = ROOT / "tokenizers" / "vistok"
 
@@ -144,7 +144,7 @@ def python(code: str, *argv: str, cwd: Path = ROOT, **environment: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

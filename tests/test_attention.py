@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from helpers import TINY, config_of, images_of, tiny_tokenizer
-from vistok.checkpoints.migrate import migrate_config
 from vistok.core.errors import ConfigError
 from vistok.models.build import build_tokenizer
 from vistok.models.latent_vit import prefix_causal_mask
 from vistok.nn import attention as attentions
 from vistok.nn.attention import attend, in_blocks
-from vistok.nn.blocks import Transformer
+from vistok.nn.blocks import NORMALIZED, Transformer
 
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
@@ -109,7 +108,7 @@ def test_the_option_changes_the_path_and_not_the_numbers(monkeypatch):
     outputs, gradients = [], []
     for attention in ("dense", "flex"):
         torch.manual_seed(0)
-        net = Transformer(16, 2, 2, block="flextok", attention=attention)
+        net = Transformer(16, 2, 2, attention=attention, **NORMALIZED)
         with torch.no_grad():
             outputs += [[net(x, mask) for mask in masks(3, 20).values()]]
             net(x)  # without a mask there is nothing to pass over
@@ -157,16 +156,6 @@ def test_systems_with_other_masks_take_the_option(name):
     assert torch.allclose(*(tok.detokenize(ids) for tok in toks), atol=1e-5)
 
 
-def test_runs_that_chose_by_trial_are_dense():
-    """`attention: auto` of older configs, wherever it stands; other words stay."""
-    encoder = {"depth": 2, "attention": "auto"}
-    old = {"tokenizer": {"encoder": encoder, "decoder": {"attention": "flex"}}, "notes": ["auto"]}
-    new = migrate_config(old)
-    assert new["tokenizer"]["encoder"] == {"depth": 2, "attention": "dense"}
-    assert new["tokenizer"]["decoder"] == {"attention": "flex"} and new["notes"] == ["auto"]
-    assert encoder["attention"] == "auto"  # what was read stays as it was
-
-
 @pytest.mark.slow
 def test_compiled_flex_equals_dense():
     """The fused kernel, as on a GPU; a CPU has its forward only."""
@@ -202,14 +191,14 @@ def test_attention_in_training_equals_its_definition(which, dtype):
 # ---------------------------------------------------------------------- tokens that are kept
 
 
-@pytest.mark.parametrize("style", ["vit", "flextok"])
+@pytest.mark.parametrize("block", [{}, NORMALIZED], ids=["vit", "normalized"])
 @pytest.mark.parametrize("attention", ["dense", "flex"])
 @pytest.mark.parametrize("keep", [slice(-6, None), slice(1, 15)])
 @pytest.mark.parametrize("which", [None, "causal", "each"])
-def test_kept_tokens_are_those_of_the_whole_sequence(which, keep, attention, style):
+def test_kept_tokens_are_those_of_the_whole_sequence(which, keep, attention, block):
     mask = None if which is None else masks(3, 20)[which]
     torch.manual_seed(0)
-    net = Transformer(16, 2, 2, block=style, attention=attention)
+    net = Transformer(16, 2, 2, attention=attention, **block)
     x = torch.randn(3, 20, 16)
     with torch.no_grad():
         assert torch.allclose(net(x, mask, keep), net(x, mask)[:, keep], atol=1e-5)
@@ -240,6 +229,6 @@ def test_the_last_block_computes_what_is_read(name):
             block.mlp.register_forward_hook(hook)
     tok(tok.to_model_range(images_of(2)))
     patches = len(tok.decoder.patch_positions)
-    assert (rows["encoder", 0], rows["encoder", 1]) == (patches + 4, 4)
+    assert (rows["encoder", 0], rows["encoder", 1]) == (1 + patches + 4, 4)  # a class token first
     # One-D-Piece leaves out a tail, here of a random length.
     assert rows["decoder", 0] > patches == rows["decoder", 1]

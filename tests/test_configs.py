@@ -17,6 +17,7 @@ from vistok.core.errors import ConfigError
 from vistok.core.registry import build
 from vistok.export.exporter import write_export
 from vistok.models.build import build_tokenizer
+from vistok.tasks.reconstruction import build_loss
 from vistok.training.optimizers import build_optimizer
 
 
@@ -135,7 +136,7 @@ def test_paper_sizes_have_the_papers_recipe(name):
     # sums the losses of its two quantizers, of which ours takes the mean.
     unit = name.startswith(("titok", "ta_titok", "one_d_piece", "restok"))
     wrong = output(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
-    assert build(config["loss"])(wrong, {}, 0)["total"].item() == (0.25 if unit else 1.0)
+    assert build_loss(config["loss"])(wrong, {}, 0)["total"].item() == (0.25 if unit else 1.0)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -143,7 +144,7 @@ def test_experiment_builds_on_the_meta_device(name):
     config = config_of(f"experiment={name}")
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
-        build(config["loss"])
+        build_loss(config["loss"])
     assert {p.device.type for p in tokenizer.parameters()} == {"meta"}
     low, high = PARAMETERS[name]
     assert low < sum(p.numel() for p in tokenizer.parameters()) / 1e6 < high
@@ -269,7 +270,7 @@ def test_every_pair_trains_saves_and_loads(tokenizer, quantizer, tmp_path):
         assert "\n" not in str(error.value)
         return
     tok = build_tokenizer(config)
-    loss = build(config["loss"])
+    loss = build_loss(config["loss"])
     images = tok.to_model_range(images_of(20))
     tok.initialize(images)
     tok.train()

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from helpers import ROOT, TINY, losses_of, metrics_of
+from helpers import PATIENCE, ROOT, TINY, losses_of, metrics_of
 from test_pipeline import assert_same_training, state_of
 from vistok.cli import train
 from vistok.core.errors import ConfigError
@@ -20,7 +20,7 @@ from vistok.training.trainer import split_batch
 PROBE = """
 import torch
 import torch.distributed as dist
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
 
 def on_train_end(self):
     quantizer = self.tokenizer.quantizer
@@ -28,7 +28,7 @@ def on_train_end(self):
     content["usage"] = torch.cat(quantizer.usage.histograms())
     torch.save(content, f"rank{self.global_rank}.pt")
 
-TokenizerModule.on_train_end = on_train_end
+Reconstruction.on_train_end = on_train_end
 """
 
 
@@ -76,10 +76,10 @@ def start_command(command, **environment):
     )
 
 
-def ended(process, seconds=240):
+def ended(process):
     """Exit code, output and errors; fails if the job hangs."""
     try:
-        out, err = process.communicate(timeout=seconds)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
@@ -191,18 +191,30 @@ def test_two_ranks_draw_what_one_process_draws(words, tmp_path, more):
 AT_STEP_3 = """
 import os, signal, time
 from vistok.core.errors import VistokError
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.tasks.reconstruction import Reconstruction
+from datetime import timedelta
+import torch.distributed as dist
 
 def on_train_batch_start(self, batch, index):
-    if self.global_step == 3 and self.global_rank == {rank}:
-        {what}
+    if self.global_step == 3:
+        if self.global_rank == {rank}:
+            {what}
+        else:
+            {others}
 
-TokenizerModule.on_train_batch_start = on_train_batch_start
+Reconstruction.on_train_batch_start = on_train_batch_start
 """
 
 
-def plan(tmp_path, rank, what):
-    (tmp_path / "accident.py").write_text(AT_STEP_3.format(rank=rank, what=what))
+IMPATIENT = (
+    "assert self.trainer.strategy._timeout == timedelta(seconds=555); "
+    "(getattr(dist, 'set_timeout', None) or dist.distributed_c10d._set_pg_timeout)"
+    "(timedelta(seconds=3))"
+)
+
+
+def plan(tmp_path, rank, what, others="pass"):
+    (tmp_path / "accident.py").write_text(AT_STEP_3.format(rank=rank, what=what, others=others))
     return "plugins=[accident]"
 
 
@@ -218,9 +230,11 @@ def plan(tmp_path, rank, what):
     ],
 )
 def test_a_rank_that_fails_takes_the_job_down(words, tmp_path, rank, what, words_of_error):
-    # The ranks have as long to start: importing takes a while on a busy machine.
-    job = [*words, *TWO, plan(tmp_path, rank, what), "trainer.timeout=60", "hydra.run.dir=run"]
-    code, out, err = ended(start(job), 240)
+    # Ranks also have trainer.timeout to start in, so it is long; where one sleeps, the other is
+    # told by then to wait for 3 s.
+    accident = plan(tmp_path, rank, what, IMPATIENT if "sleep" in what else "pass")
+    job = [*words, *TWO, accident, "trainer.timeout=555", "hydra.run.dir=run"]
+    code, out, err = ended(start(job))
     assert code not in (0, 75), out + err
     assert words_of_error in err, err
     assert state_of(tmp_path / "run")["global_step"] == 2

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import vistok
-from helpers import ROOT, TINY, losses_of, make_photos
+from helpers import PATIENCE, ROOT, TINY, losses_of, make_photos
 from vistok.checkpoints.read import read_checkpoint
+from vistok.core.errors import CheckpointError
 
 
 @pytest.fixture
@@ -85,10 +86,15 @@ def test_mistyped_words(fails, override, expected):
         ("plugins=[no_such_module]", ("plugins", "no_such_module")),
         ("plugins=no_such_module", ("plugins", "no_such_module")),
         ("init_from=runs/nope", ("runs/nope", "no such")),
-        ("quantizer._target_=os.system", ("os.system", "registry")),
+        ("quantizer._target_=os.system", ("quantizer._target_=os.system", "registry")),
+        ("quantizer._target_=vqq", ("quantizer._target_=vqq", "did you mean 'vq'")),
+        ("quantizer._target_=titok", ("is a tokenizer, expected a quantizer",)),
+        ("tokenizer._target_=vq", ("is a quantizer, expected a tokenizer",)),
+        ("tokenizer.decoder._target_=cnn_encoder", ("is an encoder, expected a decoder",)),
+        ("tokenizer.encoder._target_=mse", ("is the class MSELoss, expected an encoder",)),
         (
             "quantizer._target_=vistok.quantizers.vq.VectorQuantiser",
-            ("did you mean 'VectorQuantizer'",),
+            ("did you mean 'vistok.quantizers.vq.VectorQuantizer'",),
         ),
         ("data.train=/no/photos", ("/no/photos", "no such folder")),
         ("data.train=null", ("data.train is not set",)),
@@ -160,7 +166,7 @@ def test_nothing_but_bad_images_fails(fails, words, tmp_path):
 
 
 def test_eval_and_export_without_a_run(fails, finished_run, tmp_path):
-    fails("evaluate", words=("run", "eval.py run="))
+    fails("evaluate", words=("run", "eval run="))
     fails("evaluate", "run=runs/nope", words=("runs/nope", "no such run"))
     fails("evaluate", "rum=x", words="did you mean 'run'")
     near = finished_run.with_name("rum")
@@ -229,7 +235,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(fails, finished_run,
             fails("evaluate", f"run={path}", words=("evil.ckpt", "refused"))
             fails("train", "init_from=evil.ckpt", *words, words=("evil.ckpt", "refused"))
             fails("export", f"run={path}", "out=out", words="evil.ckpt")
-            with pytest.raises(vistok.core.errors.CheckpointError):
+            with pytest.raises(CheckpointError):
                 vistok.load(path)
             assert not mark.exists()
     torch.load(path, weights_only=False)  # the trap itself works
@@ -245,7 +251,7 @@ def test_files_that_are_no_checkpoints(fails, tmp_path):
         fails("evaluate", f"run={name}", words=name)
     for name, value in (("list.ckpt", [1]), ("bare.ckpt", {"state_dict": {}})):
         torch.save(value, tmp_path / name)
-        fails("evaluate", f"run={name}", words=(name, "not a checkpoint of vistok"))
+        fails("evaluate", f"run={name}", words=(name, "not a vistok checkpoint"))
 
 
 # ---------------------------------------------------------------------- tracebacks on demand
@@ -267,7 +273,7 @@ def test_errors_of_libraries_are_one_line_too(fails, words, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line\n" + "x" * 5000)
 
-    monkeypatch.setattr("vistok.tasks.run.build_trainer", broken)
+    monkeypatch.setattr("vistok.training.run.build_trainer", broken)
     line = fails("train", *words, words=("RuntimeError", "first line second line", "debug=true"))
     assert len(line) < 500
 
@@ -275,7 +281,7 @@ def test_errors_of_libraries_are_one_line_too(fails, words, monkeypatch):
 def test_fails_in_a_fresh_process_too(tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "experiment=titok_tyny"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: experiment=")
@@ -327,7 +333,7 @@ def test_disk_full_keeps_the_previous_checkpoint(fails, cli, words, tmp_path, mo
 LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv.pop(1))
-import vistok.tasks.run as run
+import vistok.training.run as run
 from vistok.cli import train
 real = run.fit
 def fit(trainer, *args):
@@ -353,11 +359,11 @@ def test_a_really_limited_disk(words, tmp_path):
     words += ["trainer.val_check_interval=100"]
     result = subprocess.run(
         [sys.executable, "-c", LIMITED, str(ROOT / "tokenizers"), *words],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.splitlines()
-    assert "last.ckpt: could not be written" in line and "previous checkpoint is whole" in line
+    assert "last.ckpt: could not be written" in line and "previous checkpoint is intact" in line
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000 and Path(run).exists()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vistok
-from helpers import config_of, images_of, tiny_tokenizer
+from helpers import PATIENCE, config_of, images_of, tiny_tokenizer
 from test_checkpoint import STRANGERS
 from vistok.core.errors import CheckpointError, ConfigError, VistokError
 from vistok.export.exporter import codebook_tensors, write_export
@@ -76,7 +76,7 @@ def test_a_fresh_process_reads_the_codebook_with_safetensors_alone(
     )
     result = subprocess.run(
         [sys.executable, "-c", READER, str(exported), str(tmp_path / "given.safetensors")],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip
     assert result.stdout == "read\n", result.stderr
 
@@ -229,7 +229,7 @@ def test_overwriting(fails, cli, finished_run, tmp_path):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    line = ("out=mine", "is not an export")
+    line = ("out=mine", "not an export")
     fails("export", f"run={finished_run}", "out=mine", "overwrite=true", words=line)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     assert cli("export", f"run={finished_run}", "out=deep/er/out")[0] == 0

@@ -30,12 +30,15 @@ def test_null_for_every_top_level_key(name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("alignment=null", "holds keys of its own; set alignment.teacher or alignment.weights"),
-        ("baseline=none", "holds keys of its own; set baseline.patch_size or baseline.num_patches"),
-        ("logger=null", "there are: csv, tensorboard, wandb"),
-        ("seed=null", "null cannot be; such as seed=0"),
-        ("seed=x", "expected a number, such as 0"),
-        ("compile=maybe", "expected true or false, such as false"),
+        ("alignment=null", "null is not allowed; choose one of flextok, gigatok, none, plain"),
+        (
+            "baseline=none",
+            "baseline is a group of keys; set baseline.patch_size or baseline.num_patches",
+        ),
+        ("logger=null", "null is not allowed; choose one of jsonl, tensorboard, wandb"),
+        ("seed=null", "null is not allowed; for example seed=0"),
+        ("seed=x", "expected a number, for example seed=0"),
+        ("compile=maybe", "expected true or false, for example compile=false"),
         ("ema=3", "set ema.decay"),
         ("alignment=x", "set alignment.teacher or"),
         ("plugins=mine", "expected a list"),
@@ -55,7 +58,7 @@ def test_what_may_be_null_below_stays_so():
 
 def test_a_resumed_run_refuses_null_too():
     config = compose("train", [])
-    with pytest.raises(ConfigError, match="alignment=null: it holds keys of its own"):
+    with pytest.raises(ConfigError, match="alignment=null: alignment is a group of keys"):
         apply_overrides(config, ["alignment=null"])
     changed = apply_overrides(config, ["baseline.patch_size=null", "init_from=null"])
     assert isinstance(changed.baseline, DictConfig)

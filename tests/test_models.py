@@ -29,8 +29,10 @@ def test_eval_forward_is_detokenize_of_tokenize(tokenizer):
         output = tok(model_images)
     ids = tok.tokenize(images)
     assert torch.equal(output.quantizer.indices, ids)
-    assert torch.allclose(to_unit_range(output.prediction), tok.detokenize(ids), atol=1e-6)
-    assert torch.equal(output.target, model_images) and output.mask is None
+    assert torch.allclose(
+        to_unit_range(output.predictions["image"].value), tok.detokenize(ids), atol=1e-6
+    )
+    assert torch.equal(output.predictions["image"].target, model_images) and output.mask is None
     assert ids.shape == (3, 4, 1) and ids.dtype == torch.int64 and tok.num_tokens == 4
     rec = tok.detokenize(ids)
     assert rec.shape == images.shape and rec.dtype == torch.float32
@@ -53,8 +55,8 @@ def test_sizes_channels_and_batches(tokenizer, size, channels, batch):
     assert tok.detokenize(ids).shape == images.shape
     tok.train()
     output = tok(tok.to_model_range(images))
-    output.prediction.square().mean().backward()
-    assert output.prediction.shape == images.shape
+    output.predictions["image"].value.square().mean().backward()
+    assert output.predictions["image"].value.shape == images.shape
 
 
 @pytest.mark.filterwarnings("error")
@@ -186,7 +188,7 @@ def test_a_tokenizer_with_masks_trains_and_reads_prefixes():
     output = tok(tok.to_model_range(images))
     assert output.mask.sum() == 6
     prefix = tok.detokenize(tok.tokenize(images)[:, :2])
-    assert torch.allclose(to_unit_range(output.prediction), prefix, atol=1e-5)
+    assert torch.allclose(to_unit_range(output.predictions["image"].value), prefix, atol=1e-5)
 
 
 def test_cnn_decoder_counts_masked_cells_as_zero():
@@ -241,15 +243,15 @@ def test_the_decoder_reads_class_token_mask_tokens_and_latents(class_token):
         assert torch.allclose(seen[-1], torch.cat(parts, dim=1), atol=1e-5)
 
 
-@pytest.mark.parametrize("borders", ["repeated", "black"])
-def test_a_convolution_goes_across_the_seams(borders):
+@pytest.mark.parametrize("border", ["black", "edge"])
+def test_a_convolution_goes_across_the_seams(border):
     torch.manual_seed(0)
-    net = awake(LatentTransformerDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, borders=borders))
+    net = awake(LatentTransformerDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, border=border))
     features = torch.randn(2, 6, 16)
     images = net.head(features).view(2, 2, 3, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 16, 24)  # fmt: skip
     around = -torch.ones(2, 3, 18, 26)
     around[:, :, 1:-1, 1:-1] = images
-    if borders == "repeated":
+    if border == "edge":
         rows, columns = torch.arange(-1, 17).clamp(0, 15), torch.arange(-1, 25).clamp(0, 23)
         around = images[:, :, rows][:, :, :, columns]
     expected = F.conv2d(around, net.smooth.weight, net.smooth.bias)

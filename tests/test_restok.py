@@ -7,33 +7,54 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
+from helpers import (
+    SIZES,
+    TINY,
+    aligned,
+    awake,
+    config_of,
+    errors_while_learning,
+    images_of,
+    tiny_tokenizer,
+)
 from vistok.core.errors import ConfigError
 from vistok.models.build import build_tokenizer
 from vistok.models.length import LevelPolicy
+from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryAttention, RotaryBlock, attend_by_place_, rotate, rotation
+from vistok.systems.restok.encoder import ResTokEncoder
 from vistok.systems.restok.hierarchy import (
     block_causal_mask,
     halved,
-    level_points,
     merge_residual,
     queued_points,
     residual_pyramid,
 )
-from vistok.tasks.reconstruction import TokenizerModule
+from vistok.systems.restok.weights import ReshapedResTokEncoder
+from vistok.tasks.reconstruction import Reconstruction
 
 
 def small(*overrides):
     return tiny_tokenizer(*overrides, tokenizer="restok_tiny")
 
 
-#: 4 x 4 cells, merged to 2 x 4, 2 x 2 and 1 x 2; 8 latents in 4 levels.
-DEEP = [
+#: 4 x 4 cells, merged to 4 x 2 and 4 x 1, as the released code does it; 8 latents in 4 levels.
+RELEASED = [
     "data.image_size=32",
     "tokenizer.encoder.num_latent_tokens=8",
     "tokenizer.encoder.depth=4",
+    "tokenizer.encoder.merge_layers=[0,1]",
+]
+
+#: The other values of all options: merged to 2 x 4, 2 x 2 and 1 x 2.
+DEEP = [
+    *RELEASED[:-1],
     "tokenizer.encoder.merge_layers=[0,1,2]",
+    "tokenizer.encoder.merge_axis=longest",
+    "tokenizer.encoder.places=centered",
+    "tokenizer.encoder.level_vectors=merge",
+    "tokenizer.decoder.norms=false",
 ]
 
 
@@ -66,10 +87,11 @@ def test_levels_are_averages_of_what_is_left():
 
 
 def test_merging_takes_every_other_token_off_the_grid():
-    for grid, dim in (((4, 4), 1), ((2, 4), 2)):
+    cases = (((4, 4), "longest", 1), ((2, 4), "longest", 2), ((4, 4), "columns", 2))
+    for grid, axis, dim in cases:
         tokens = torch.randn(2, grid[0] * grid[1], 3)
-        coarse, rest = merge_residual(tokens, grid)
-        rows, columns = halved(grid)
+        coarse, rest = merge_residual(tokens, grid, axis)
+        rows, columns = halved(grid, axis)
         assert coarse.shape == (2, rows * columns, 3) and rest.shape == tokens.shape
         for y in range(grid[0]):
             for x in range(grid[1]):
@@ -85,16 +107,16 @@ def test_merging_takes_every_other_token_off_the_grid():
 def test_grids_are_halved():
     grids = [(16, 16)]
     for _ in range(3):
-        grids.append(halved(grids[-1]))
+        grids.append(halved(grids[-1], "longest"))
     assert grids == [(16, 16), (8, 16), (8, 8), (4, 8)]
     for grid in ((1, 1), (3, 3)):
         with pytest.raises(ConfigError, match="can't be halved"):
-            halved(grid)
-    assert halved((16, 16), columns_only=True) == (16, 8)  # what the released code does
-    assert halved((16, 4), columns_only=True) == (16, 2)
+            halved(grid, "longest")
+    assert halved((16, 16)) == (16, 8)  # what the released code does
+    assert halved((16, 4)) == (16, 2)
     for grid in ((16, 1), (4, 3)):
         with pytest.raises(ConfigError, match="can't be halved"):
-            halved(grid, columns_only=True)
+            halved(grid)
     with pytest.raises(ConfigError, match=r"merge_layers=\[1\]: must be rising indices.*0 to 0"):
         small("tokenizer.encoder.merge_layers=[1]")
 
@@ -225,7 +247,7 @@ def test_merged_sequence_is_coarse_to_fine():
     encoder = small(*DEEP).encoder
     x = torch.randn(1, 24, 16)
     merged = encoder.merge(x, 1)
-    coarse, rest = merge_residual(x[:, :16], (4, 4))
+    coarse, rest = merge_residual(x[:, :16], (4, 4), "longest")
     assert torch.equal(merged[:, :8], coarse + encoder.image_levels[1])
     assert torch.equal(merged[:, 8:24], rest) and torch.equal(merged[:, 24:], x[:, 16:])
     assert encoder.coarsest(torch.arange(38).view(1, 38, 1)).flatten().tolist() == [0, 1]
@@ -314,16 +336,7 @@ def test_initialisation_gives_uncorrelated_channels_on_one_scale():
         assert torch.allclose(found, strongest / (total / 4), rtol=0.02, atol=1e-3)
 
 
-#: 4 x 4 cells, merged to 4 x 2 and 4 x 1, as the released code does it.
-RELEASED = [
-    *DEEP[:-1],
-    "tokenizer.encoder.merge_layers=[0,1]",
-    "tokenizer.encoder.released=true",
-    "tokenizer.encoder.legacy_reshape=true",
-]
-
-
-def test_released_form_names_a_grid_behind_the_block():
+def test_a_merged_grid_is_named_behind_the_block():
     """Who is right about the numbers: the oracle of test_import_weights.py."""
     encoder, seen = awake(small(*RELEASED).encoder), []
     encoder.blocks[0].register_forward_hook(lambda b, i, o: seen.append(o))
@@ -335,21 +348,20 @@ def test_released_form_names_a_grid_behind_the_block():
     assert encoder.grids == [(4, 4), (4, 2), (4, 1)]
 
 
-def test_legacy_reshape_reads_memory_in_another_shape():
+def test_released_weights_read_memory_in_another_shape():
     """Token k gets the values k, k + 8, k + 16, ... of all; also of no images."""
-    encoder = small(*RELEASED).encoder
-    images = torch.rand(2, 3, 32, 32)
-    mixed = encoder.latents(images)
-    encoder.legacy_reshape = False
-    plain = encoder.latents(images).flatten(1)
+    target = f"tokenizer.encoder._target_={ReshapedResTokEncoder.__module__}.ReshapedResTokEncoder"
+    encoder, images = small(*RELEASED, target).encoder, torch.rand(2, 3, 32, 32)
+    assert type(encoder) is ReshapedResTokEncoder
+    mixed, plain = encoder.latents(images), ResTokEncoder.latents(encoder, images).flatten(1)
     for token in range(8):
         assert torch.equal(mixed[:, token], plain[:, token::8])
-    encoder.legacy_reshape = True
     assert encoder(images[:0]).shape == (0, 8, 16)
 
 
-def test_released_form_learns_and_recomputes():
-    tok = small(*RELEASED).train()
+@pytest.mark.parametrize("options", [RELEASED, DEEP], ids=["released", "deep"])
+def test_every_weight_learns_and_blocks_recompute(options):
+    tok = small(*options).train()
     images = tok.to_model_range(images_of(16, 32))
     before = {name: p.clone() for name, p in tok.named_parameters()}
     errors = errors_while_learning(tok, images, lr=2e-3, steps=40)
@@ -441,24 +453,27 @@ def test_the_code_space_is_the_quantizers_where_the_widths_agree():
 
 
 def test_cells_come_behind_the_latents_and_see_all():
-    decoder, seen = awake(small().decoder), []
+    decoder, seen = awake(small().decoder).double(), []
     decoder.blocks[0].register_forward_hook(lambda b, i, o: seen.append(i))
-    quantized = torch.randn(1, 4, 16)
+    quantized = torch.randn(1, 4, 16).double()
     cells = decoder.cells(quantized)
     x, turn = seen[0][:2]
     assert len(seen[0]) == 2 and turn.shape == (2, 4 + 4, 4)  # no mask
-    assert torch.equal(x[:, 4:], decoder.mask_token.expand(1, 4, -1))
-    assert torch.equal(x[:, :4], decoder.embed(quantized))
+    tokens = [decoder.embed(quantized), decoder.mask_token.expand(1, 4, -1)]
+    assert torch.equal(x, decoder.norm_in(torch.cat(tokens, dim=1)))
     for token in range(4):
         other = quantized.clone()
         other[:, token] += 1
-        assert ((decoder.cells(other) - cells).abs().amax(dim=2) > 1e-5).all()
+        assert ((decoder.cells(other) - cells).abs().amax(dim=2) > 1e-9).all()
 
 
 def test_the_decoder_turns_latents_and_cells_by_their_places():
-    """2 x 2 cells, and latents at the centres of what they stand for."""
-    points = [[0.5, 0.5], [0.5, 0.5], [0.5, 0], [0.5, 1], [0, 0], [0, 1], [1, 0], [1, 1]]
-    assert torch.allclose(small().decoder.turn, rotation(torch.tensor(points), 8), atol=1e-6)
+    """2 x 2 cells behind the latents, or latents at the centres of what they stand for."""
+    queued = [[0.0, 0.0], [1, 1], [2, 2], [3, 3], [4, 4], [4, 5], [5, 4], [5, 5]]
+    centered = [[0.5, 0.5], [0.5, 0.5], [0.5, 0], [0.5, 1], [0, 0], [0, 1], [1, 0], [1, 1]]
+    for places, points in (("queued", queued), ("centered", centered)):
+        decoder = small(f"tokenizer.encoder.places={places}").decoder
+        assert torch.allclose(decoder.turn, rotation(torch.tensor(points), 8), atol=1e-6)
 
 
 # ---------------------------------------------------------------------- the teacher
@@ -471,14 +486,15 @@ def teacher_words(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "vit.pth"
     name = "vit_tiny_patch16_224"
     torch.save(timm.create_model(name, pretrained=False).state_dict(), path)
-    words = [f"alignment.teacher={name}", f"alignment.weights={path}", "alignment.input_size=32"]
-    return [*words, "alignment.form=foundation"]
+    words = [f"name={name}", f"weights={path}", "input_size=32"]
+    words = [f"loss.terms.alignment.teacher.{word}" for word in words]
+    return ["alignment=restok", *words]
 
 
 def module(words, name="restok_tiny"):
     base = [w for w in TINY if not w.startswith("tokenizer.")]
     torch.manual_seed(0)
-    built = TokenizerModule(config_of(f"experiment={name}", *base, *SIZES[name], *words)).train()
+    built = Reconstruction(config_of(f"experiment={name}", *base, *SIZES[name], *words)).train()
     awake(built.tokenizer)
     return built
 
@@ -489,33 +505,35 @@ def test_foundation_loss_by_hand(teacher_words):
     encoder.blocks[-1].register_forward_hook(lambda b, i, o: seen.update(sequence=o))
     decoder.embed.register_forward_hook(lambda b, i, o: seen.update(latents=o))
     images = m.tokenizer.to_model_range(images_of(4))
-    m.tokenizer(images)
-    value = m.alignment(images)
-    features = m.alignment.teacher(images)  # 2 x 2, as many as there are cells
-    summary = m.alignment.encoder_projector(seen["sequence"][:, :2].mean(1))
-    x = torch.cat([seen["latents"], m.alignment.mask_token.expand(4, 4, -1)], dim=1)
+    value = aligned(m, images)
+    features = m.objective.terms["alignment"].teacher(images)  # 2 x 2, as many as there are cells
+    summary = m.objective.terms["alignment"].encoder_projector(seen["sequence"][:, :2].mean(1))
+    x = torch.cat(
+        [seen["latents"], m.objective.terms["alignment"].mask_token.expand(4, 4, -1)], dim=1
+    )
+    x = decoder.norm_in(x)
     for block in decoder.blocks:
         x = block(x, decoder.turn)
-    cells = m.alignment.decoder_projector(x[:, 4:])
+    cells = m.objective.terms["alignment"].decoder_projector(x[:, 4:])
     first = F.cosine_similarity(summary, features.mean((2, 3)), dim=-1)
     second = F.cosine_similarity(cells, features.flatten(2).transpose(1, 2), dim=-1)
     expected = (0.75 - first).relu().mean() + (0.75 - second).relu().mean()
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
     with torch.no_grad():  # within the margin nothing is asked for
         near = features.mean((2, 3))
-        assert m.alignment._distance(near + 0.1 * near.roll(1, 1), near) == 0
+        assert m.objective.terms["alignment"]._distance(near + 0.1 * near.roll(1, 1), near) == 0
 
 
 def test_foundation_features_are_averaged_over_a_cell(teacher_words):
     """Of 6 x 6 features a cell of 2 x 2 has 3 x 3, and all of them a say."""
-    size = ["alignment.input_size=96"]
+    size = ["loss.terms.alignment.teacher.input_size=96"]
     m = module([w for w in teacher_words if "input_size" not in w] + size)
     images = m.tokenizer.to_model_range(images_of(2))
-    m.tokenizer(images)
     seen = []
-    m.alignment._distance = lambda ours, target: seen.append(target) or ours.sum()
-    m.alignment(images)
-    features = m.alignment.teacher(images)
+    term = m.objective.terms["alignment"]
+    term._distance = lambda ours, target: seen.append(target) or ours.sum()
+    aligned(m, images)
+    features = m.objective.terms["alignment"].teacher(images)
     assert features.shape[2:] == (6, 6)
     cells = [features[:, :, y : y + 3, x : x + 3].mean((2, 3)) for y in (0, 3) for x in (0, 3)]
     assert torch.allclose(seen[0], features.mean((2, 3)), atol=1e-5)
@@ -525,23 +543,19 @@ def test_foundation_features_are_averaged_over_a_cell(teacher_words):
 def test_whom_the_foundation_loss_teaches(teacher_words):
     m = module(teacher_words)
     images = m.tokenizer.to_model_range(images_of(4))
-    m.tokenizer(images)
-    m.alignment(images).backward()
+    aligned(m, images).backward()
     reached = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.any()}
-    for part in ("alignment.mask_token", "alignment.encoder_projector", "alignment.decoder_projector", "tokenizer.encoder.cnn", "tokenizer.decoder.blocks.0"):  # fmt: skip
+    for part in ("objective.terms.alignment.mask_token", "objective.terms.alignment.encoder_projector", "objective.terms.alignment.decoder_projector", "tokenizer.encoder.cnn", "tokenizer.decoder.blocks.0"):  # fmt: skip
         assert any(n.startswith(part) for n in reached), part
     for part in ("tokenizer.decoder.cnn", "tokenizer.decoder.mask_token", "tokenizer.decoder.project"):  # fmt: skip
         assert not any(n.startswith(part) for n in reached), part
     assert not any("teacher" in key for key in m.state_dict())
 
 
-def test_foundation_loss_is_at_the_cells(teacher_words):
-    with pytest.raises(ConfigError, match=r"alignment\.grid=teacher: .*form=foundation"):
-        module([*teacher_words, "alignment.grid=teacher"])
-
-
 def test_foundation_loss_is_restoks(teacher_words):
-    with pytest.raises(ConfigError, match=r"alignment\.form=foundation: is ResTok's.*GigaTok"):
+    with pytest.raises(
+        ConfigError, match=r"^loss\.terms\.alignment\._target_.*belongs to ResTok.*GigaTok"
+    ):
         module(teacher_words, "gigatok_tiny")
 
 

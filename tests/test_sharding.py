@@ -13,12 +13,13 @@ from helpers import SIZES, TINY, losses_of, tiny_tokenizer
 from test_distributed_training import TWO, ended, floats, plan, start
 from test_pipeline import assert_same_training, state_of
 from test_sudden_death import content_of, flip
+from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.read import SHARD, read_checkpoint
 from vistok.checkpoints.resume import newest_whole
 from vistok.checkpoints.seals import check_seal, read_seal
 from vistok.cli import evaluate, export, train
 from vistok.core.errors import CheckpointError
-from vistok.training import checkpoints, sharding
+from vistok.training import sharding
 from vistok.training.optimizers import clip_by_norm
 from vistok.training.sharding import ShardWriter, pieces_of
 
@@ -122,8 +123,8 @@ def test_the_last_folders_are_kept_and_damage_is_passed_over(tmp_path, monkeypat
     assert "00001-of-00002.ckpt: damaged" in said and "older" in said
     (folder / "step_00000004.ckpt" / "00000-of-00002.ckpt").unlink()
     assert newest_whole(tmp_path).name == "step_00000002.ckpt"
-    assert "not whole, it has 1 of 2 files" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="not of one step"):
+    assert "incomplete: 1 of 2 files" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="from different steps"):
         other = written(tmp_path / "x", 9, torch.zeros(5), 2, monkeypatch)
         shutil.copy(other / "00001-of-00002.ckpt", folder / "step_00000002.ckpt")
         check_seal(folder / "step_00000002.ckpt")

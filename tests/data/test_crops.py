@@ -206,9 +206,12 @@ def test_color_is_one_monotone_curve_over_permuted_channels_and_never_clips():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((8, 8), "adm_centre"), r"data.train_crop='adm_centre' .*did you mean 'adm_center'"),
-        (((8, 8), "none", ["hflp"]), r"data.augment holds 'hflp' \(did you mean 'hflip'\?\)"),
-        (((8, 8), "none", "hflip"), r"write a list"),
+        (((8, 8), "adm_centre"), r"data.train_crop='adm_centre': .*did you mean 'adm_center'"),
+        (
+            ((8, 8), "none", ["hflp"]),
+            r"data.augment: 'hflp' is not one of .* \(did you mean 'hflip'\?\)",
+        ),
+        (((8, 8), "none", "hflip"), r"data.augment=hflip: must be a list"),
         (
             ((8, 9), "none", ["hflip", "rot90", "vflip"]),
             r"rot90 needs a square data.image_size, not 8x9; .* data.augment=\[hflip,vflip\]$",

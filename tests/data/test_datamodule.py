@@ -288,7 +288,7 @@ def test_nothing_decodes(photos, workers):
     with pytest.raises(DataError, match=r"no image can be used; .*not an image") as error:
         take(datamodule, 1)
     assert "\n" not in str(error.value) and str(photos) in str(error.value)
-    with pytest.raises(DataError, match=r"no validation image can be used"):
+    with pytest.raises(DataError, match=r"none of the validation images can be used"):
         list(datamodule.val_dataloader())
 
 
@@ -373,7 +373,6 @@ def test_no_files_stay_open(shards):
 @pytest.mark.parametrize("name", ["sample", "folder", "shards", "mixture"])
 def test_configs_write_out_every_argument(name):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert config.pop("_target_") == "vistok.data.datamodule.VistokDataModule"
     assert list(config) == list(inspect.signature(VistokDataModule).parameters)
     assert config["kind"] == name and config["seed"] == "${seed}"
     values = {**config, "seed": 0}
@@ -391,14 +390,14 @@ def test_configs_write_out_every_argument(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "shard"}, r"data.kind='shard' \(did you mean 'shards'\?\)"),
-        ({"train": "/x"}, "data=sample has pictures of its own"),
+        ({"kind": "shard"}, r"data.kind='shard': must be one of .* \(did you mean 'shards'\?\)"),
+        ({"train": "/x"}, "data=sample brings its own images"),
         ({"kind": "folder", "train": ["/x"]}, "takes one folder"),
-        ({"image_size": 0}, "data.image_size=0 must be a positive number"),
+        ({"image_size": 0}, "data.image_size=0: must be a positive number"),
         ({"image_size": [8, 8, 8]}, "data.image_size="),
         ({"image_size": "big"}, "data.image_size='big'"),
         ({"image_size": True}, "data.image_size=True"),
-        ({"channels": 2}, r"data.channels=2; 1 \(grey\), 3"),
+        ({"channels": 2}, r"data.channels=2: must be 1 \(grayscale\), 3"),
         ({"batch_size": 0}, "data.batch_size=0: must be a whole number, 1 or more"),
         ({"batch_size": 1.5}, "data.batch_size=1.5"),
         ({"eval_batch_size": 0}, "data.eval_batch_size=0"),
@@ -406,23 +405,23 @@ def test_configs_write_out_every_argument(name):
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0"),
         ({"seed": -1}, "data.seed=-1"),
         ({"seed": 2**64}, "data.seed="),
-        ({"val_crop": "center"}, "data.val_crop='center' is no crop policy"),
-        ({"fields": "caption"}, "write a list"),
-        ({"fields": ["image"]}, "holds 'image', which every batch has"),
-        ({"fields": ["a.b"]}, "holds 'a.b'; names are of"),
-        ({"max_skipped_share": 2}, "data.max_skipped_share=2 must be"),
+        ({"val_crop": "center"}, "data.val_crop='center': must be one of tv_center"),
+        ({"fields": "caption"}, "must be a list"),
+        ({"fields": ["image"]}, "every batch has 'image' anyway"),
+        ({"fields": ["a.b"]}, "'a.b' is not a valid name"),
+        ({"max_skipped_share": 2}, "data.max_skipped_share=2: must be"),
         ({"crop_scale": [0, 1]}, "data.crop_scale="),
         ({"crop_scale": 0.5}, "data.crop_scale=0.5"),
-        ({"cache_gb": 0}, "data.cache_gb=0 must be a number above 0"),
+        ({"cache_gb": 0}, "data.cache_gb=0: must be a number above 0"),
         ({"retries": -1}, "data.retries=-1"),
         ({"timeout": "long"}, "data.timeout='long'"),
         ({"buckets": [[8]]}, "data.buckets="),
-        ({"buckets": [[8, 8]], "resample": True}, "data.buckets goes with neither"),
+        ({"buckets": [[8, 8]], "resample": True}, "data.buckets: cannot be combined with"),
         (
             {"kind": "mixture", "train": "/x", "sources": {"a": {"train": "/x"}}},
-            "takes data.sources",
+            "reads data.sources",
         ),
-        ({"kind": "mixture", "sources": {"a": {}}}, "data.sources.a has no train"),
+        ({"kind": "mixture", "sources": {"a": {}}}, "data.sources.a.train is not set"),
         ({"kind": "mixture", "sources": {"a": {"train": "x", "wait": 2}}}, "unknown key wait"),
         (
             {"kind": "mixture", "sources": {"a": {"train": "x", "weight": 0}}},
@@ -452,17 +451,17 @@ def test_sources_that_are_not_there(tmp_path, photos):
     (tmp_path / "x.tar").write_bytes(b"x")
     with pytest.raises(DataError, match=r"x.tar: is a file, not a folder; .* data=shards"):
         setup(train=str(tmp_path / "x.tar"))
-    with pytest.raises(ConfigError, match=r"data.val_fraction=0.0 must be above 0"):
+    with pytest.raises(ConfigError, match=r"data.val_fraction=0.0: must be above 0"):
         setup(train=str(photos), val_fraction=0.0)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.png").write_bytes(encode(picture(0)))
-    with pytest.raises(DataError, match=r"holds one image"):
+    with pytest.raises(DataError, match=r"has only one image"):
         setup(train=str(tmp_path / "one"))
     setup(train=str(tmp_path / "one"), val=str(tmp_path / "one"))
 
 
 def test_more_workers_than_shards(shards):
-    with pytest.raises(ConfigError, match=r"num_workers=8 is more than the 3 training shards; set"):
+    with pytest.raises(ConfigError, match=r"num_workers=8: too many for 3 training shards; set"):
         module(shards, num_workers=8)
     datamodule = module(shards, num_workers=4, split_shards=True)
     assert rows(take(datamodule, 5)) == rows(take(module(shards), 5))

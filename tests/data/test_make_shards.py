@@ -11,16 +11,16 @@ import pytest
 from data_helpers import encode, picture
 from PIL import Image
 
+from vistok import cli
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.index import index_of
 from vistok.data.sources import ShardSource
-from vistok.tools import make_shards
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
-    return make_shards.main([str(argument) for argument in arguments])
+    return cli.make_shards([str(argument) for argument in arguments])
 
 
 def tree(folder):
@@ -89,7 +89,9 @@ def test_bad_images_are_left_out_and_named(photos, tmp_path, capsys):
     (photos / "birds" / "wrong.jpg").write_bytes(encode(picture(77)))  # a PNG by its bytes
     assert run(photos, f"out={tmp_path / 'o'}") == 0
     said = capsys.readouterr().out
-    assert "left out: 2 that cannot be used" in said and "birds/text.jpg: not an image" in said
+    assert (
+        "left out: 2 images that cannot be used" in said and "birds/text.jpg: not an image" in said
+    )
     manifest = json.loads((tmp_path / "o" / "manifest.json").read_text())
     assert manifest["left_out"] == ["birds/text.jpg", "cats/cut.png"]
     assert manifest["splits"]["train"]["samples"] == 25
@@ -121,7 +123,7 @@ def test_a_continued_run_still_counts_what_was_left_out(photos, tmp_path, capsys
     (photos / "cats" / "cut.png").write_bytes(encode(picture(0))[:400])
     for _ in range(2):
         assert run(photos, f"out={tmp_path / 'o'}") == 0
-        assert "left out: 1 that cannot be used" in capsys.readouterr().out
+        assert "left out: 1 image that cannot be used" in capsys.readouterr().out
     assert json.loads((tmp_path / "o" / "manifest.json").read_text())["left_out"] == [
         "cats/cut.png"
     ]
@@ -138,20 +140,23 @@ def test_it_does_not_mix_with_other_shards(photos, shards, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{photos}"], "out= is not set; for example out=/sets/photos"),
-        (["out={out}"], "name one source of images; found none"),
-        (["{photos}", "b", "out={out}"], "name one source of images; found"),
+        (["out={out}"], "expected one source of images, found none"),
+        (["{photos}", "b", "out={out}"], "expected one source of images, found"),
         (
             ["{photos}", "out={out}", "shardsize=1"],
-            "unknown option shardsize= (did you mean 'shard_size'?)",
+            "shardsize=: no such option (did you mean 'shard_size'?)",
         ),
-        (["{photos}", "out={out}", "shard_size=big"], "shard_size=big is no size"),
-        (["{photos}", "out={out}", "shuffle=maybe"], "shuffle=maybe must be true or false"),
-        (["{photos}", "out={out}", "seed=x"], "seed=x must be a whole number"),
+        (
+            ["{photos}", "out={out}", "shard_size=big"],
+            "shard_size=big: must be a size, for example 300MB",
+        ),
+        (["{photos}", "out={out}", "shuffle=maybe"], "shuffle=maybe: must be true or false"),
+        (["{photos}", "out={out}", "seed=x"], "seed=x: must be a whole number"),
         (
             ["{photos}", "out={out}", "val_fraction=1"],
-            "val_fraction=1 must be at least 0 and below 1",
+            "val_fraction=1: must be at least 0 and below 1",
         ),
-        (["{photos}", "out={out}", "workers=0"], "workers=0 must be"),
+        (["{photos}", "out={out}", "workers=0"], "workers=0: must be"),
         (["/nowhere", "out={out}"], "folder=/nowhere: no such folder"),
         (["{out}", "out={out}"], "no such folder"),
     ],
@@ -170,7 +175,7 @@ def test_nothing_decodes(tmp_path, capsys):
     for name in "ab":
         (tmp_path / "p" / f"{name}.jpg").write_bytes(b"hello")
     assert run(tmp_path / "p", f"out={tmp_path / 'o'}") == 2
-    assert "none of the 2 images decodes" in capsys.readouterr().err
+    assert "found 2 images, but none that decodes" in capsys.readouterr().err
     assert list((tmp_path / "o").iterdir()) == []
 
 
@@ -192,7 +197,7 @@ def test_the_script_and_its_help(photos, tmp_path):
     assert "uv run train.py data=shards" in made.stdout
     light = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tokenizers')!r}); sys.argv = ['x', '--help'];"
-        "import vistok.tools.make_shards as m; m.main(); sys.exit('torch' in sys.modules)"
+        "import vistok.cli as c; c.make_shards(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", light], capture_output=True).returncode == 0
 

@@ -103,7 +103,7 @@ def test_resume_refuses_other_weights_or_sampling(mixed, art, shards):
         mixed(resample=True).load_state_dict(state)
     sources = dict(mixed().sources)
     sources["art"] = {**sources["art"], "weight": 2}
-    with pytest.raises(ConfigError, match=r"weights of the sources are .*'art': 2.0"):
+    with pytest.raises(ConfigError, match=r"weights of the sources: .*'art': 2.0"):
         mixed(sources=sources).load_state_dict(state)
     del sources["art"]
     with pytest.raises(DataError, match=r"not the training data"):
@@ -183,7 +183,7 @@ def test_buckets_resume_exactly_with_other_ranks(shapes, monkeypatch):
     take(before, 5)
     state = before.state_dict()
     with pytest.raises(
-        ConfigError, match=r"global batch with buckets are 8; the run to resume has 4"
+        ConfigError, match=r"global batch with buckets: 8, but 4 in the run to resume"
     ):
         bucketed(shapes, batch_size=8).load_state_dict(state)
     parts = []

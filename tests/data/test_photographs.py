@@ -110,7 +110,7 @@ def test_through_the_datamodule():
 
 
 def test_messages(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"has pictures of its own"):
+    with pytest.raises(ConfigError, match=r"brings its own images"):
         VistokDataModule(val="/x")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISTOK_CACHE", str(tmp_path / "file"))

@@ -40,7 +40,7 @@ def test_the_share_is_judged_after_a_thousand_and_from_ten_on():
     account.record([bad(n) for n in range(30)], 70)  # 30 %, but early
     account.record([], 880)
     with pytest.raises(
-        DataError, match=r"^30 of 1000 images .* data.max_skipped_share=0.02 \(30 d"
+        DataError, match=r"^30 of 1000 images .* data.max_skipped_share=0.02 allows \(30 d"
     ):
         account.record([], 20)
     account = SkippedImages(0.001)

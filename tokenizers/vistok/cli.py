@@ -1,4 +1,4 @@
-"""The command line. Light until there is something to compute."""
+"""The command line; light until there is something to compute."""
 
 from __future__ import annotations
 
@@ -8,80 +8,80 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
+from vistok.core.terminal import typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`vistok COMMAND ...`; returns the exit code."""
+    """Run `vistok COMMAND ...`, and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
-        "train": train,
-        "eval": evaluate,
-        "export": export,
-        "import-weights": import_weights,
-        "make-shards": make_shards,
-        "check-shards": check_shards,
-        "bench-data": bench_data,
-    }
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    command, *words = argv or ["--help"]
+    if command in ("-h", "--help", "help"):
         from vistok.help import overview
 
-        try:
-            overview()
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read has seen enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        overview()
         return 0
-    if argv[0] == "--version":
+    if command == "--version":
         import vistok
 
         print(vistok.__version__)
         return 0
-    if argv[0] not in commands:
-        return _fail(f"{argv[0]}: no such command{nearest(argv[0], commands)}; try vistok --help")
+    if command not in COMMANDS:
+        return _fail(f"{command}: no such command{nearest(command, COMMANDS)}; try vistok --help")
     # Lightning and Hydra start further processes with the same words.
     sys.argv = [sys.argv[0], *argv] if sys.argv[1:] != argv else sys.argv
-    return commands[argv[0]](argv[1:])
+    return COMMANDS[command](words)
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """Train a tokenizer, or resume a run; returns the exit code."""
+    """Train a tokenizer, or resume a run; return the exit code."""
     return _guarded(_train, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a run; returns the exit code."""
+    """Evaluate a run; return the exit code."""
     return _guarded(_evaluate, argv)
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """Export a run; returns the exit code."""
+    """Export a run; return the exit code."""
     return _guarded(_export, argv)
 
 
 def import_weights(argv: Sequence[str] | None = None) -> int:
-    """Make an export of released weights; returns the exit code."""
+    """Make an export of released weights; return the exit code."""
     return _guarded(_import_weights, argv)
 
 
-def make_shards(argv: Sequence[str] | None = None) -> int:
-    """Write WebDataset shards from images of any source; returns the exit code."""
-    from vistok.tools.make_shards import main as run
+def list_configs(argv: Sequence[str] | None = None) -> int:
+    """List the configs to choose from; return the exit code."""
+    return _guarded(_list, argv)
 
-    return run(list(sys.argv[1:] if argv is None else argv)) or 0
+
+def make_shards(argv: Sequence[str] | None = None) -> int:
+    """Write WebDataset shards from images of any source; return the exit code."""
+    return _guarded(_tool("make_shards"), argv)
 
 
 def check_shards(argv: Sequence[str] | None = None) -> int:
-    """Check shards against their manifest and indexes; returns the exit code."""
-    from vistok.tools.check_shards import main as run
-
-    return run(list(sys.argv[1:] if argv is None else argv))
+    """Check shards against their manifest and indexes; return the exit code."""
+    return _guarded(_tool("check_shards"), argv)
 
 
 def bench_data(argv: Sequence[str] | None = None) -> int:
-    """Measure the data stream; returns the exit code."""
-    from vistok.tools.bench_data import main as run
+    """Measure the data stream; return the exit code."""
+    return _guarded(_tool("bench_data"), argv)
 
-    return run(list(sys.argv[1:] if argv is None else argv))
+
+COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "export": export,
+    "import-weights": import_weights,
+    "list": list_configs,
+    "make-shards": make_shards,
+    "check-shards": check_shards,
+    "bench-data": bench_data,
+}
 
 
 def _train(argv: list[str]) -> None:
@@ -94,7 +94,7 @@ def _train(argv: list[str]) -> None:
     overrides, folders, flags = _split(argv)
     resume = _value(overrides, "resume")
     if "resume=" in overrides:
-        raise ConfigError("resume=: which run? for example: train.py resume=runs/<run>")
+        raise ConfigError(f"resume=: which run? for example: {typed('train')} resume=runs/<run>")
     many = "--multirun" in flags or "-m" in flags
     key = "hydra.sweep.dir" if many else "hydra.run.dir"
     if not _value(overrides, key):
@@ -106,9 +106,11 @@ def _train(argv: list[str]) -> None:
                 f"folder; add {key}=runs/<name>"
             )
     if resume and resume != "auto":
+        from vistok.checkpoints.resume import stored_config
+
         rest = [o for o in overrides if not o.startswith("resume=")]
         run, checkpoint = _run_of(Path(resume))
-        config = c.apply_overrides(c.load_run_config(run), rest)
+        config = c.apply_overrides(c.closed(stored_config(run)), rest)
         _run_training(c.to_container(config), run, checkpoint)
         return
     # Composed once here for errors that people can read, then again by Hydra, which owns
@@ -163,7 +165,7 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
 
 
 def _start_or_resume(config: dict, folder: Path, words: list[str]) -> None:
-    """With resume=auto, go on in a folder that holds checkpoints; leave a finished run alone."""
+    """Train; with resume=auto, from the checkpoints of the folder, if the run is not finished."""
     if config["resume"] != "auto":
         return _run_training(config, folder, words=words)
     from vistok.checkpoints.resume import finished_steps, newest_whole
@@ -190,9 +192,11 @@ def _run_training(
             raise ConfigError(f"plugins=[{name}]: {error}") from error
         finally:
             sys.path.pop(0)
-    from vistok.tasks.run import train as run
+    from vistok.core.registry import resolve
+    from vistok.training.run import train as run
 
-    run(config, folder, checkpoint, words)
+    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
+    run(task, config, folder, checkpoint, words)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -207,7 +211,7 @@ def _evaluate(argv: list[str]) -> None:
     own = [o for o in overrides if o not in data]
     config = c.compose("eval", own, folders)
     if not _value(own, "run"):
-        raise ConfigError("run: which run? for example: eval.py run=runs/<run>")
+        raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
     from vistok.evaluation.run import evaluate as run
 
     run(c.to_container(config), data)
@@ -225,7 +229,7 @@ def _export(argv: list[str]) -> None:
     for key in ("run", "out"):
         if not _value(overrides, key):
             raise ConfigError(
-                f"{key} is missing; use: export.py run=runs/<run> out=exported/<name>"
+                f"{key} is missing; use: {typed('export')} run=runs/<run> out=exported/<name>"
             )
     from vistok.export.exporter import export_run
 
@@ -252,15 +256,37 @@ def _import_weights(argv: list[str]) -> None:
     run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)
 
 
-def _guarded(command: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
-    """Run a command; what a user can mend becomes one line and exit code 2."""
+def _list(argv: list[str]) -> None:
+    from vistok.help import list_help, listing
+
+    if _wants_help(argv):
+        return list_help()
+    words, folders = _take_folders(argv)
+    for word in words:
+        if word.startswith("-"):
+            raise ConfigError(f"{word}: no such option; --help shows an example")
+    listing(words, folders)
+
+
+def _tool(name: str) -> Callable[[list[str]], int]:
+    """Return the command of a module of vistok.tools, which is imported when it is called."""
+
+    def command(argv: list[str]) -> int:
+        import importlib
+
+        return importlib.import_module(f"vistok.tools.{name}").TOOL(argv)
+
+    return command
+
+
+def _guarded(command: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Run a command; an error that the user can mend becomes one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("VISTOK_DEBUG")) or any(map(_asks_for_traceback, argv))
     try:
-        command(argv)
-        return 0
-    except KeyboardInterrupt:
-        return _stopped("interrupted", 130)
+        return command(argv) or 0
+    except KeyboardInterrupt as error:
+        return _stopped("; ".join(["interrupted", *map(str, error.args)]), 130)
     except Preempted as error:
         return _stopped(f"{error}; run the same command again", Preempted.EXIT_CODE)
     except VistokError as error:
@@ -285,7 +311,7 @@ def _asks_for_traceback(word: str) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The VistokError behind an exception of a library (Lightning and Hydra wrap ours)."""
+    """Return the VistokError behind an exception of a library (Lightning and Hydra wrap ours)."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, VistokError):
@@ -295,7 +321,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _stopped(message: str, code: int) -> int:
-    """The exit code of a run that ended early and in order."""
+    """Tell that a run ended early and in order, and return its exit code."""
     # Lightning kills all processes as soon as one that it started does not return 0; theirs is
     # not asked for.
     child = os.environ.get("LOCAL_RANK", "0") != "0" and not _launched_from_outside()
@@ -310,7 +336,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _launched_from_outside() -> bool:
-    """Whether torchrun or srun started this process as one of several."""
+    """Return whether torchrun or srun started this process as one of several."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1")) > 1
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
@@ -321,29 +347,40 @@ def _wants_help(argv: Sequence[str]) -> bool:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
-    """Overrides, folders given by --config-dir, and Hydra's other flags."""
+    """Return the overrides, the folders given by --config-dir, and Hydra's other flags."""
     from vistok.core.configuration import quoted
 
-    overrides, folders, flags = [], [], []
-    words = iter(argv)
+    overrides, flags = [], []
+    others, folders = _take_folders(argv)
+    words = iter(others)
     for word in words:
-        name, equals, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            folder = value if equals else next(words, "")
-            if not folder:
-                raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
-            folders.append(Path(folder).expanduser())
-        elif word.lower() in ("debug=true", "debug=false"):
+        if word.lower() in ("debug=true", "debug=false"):
             continue  # `_guarded` reads it; Hydra would take it for a file of configs/debug
-        elif word.startswith("-"):
+        if word.startswith("-"):
             flags.append(word)
             if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
                 flags += [w for w in [next(words, None)] if w]
-        elif equals or word.startswith("~") or word.startswith("hydra."):
+        elif "=" in word or word.startswith("~") or word.startswith("hydra."):
             overrides.append(quoted(word))
         else:
             raise ConfigError(f"{word}: expected key=value; --help shows examples")
     return overrides, folders, flags
+
+
+def _take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Return the words without --config-dir, and the folders that it gives."""
+    others, folders = [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--config-dir", "-cd"):
+            others.append(word)
+            continue
+        folder = value if equals else next(words, "")
+        if not folder:
+            raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
+        folders.append(Path(folder).expanduser())
+    return others, folders
 
 
 def _value(overrides: Sequence[str], key: str) -> str | None:
@@ -353,7 +390,7 @@ def _value(overrides: Sequence[str], key: str) -> str | None:
 
 
 def _run_of(path: Path) -> tuple[Path, Path]:
-    """The run folder and the checkpoint that `resume=` names."""
+    """Return the run folder and the checkpoint that `resume=` names."""
     from vistok.checkpoints.find import run_folder
     from vistok.checkpoints.seals import is_checkpoint
     from vistok.core.configuration import load_run_config
@@ -363,10 +400,12 @@ def _run_of(path: Path) -> tuple[Path, Path]:
         return run_folder(path), path
     from vistok.checkpoints.resume import newest_whole
 
-    load_run_config(path)  # says clearly if there is no such run
+    load_run_config(path)  # raises if there is no such run
     checkpoint = newest_whole(path)
     if checkpoint is None:
-        raise CheckpointError(f"{path}: has no checkpoints/last.ckpt yet; start the run again")
+        raise CheckpointError(
+            f"{path}: has no checkpoint yet (checkpoints/last.ckpt); start the run again"
+        )
     return path, checkpoint
 
 

@@ -1,150 +1,248 @@
-"""Help for people; imports nothing heavy."""
+"""Help for people: what to type, and what there is to choose from; imports nothing heavy."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vistok.core.configuration import config_dir, header, options, user_config_dirs
+from vistok.core.configuration import groups, header, notes, option_files, options
+from vistok.core.errors import ConfigError, nearest
+from vistok.core.terminal import columns, counted, show, typed, wrapped
+
+#: The groups that people choose from most, in this order; the others follow by name.
+_FIRST = ("experiment", "tokenizer", "quantizer", "loss", "stage", "data", "logger")
+
+#: The experiments that `train --help` shows: one per kind of tokenizer, minutes on a CPU.
+_SHOWN = ("titok_tiny", "vqgan_tiny", "flextok_tiny")
+
+
+_IMPORTER = r'@register\("(\w+)", kind="importer"\)'
 
 
 def overview() -> None:
-    """`vistok --help`."""
-    print(
-        """vistok: an open training framework for discrete visual tokenizers
-
-  vistok train [key=value ...]               train a tokenizer, or resume=runs/<run>
-  vistok eval run=runs/<run>                 metrics, metrics.json, pictures
-  vistok export run=runs/<run> out=FOLDER    codebooks and weights for other programs
-  vistok import-weights source=titok ...     released weights (TiTok's family, MaskGIT's VQGAN)
-  vistok make-shards IMAGES out=FOLDER       images of any source to WebDataset shards
-  vistok check-shards FOLDER                 are they whole, and as their manifest says?
-  vistok bench-data [SHARDS]                 images per second of the data stream
-
-Each takes --help. In a checkout the same are: uv run train.py, eval.py, and scripts/export.py,
-import_weights.py, make_shards.py, check_shards.py and bench_data.py."""
+    """Print `vistok --help`."""
+    commands = {
+        "train [key=value ...]": "train a tokenizer, or resume=runs/<run>",
+        "eval run=runs/<run>": "metrics, metrics.json, pictures",
+        "export run=runs/<run> out=FOLDER": "files for other programs",
+        "import-weights source=titok ...": "released weights to an export",
+        "list [GROUP [WORD]]": "what there is to choose from",
+        "make-shards IMAGES out=FOLDER": "images to WebDataset shards",
+        "check-shards FOLDER": "shards against their manifest",
+        "bench-data [SHARDS]": "speed of the data stream",
+    }
+    _show(
+        "vistok: an open training framework for discrete visual tokenizers",
+        columns((f"vistok {words}", about) for words, about in commands.items()),
+        wrapped(
+            "Each takes --help. In a checkout, uv run train.py, uv run eval.py and the scripts in "
+            "scripts/ are the same commands."
+        ),
     )
 
 
 def train_help() -> None:
-    """`train.py --help`."""
-    print(
-        f"""Train a discrete visual tokenizer, or resume a run.
-
-usage: train.py [key=value ...]
-
-examples
-  train.py                                                    the default run, minutes on a CPU
-  train.py experiment=vqgan_tiny trainer.max_steps=500 quantizer.codebook_size=512
-  train.py data=folder data.train=/photos data.image_size=128
-  train.py data=shards 'data.train=/sets/train-{{000000..000127}}.tar' data.val=/sets/val.tar
-  train.py resume=runs/<run>                                  with that run's own config
-  train.py init_from=exported/my_tokenizer                    fine-tune from weights
-  train.py --multirun quantizer=ema_vq,fsq seed=0,1           one run for each combination
-
-{_listing("experiment", "experiments (experiment=NAME)")}
-
-{_listing("quantizer", "quantizers (quantizer=NAME)")}
-
-{_listing("tokenizer", "tokenizers (tokenizer=NAME)")}
-
-{_listing("stage", "stages (stage=NAME)")}
-
-{_listing("adversary", "adversaries (adversary=NAME)")}
-
-{_listing("data", "data (data=NAME)")}
-
-{_listing("logger", "loggers (logger=NAME)")}
-
-main keys
-  trainer.max_steps=1000           optimizer steps
-  trainer.accelerator=auto         cpu, gpu or auto; trainer.devices=8 for several GPUs
-  trainer.precision=auto           bf16, 16, 32; auto takes bf16 where the processor has it
-  trainer.val_check_interval=250   steps between validations and pictures
-  data.image_size=64               pixels, or [height,width]; data.channels=3
-  data.batch_size=32               images per device
-  quantizer.codebook_size=1024     codes
-  tokenizer.encoder.num_latent_tokens=64   length of the code of a 1D tokenizer
-  optimizer.lr=1e-4                and optimizer.warmup_samples, in images
-  ema.decay=0.999                  of the averaged weights
-  seed=0                           of everything
-  debug=true                       show tracebacks
-
-  --cfg job                        print the whole config: every key there is
-  --config-dir FOLDER              configs of your own (or VISTOK_CONFIG_DIR), laid out as ours
-"""
+    """Print `train.py --help`, which fits one screen."""
+    train, files = typed("train"), option_files("experiment")
+    start = {
+        train: "the default run: minutes on a CPU",
+        f"{train} data=folder data.train=FOLDER": "your own images",
+        f"{train} resume=runs/<run>": "continue a run",
+        f"{train} init_from=runs/<run>": "fine-tune from its weights",
+    }
+    keys = {
+        "trainer.max_steps=2000": "optimizer steps",
+        "trainer.devices=8": "number of GPUs or CPU processes",
+        "trainer.precision=bf16": "bf16, 16, 32 or auto",
+        "data.image_size=128": "pixels, or [height,width]",
+        "data.batch_size=64": "images per device",
+        "quantizer.codebook_size=4096": "number of codes",
+        "optimizer.lr=3e-4": "learning rate",
+        "seed=1": "seed of weights and data order",
+    }
+    more = {
+        f"{typed('list')} GROUP [WORD]": "GROUP: experiments, tokenizers, quantizers, losses, "
+        "data, ...; WORD: in a name or its notes",
+        "--multirun quantizer=vq,fsq": "one run for each combination",
+        "--cfg job": "print the config: every key there is",
+        "--config-dir FOLDER": "configs of your own; or VISTOK_CONFIG_DIR",
+        "debug=true": "show the traceback of an error",
+    }
+    _show(
+        "Train a discrete visual tokenizer, or continue a run.",
+        f"  {train} [key=value ...]",
+        "Start with\n" + columns(start.items()),
+        "Experiments (experiment=NAME)\n" + columns((n, header(files[n])) for n in _SHOWN),
+        "Main keys, for example\n" + columns(keys.items()),
+        "More\n" + columns(more.items()),
     )
 
 
 def eval_help() -> None:
-    """`eval.py --help`."""
-    print(
-        """Evaluate a tokenizer: PSNR, SSIM, codebook usage, bits; a table, metrics.json, a picture.
-
-usage: eval.py run=runs/<run> [key=value ...]
-
-examples
-  eval.py run=runs/<run>                            on that run's validation images
-  eval.py run=exported/my_tokenizer data=shards data.val=/sets/val-000000.tar
-  eval.py run=runs/<run> weights=last               the raw weights, not the averaged ones
-  eval.py run=runs/<run> 'eval.num_tokens=[1,8,64]' a curve over budgets (flexible length)
-
-keys
-  run           a run folder, an export folder or a checkpoint
-  out           where to write (default: <run>/eval)
-  weights=ema   ema or last
-  device=auto   auto, cpu or cuda;   precision=auto: auto, bf16, 16 or 32
-  batch_size=64, num_pictures=12, picture_scale=1
-  eval.num_tokens               budgets of a flexible tokenizer, beside JPEG and WebP
-  eval.steps, eval.guidance, eval.seed    of a decoder that samples
-  data.*        as in training, for example data.val=/photos/val data.val_crop=tv_center
-  debug=true    show tracebacks
-"""
+    """Print `eval.py --help`."""
+    program = typed("eval")
+    examples = {
+        f"{program} run=runs/<run>": "on the validation images of that run",
+        f"{program} run=exported/titok data=shards data.val=val.tar": "on other images",
+        f"{program} run=runs/<run> 'eval.num_tokens=[1,8,64]'": "curve over token budgets",
+    }
+    keys = {
+        "run=": "a run folder, an export folder or a checkpoint",
+        "out=": "where to write; empty: <run>/eval",
+        "weights=ema": "ema (averaged) or last",
+        "device=auto": "auto, cpu or cuda",
+        "precision=auto": "auto, bf16, 16 or 32",
+        "batch_size=64": "images per batch",
+        "num_pictures=12": "number of images in the picture; picture_scale= enlarges it",
+        "eval.num_tokens=": "token budgets (flexible length), measured next to JPEG and WebP",
+        "eval.steps=": "of a decoder that samples; likewise eval.guidance= and eval.seed=",
+        "data.*": "as in training, for example data.val=/photos/val data.val_crop=tv_center",
+        "debug=true": "show the traceback of an error",
+    }
+    _show(
+        wrapped(
+            "Evaluate a tokenizer: PSNR, SSIM, codebook usage and bits, as a table, as "
+            "metrics.json and in a picture."
+        ),
+        f"  {program} run=runs/<run> [key=value ...]",
+        "Examples\n" + columns(examples.items()),
+        "Keys\n" + columns(keys.items()),
     )
 
 
 def export_help() -> None:
-    """`export.py --help`."""
-    print(
-        """Export a tokenizer for other programs: codebooks, weights, a config and a card.
-
-usage: export.py run=runs/<run> out=exported/my_tokenizer [weights=ema] [overwrite=true]
-
-It is read back with vistok.load("exported/my_tokenizer"); the codebooks need safetensors alone.
-"""
+    """Print `export.py --help`."""
+    keys = {
+        "run=": "a run folder or a checkpoint",
+        "out=": "folder to write, for example exported/my_tokenizer",
+        "weights=ema": "ema (averaged) or last",
+        "overwrite=false": "true: replace an export",
+        "debug=true": "show the traceback of an error",
+    }
+    _show(
+        "Export a tokenizer for other programs: codebooks, weights, a config and a card.",
+        f"  {typed('export')} run=runs/<run> out=FOLDER [key=value ...]",
+        "Keys\n" + columns(keys.items()),
+        wrapped(
+            'vistok.load("FOLDER") reads it back; the codebooks can be read with safetensors alone.'
+        ),
     )
 
 
 def import_help() -> None:
-    """`import_weights.py --help`."""
-    print(
-        """Make an export of weights that others released, under our names.
-
-usage: import_weights.py source=titok weights=FILE out=exported/titok_l32
-
-keys
-  source        maskgit_vqgan, titok, one_d_piece, ta_titok, flextok, gigatok, retok or restok
-  weights       a .safetensors, .bin or .pth file; it is read without running code
-  out           folder to write
-  image_size    for maskgit_vqgan and restok, whose weights take any (published: 256)
-  overwrite     replace an export that is there
-
-then
-  train.py experiment=titok_l32 stage=proxy stage.proxy=exported/maskgit_vqgan
-  train.py experiment=titok_l32 stage=decoder stage.weights=exported/titok_l32
-  eval.py run=exported/titok_l32 data=shards data.val=/sets/val-000000.tar
-"""
+    """Print `import_weights.py --help`."""
+    program = typed("import-weights")
+    keys = {
+        "source=": ", ".join(_importers()),
+        "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
+        "out=": "folder to write, for example exported/titok_l32",
+        "image_size=": "for maskgit_vqgan and restok, whose weights take any (published: 256)",
+        "overwrite=false": "true: replace an export",
+        "debug=true": "show the traceback of an error",
+    }
+    _show(
+        "Turn weights that others released into an export.",
+        f"  {program} source=titok weights=FILE out=FOLDER ...",
+        "Keys\n" + columns(keys.items()),
+        "Then, for example\n"
+        f"  {typed('eval')} run=FOLDER data=shards data.val=/sets/val-000000.tar",
     )
 
 
-def _listing(group: str, title: str) -> str:
-    folders = [config_dir(), *user_config_dirs()]
-    lines = [title]
-    for name in options(group):
-        path = next(f / group / f"{name}.yaml" for f in folders if _has(f, group, name))
-        text = header(path)
-        lines.append(f"  {name:<20} {text[:76]}")
-    return "\n".join(lines)
+def _importers() -> list[str]:
+    """Return the names of the importers, read off their sources: importing them takes torch."""
+    sources = (Path(__file__).parent / "systems").rglob("*.py")
+    return sorted(n for p in sources for n in re.findall(_IMPORTER, p.read_text("utf-8")))
 
 
-def _has(folder: Path, group: str, name: str) -> bool:
-    return (folder / group / f"{name}.yaml").is_file()
+def list_help() -> None:
+    """Print `vistok list --help`, which names the groups."""
+    _groups((), "List the configs to choose from.")
+
+
+def listing(words: Sequence[str], folders: Sequence[Path] = ()) -> None:
+    """Print the configs of a group, those that mention all further words, or all of one.
+
+    Args:
+        words: a group in the singular or plural, then words of a name or description.
+        folders: folders of configs in addition to ours and VISTOK_CONFIG_DIR.
+
+    Raises:
+        ConfigError: if there is no such folder or group, or no config mentions the words.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such config folder")
+    if not words:
+        return _groups(folders, "")
+    group, many = _group_of(words[0], groups(folders))
+    files = dict(sorted(option_files(group, folders).items()))
+    wanted = [word.lower() for word in words[1:]]
+    texts = {name: f"{name} {' '.join(notes(path))}".lower() for name, path in files.items()}
+    found = [name for name in files if all(word in texts[name] for word in wanted)]
+    if len(wanted) == 1 and words[1] in files:
+        found = [words[1]]
+    if not found:
+        hint = nearest(words[-1], files)
+        raise ConfigError(f"{' '.join(words[1:])}: no {group} mentions this{hint}")
+    choice = f"+{group}" if group == "debug" else group
+    if len(found) == 1:
+        return _show(f"{choice}={found[0]}", _wrapped_notes(notes(files[found[0]])))
+    _show(
+        f"{counted(len(found), 'config')}; choose one with {choice}=NAME",
+        columns((name, header(files[name])) for name in found),
+        f"{typed('list')} {many} NAME shows all notes on one of them.",
+    )
+
+
+def _wrapped_notes(lines: Iterable[str]) -> str:
+    """Wrap notes, in which a line goes on until one ends with a full stop; commands stay whole."""
+    texts: list[str] = []
+    goes_on = False
+    for line in map(str.rstrip, lines):
+        command = line.lstrip().startswith("train.py") or (goes_on and texts[-1].endswith("\\"))
+        if command or not goes_on:
+            texts.append(line)
+        else:
+            texts[-1] += f" {line.strip()}"
+        goes_on = line.endswith("\\") if command else not line.endswith((".", ":"))
+    whole = ("train.py", " ")
+    return "\n".join(f"  {t}" if t.startswith(whole) else wrapped(t, "  ", "  ") for t in texts)
+
+
+def _groups(folders: Sequence[Path], title: str) -> None:
+    known = groups(folders)
+    order = [*(g for g in _FIRST if g in known), *(g for g in known if g not in _FIRST)]
+    rows = [(_plural(g), counted(len(options(g, folders)), "config")) for g in order]
+    _show(
+        title,
+        f"  {typed('list')} GROUP [WORD ...] [--config-dir FOLDER]",
+        "Groups\n" + columns(rows),
+        wrapped(
+            f"For example, {typed('list')} quantizers entropy lists the quantizers whose name or "
+            "notes mention entropy."
+        ),
+    )
+
+
+def _group_of(word: str, known: Iterable[str]) -> tuple[str, str]:
+    """Return a group and its plural, by either."""
+    plurals = {group: _plural(group) for group in known}
+    for group, many in plurals.items():
+        if word.lower() in (group, many):
+            return group, many
+    there = ", ".join(plurals.values())
+    raise ConfigError(f"{word}: no such group{nearest(word, plurals.values())}; there are: {there}")
+
+
+def _plural(group: str) -> str:
+    if group.endswith("y"):
+        return f"{group[:-1]}ies"
+    if group.endswith("ss"):
+        return f"{group}es"
+    return group if group in ("data", "debug", "callbacks") else f"{group}s"
+
+
+def _show(*parts: str) -> None:
+    show("\n\n".join(filter(None, parts)))

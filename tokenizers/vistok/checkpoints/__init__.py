@@ -1,1 +1,1 @@
-"""The one home of the checkpoint format."""
+"""The checkpoint format: write, seal, find, read and migrate."""

@@ -12,7 +12,7 @@ from vistok.core.errors import (
 
 
 def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """The checkpoint of a run folder (best or last), or `path` itself if it is one.
+    """Return the checkpoint of a run folder (best or last), or `path` itself if it is one.
 
     Raises:
         CheckpointError: if there is none.
@@ -22,22 +22,27 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         return path
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) or f"; {path.parent} holds: {', '.join(siblings[:5])}"
+        hint = (
+            nearest(path.name, siblings) or f"; {path.parent} contains: {', '.join(siblings[:5])}"
+        )
         raise CheckpointError(f"{path}: no such run, export or checkpoint{hint}")
     names = ("best.ckpt", "last.ckpt") if prefer == "best" else ("last.ckpt", "best.ckpt")
     for name in names:
         if is_checkpoint(path / "checkpoints" / name):
             return path / "checkpoints" / name
-    raise CheckpointError(f"{path}: holds no checkpoints/last.ckpt and no model.safetensors")
+    raise CheckpointError(
+        f"{path}: neither a run nor an export; expected checkpoints/last.ckpt or "
+        "model.safetensors in it"
+    )
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to."""
+    """Return the folder of the run that a checkpoint belongs to."""
     inside = checkpoint.parent.name == "checkpoints"
     return checkpoint.parent.parent if inside else checkpoint.parent
 
 
 def find_checkpoint_or_export(path: str) -> Path:
-    """`path` if it is an export folder, else the checkpoint in it."""
+    """Return `path` if it is an export folder, else the checkpoint in it."""
     folder = Path(path)
     return folder if (folder / "model.safetensors").exists() else find_checkpoint(folder)

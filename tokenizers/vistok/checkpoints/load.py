@@ -48,15 +48,16 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     """
     own = module.state_dict()
     problems = [f"'{key}' is missing" for key in own if key not in state]
-    problems += [f"'{key}' is unknown here" for key in state if key not in own]
+    problems += [f"'{key}' is not expected" for key in state if key not in own]
     problems += [
         f"'{key}' has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
     if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(
-            f"{source}: weights of another architecture, {problems[0]} "
-            f"(and {len(problems) - 1} more); use the config they were trained with"
+            f"{source}: weights of another architecture: {problems[0]}{more}; use the config that "
+            "they were trained with"
         )
     module.load_state_dict(dict(state))

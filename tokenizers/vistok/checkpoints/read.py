@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.checkpoints.migrate import migrate_checkpoint, migrate_config
 from vistok.checkpoints.seals import check_seal, checkpoint_files, is_checkpoint
 from vistok.core.errors import CheckpointError, ConfigError
 
 
 def read_checkpoint(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
-    """The content of a checkpoint: tensors and plain containers only.
+    """Return the content of a checkpoint in today's form: tensors and plain containers only.
 
     Args:
         path: a file, or the folder of a sharded checkpoint, which is put together.
@@ -31,7 +32,7 @@ def read_checkpoint(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
 def read_parts(
     path: Path, join: Callable[[list[tuple[int, Tensor]]], Any], without: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Like `read_checkpoint`, with `join` to make something of the pieces of a sharded tensor.
+    """Read a checkpoint as `read_checkpoint` does, and `join` the pieces of sharded tensors.
 
     Args:
         path: a file or a folder.
@@ -45,7 +46,7 @@ def read_parts(
     for name in without:
         for content in contents:
             content.pop(name, None)
-    return _joined(contents, join)
+    return migrate_checkpoint(_joined(contents, join), path)
 
 
 #: Marks a piece of a tensor in the file of a rank: {SHARD: rows, "first": number of the first}.
@@ -53,7 +54,7 @@ SHARD = "vistok.shard"
 
 
 def _joined(parts: Sequence[Any], join: Callable[[list[tuple[int, Tensor]]], Any]) -> Any:
-    """One content from those of the ranks; what is not sharded is the first one's."""
+    """Merge the contents of the ranks; values that are not sharded are those of the first."""
     first = parts[0]
     if isinstance(first, dict):
         if SHARD in first:
@@ -70,13 +71,13 @@ def _read_file(path: Path, mmap: bool) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values, or is damaged"
+            f"{path}: refused; it contains more than tensors and plain values, or is damaged"
         ) from error
     except Exception as error:  # other files make torch.load raise almost anything
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a whole checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: not a complete checkpoint ({reason})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path}: not a checkpoint of vistok (no state_dict in it)")
+        raise CheckpointError(f"{path}: not a vistok checkpoint (it has no state_dict)")
     return content
 
 
@@ -84,14 +85,14 @@ _HEAVY = ("state_dict", "optimizer_states", "ema")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config of a checkpoint or an export folder, as plain containers."""
+    """Return the config of a checkpoint or an export folder, as plain containers."""
     if path.is_dir() and not is_checkpoint(path):
         return read_export(path)[0]
     content = read_checkpoint(path, without=_HEAVY)
     try:
         return content["hyper_parameters"]["config"]
     except KeyError as error:
-        raise CheckpointError(f"{path}: not a checkpoint of vistok (no config in it)") from error
+        raise CheckpointError(f"{path}: not a vistok checkpoint (it has no config)") from error
 
 
 def read_weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -107,7 +108,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Te
     try:
         config = content["hyper_parameters"]["config"]
     except KeyError as error:
-        raise CheckpointError(f"{path}: not a checkpoint of vistok (no config in it)") from error
+        raise CheckpointError(f"{path}: not a vistok checkpoint (it has no config)") from error
     if weights == "ema" and content.get("ema"):
         return config, content["ema"]["weights"]
     prefix = "tokenizer."
@@ -138,4 +139,4 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for part in ("tokenizer", "quantizer"):
         if not isinstance(config, dict) or part not in config:
             raise CheckpointError(f"{folder}/config.json: has no '{part}'")
-    return config, state
+    return migrate_config(config, folder / "config.json"), state

@@ -1,20 +1,32 @@
-"""Find where a run is to go on."""
+"""Find the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from vistok.checkpoints.migrate import migrate_config
 from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.seals import check_seal, read_seal, seal_of
+from vistok.core.configuration import load_run_config, to_container
 from vistok.core.console import say
 from vistok.core.errors import CheckpointError
 from vistok.core.ranks import is_first_process
 
 
+def stored_config(run: Path) -> dict[str, Any]:
+    """Return the config that a run folder keeps, in today's form.
+
+    Raises:
+        CheckpointError: if there is no such run, or a newer vistok wrote it.
+    """
+    return migrate_config(to_container(load_run_config(run)), run / "config.yaml")
+
+
 def newest_whole(run: Path) -> Path | None:
-    """The newest checkpoint of a run folder that is whole; None if there is no file at all.
+    """Return the newest intact checkpoint of a run folder; None if there is no file at all.
 
     Damaged ones are passed over, with one line for each.
 
@@ -31,14 +43,14 @@ def newest_whole(run: Path) -> Path | None:
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
             if is_first_process():
-                say(f"[yellow]{error}; looking for an older one[/yellow]")
+                say(f"[yellow]{error}; trying an older one[/yellow]")
     if problems:
-        raise CheckpointError(f"{run}: no checkpoint is whole; {problems[0]}")
+        raise CheckpointError(f"{run}: no checkpoint is intact; {problems[0]}")
     return None
 
 
 def _age(path: Path) -> tuple[float, str]:
-    """Sort key: `last.ckpt` is the newest, the others go by their step."""
+    """Return a sort key: `last.ckpt` is the newest, the others go by their step."""
     if path.name == "last.ckpt":
         return float("inf"), ""
     if number := re.fullmatch(r"step_(\d+)", path.stem):
@@ -48,7 +60,7 @@ def _age(path: Path) -> tuple[float, str]:
 
 
 def finished_steps(folder: Path) -> int:
-    """Steps of the run whose summary the folder holds; 0 if there is none."""
+    """Return the steps of the run whose summary the folder holds; 0 without one."""
     try:
         return int(json.loads((folder / "summary.json").read_text())["steps"])
     except (OSError, ValueError, KeyError):

@@ -14,12 +14,12 @@ _SEAL_BYTES = len(_SEAL.format("0" * 64, 0))
 
 
 def seal(sha256: str, step: int) -> bytes:
-    """The last line of a checkpoint file whose bytes before it have this digest."""
+    """Return the last line of a checkpoint file whose other bytes have this digest."""
     return _SEAL.format(sha256, step).encode()
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The files of a checkpoint, in the order of the ranks.
+    """Return the files of a checkpoint, in the order of the ranks.
 
     Raises:
         CheckpointError: if one of a sharded checkpoint is missing.
@@ -29,12 +29,12 @@ def checkpoint_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*-of-*.ckpt"))
     wanted = int(files[0].stem.rpartition("-")[2]) if files else 1
     if len(files) != wanted:
-        raise CheckpointError(f"{path}: not whole, it has {len(files)} of {wanted} files")
+        raise CheckpointError(f"{path}: incomplete: {len(files)} of {wanted} files")
     return files
 
 
 def read_seal(path: Path) -> tuple[str, int] | None:
-    """Digest and step that the seal of a checkpoint('s first file) names; None if it has none."""
+    """Return digest and step of the seal of a checkpoint's first file; None without a seal."""
     with open(checkpoint_files(path)[0], "rb") as file:
         file.seek(max(0, file.seek(0, 2) - _SEAL_BYTES))
         found = re.fullmatch(rb"\nvistok sha256=(.{64}) step=(\d{10})\n", file.read(), re.DOTALL)
@@ -51,7 +51,7 @@ def check_seal(path: Path) -> None:
         files = checkpoint_files(path)
         seals = [read_seal(file) for file in files]
         if None in seals or len({seal[1] for seal in seals if seal}) != 1:
-            raise CheckpointError(f"{path}: damaged, its files are not of one step")
+            raise CheckpointError(f"{path}: damaged; its files are from different steps")
         for file in files:
             check_seal(file)
         return
@@ -65,15 +65,15 @@ def check_seal(path: Path) -> None:
                 sha.update(chunk)
                 left -= len(chunk)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read, {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if sha.hexdigest() != sealed[0]:
         raise CheckpointError(
-            f"{path}: damaged, its bytes do not have the checksum in its last line"
+            f"{path}: damaged; its contents do not match the checksum in its last line"
         )
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a checkpoint's: a file, or the folder of a sharded one."""
+    """Return whether `path` is a checkpoint: a file, or the folder of a sharded one."""
     return path.is_file() or (path.suffix == ".ckpt" and path.is_dir())
 
 

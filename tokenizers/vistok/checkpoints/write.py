@@ -20,7 +20,7 @@ TEMPORARY = ".tmp"  # ends the names of what is being written, or removed
 
 
 def step_of(checkpoint: dict) -> int:
-    """Optimizer steps that led to a checkpoint."""
+    """Return the number of optimizer steps that led to a checkpoint."""
     return int(checkpoint.get("global_step", 0))
 
 
@@ -36,7 +36,7 @@ def write_sealed(content: dict, path: Path) -> None:
 
 
 def publish(temporary: Path, target: Path, step: int, keep_last: int) -> None:
-    """Give a file or folder that is whole its name; what bore it before is kept or removed."""
+    """Give a complete file or folder its name, and keep or remove the one that had it."""
     if target.name == LAST:
         keep_previous(target, step, keep_last)
     if target.is_dir():  # a folder cannot take the place of another
@@ -51,10 +51,10 @@ def publish(temporary: Path, target: Path, step: int, keep_last: int) -> None:
 
 
 def failure(error: Exception, target: Path) -> CheckpointError:
-    """What to raise if `target` could not be written."""
+    """Return the error to raise if `target` could not be written."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    kept = " (the previous checkpoint is whole)" if _exists(target) else ""
-    told = CheckpointError(f"{target}: could not be written, {reason}{kept}")
+    kept = " (the previous checkpoint is intact)" if _exists(target) else ""
+    told = CheckpointError(f"{target}: could not be written: {reason}{kept}")
     told.__cause__ = error
     return told
 
@@ -81,7 +81,7 @@ class Summed:
 
 
 def snapshot(content: Any) -> Any:
-    """A copy in main memory: tensors cloned (pinned, if they come from a GPU), containers anew."""
+    """Return a copy in main memory; tensors of a GPU are copied to pinned memory."""
     copies: dict[tuple, Tensor] = {}  # tensors that share their memory stay one
 
     def walk(value: Any) -> Any:
@@ -110,7 +110,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def keep_previous(last: Path, step: int, keep: int) -> None:
-    """Before `last.ckpt` of `step` takes its place: the present one stays as `step_*.ckpt`.
+    """Keep the present `last.ckpt` as `step_*.ckpt` before that of `step` takes its place.
 
     Afterwards there are `keep` - 1 of these at most. Those of `step` and later belong to a future
     that a resume from an older checkpoint has given up.

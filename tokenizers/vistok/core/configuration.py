@@ -1,4 +1,4 @@
-"""Configs: where they lie, how they are composed, and errors that name the key.
+"""Find configs, compose them, and raise errors that name the key.
 
 Light on purpose: `--help` and mistyped overrides are answered without importing torch.
 """
@@ -16,40 +16,65 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from vistok.core.errors import CheckpointError, ConfigError, nearest
+from vistok.core.errors import CheckpointError, ConfigError, as_written, nearest
 
-#: Groups of keys that a run can do without.
+#: Groups of keys that may be null.
 _NULL_FOR_NONE = ("baseline",)
 
 
 def config_dir() -> Path:
-    """The folder of vistok's own configs: a checkout's `configs/`, else the installed copy."""
+    """Return the folder of vistok's configs: a checkout's `configs/`, else the installed copy."""
     checkout = Path(__file__).resolve().parents[3] / "configs"
     return checkout if (checkout / "train.yaml").exists() else Path(__file__).parents[1] / "configs"
 
 
 def user_config_dirs() -> list[Path]:
-    """Folders of the user's own configs: the environment variable VISTOK_CONFIG_DIR."""
+    """Return the folders of the user's configs, which VISTOK_CONFIG_DIR names."""
     return [Path(p) for p in os.environ.get("VISTOK_CONFIG_DIR", "").split(os.pathsep) if p]
 
 
 def options(group: str, extra_dirs: Iterable[Path] = ()) -> list[str]:
-    """Names that can be chosen in a config group, for example "experiment"."""
+    """Return the names that can be chosen in a config group, for example "experiment"."""
+    return sorted(option_files(group, extra_dirs))
+
+
+def option_files(group: str, extra_dirs: Iterable[Path] = ()) -> dict[str, Path]:
+    """Return the file of each name in a group; of one name in two folders, ours."""
     folders = [config_dir(), *user_config_dirs(), *extra_dirs]
-    names = {p.stem for folder in folders for p in (folder / group).glob("*.yaml")}
-    return sorted(names)
+    files = [path for folder in reversed(folders) for path in (folder / group).glob("[!_]*.yaml")]
+    return {path.stem: path for path in files}
+
+
+def groups(extra_dirs: Iterable[Path] = ()) -> list[str]:
+    """Return the config groups: the folders of configs, without those of Hydra itself."""
+    folders = [config_dir(), *user_config_dirs(), *extra_dirs]
+    paths = (path.parent for folder in folders for path in folder.glob("*/[!_]*.yaml"))
+    return sorted({path.name for path in paths} - {"hydra"})
+
+
+def notes(path: Path) -> list[str]:
+    """Return the lines of the comment at the top of a config, without their `# `."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line[1:].removeprefix(" "))
+    return lines
 
 
 def header(path: Path) -> str:
-    """First comment line of a config: what it is, for people."""
-    for line in path.read_text().splitlines():
-        if line.startswith("# ") and not line.startswith("# @package"):
-            return line[2:].strip()
-    return ""
+    """Return the first sentence of a config's comment."""
+    text = ""
+    for line in notes(path):
+        text = f"{text} {line}".strip()
+        if line.endswith((".", ":")):
+            break
+    return re.split(r"(?<=\.)\s(?=[A-Z])", text)[0].removesuffix(":")
 
 
 def quoted(override: str) -> str:
-    """The override with its value in quotes if Hydra's grammar would trip over it.
+    """Return the override, with its value in quotes if Hydra's grammar would trip over it.
 
     Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then.
     """
@@ -66,7 +91,7 @@ def quoted(override: str) -> str:
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job that `--multirun` makes of `key=a,b` and its like."""
+    """Return the overrides of each job that `--multirun` makes of `key=a,b` and its like."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     choices = []
@@ -111,9 +136,9 @@ def compose(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()
 def _refuse_misfits(
     config: DictConfig, compose_with: Callable[[list[str]], DictConfig], overrides: list[str]
 ) -> None:
-    """What was set to something of another kind fails here, by its key, not deep in a library.
+    """Raise if an override sets a key to a value of another kind, before a library does.
 
-    That is a number or flag anywhere, and a list or a group of keys on the top level.
+    Checked are numbers and flags anywhere, and lists and groups of keys on the top level.
     """
     misfits = {
         key: override
@@ -133,13 +158,13 @@ def _refuse_misfits(
         own, now = (OmegaConf.select(c, key, throw_on_missing=False) for c in (before, config))
         if isinstance(own, (bool, int, float)) and isinstance(now, str):
             what = "true or false" if isinstance(own, bool) else "a number"
-            raise ConfigError(f"{override}: expected {what}, such as {str(own).lower()}")
+            raise ConfigError(f"{override}: expected {what}, for example {key}={as_written(own)}")
         if "." not in key and isinstance(own, (DictConfig, ListConfig)):
             raise ConfigError(f"{override}: {_wanted(key, own)}")
 
 
 def _refuse_nulls(compose_with: Callable[[list[str]], DictConfig], overrides: list[str]) -> None:
-    """A top level key set to null fails here, unless null is what it may be (resume, baseline)."""
+    """Raise if an override sets a top level key to null that needs a value."""
     nulls = {
         key: o
         for o in overrides
@@ -155,20 +180,20 @@ def _refuse_nulls(compose_with: Callable[[list[str]], DictConfig], overrides: li
 
 
 def _set_to_null(override: str) -> str:
-    """The key that an override sets to null; "" if it does something else."""
+    """Return the key that an override sets to null, or "" if it does something else."""
     key, _, value = override.partition("=")
     return key if value.strip().lower() == "null" else ""
 
 
 def _wanted(key: str, own: Any) -> str:
-    """What a top level key takes, whose present value is `own`."""
+    """Say which values a top level key takes, whose present value is `own`."""
     if (choices := options(key)) and isinstance(own, DictConfig | None):
-        return f"null is no choice of it; there are: {', '.join(choices)}"
+        return f"null is not allowed; choose one of {', '.join(choices)}"
     if isinstance(own, DictConfig):
-        return f"it holds keys of its own; set {' or '.join(f'{key}.{part}' for part in own)}"
+        return f"{key} is a group of keys; set {' or '.join(f'{key}.{part}' for part in own)}"
     if isinstance(own, ListConfig):
-        return f"expected a list, such as {key}={list(own)}"
-    return f"null cannot be; such as {key}={str(own).lower() if isinstance(own, bool) else own}"
+        return f"expected a list, for example {key}={list(own)}"
+    return f"null is not allowed; for example {key}={as_written(own)}"
 
 
 def _explain(
@@ -183,7 +208,7 @@ def _explain(
         if known and choice not in known:
             return (
                 f"{group}={choice}: no such config{nearest(choice, known)}; "
-                f"there are: {', '.join(known)}"
+                f"choose one of {', '.join(known)}"
             )
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
@@ -197,7 +222,7 @@ def _explain(
 
 
 def all_keys(config: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of a config, without resolving anything."""
+    """Return all dotted keys of a config, without resolving anything."""
     keys = []
     for key in config:
         dotted = f"{prefix}{key}"
@@ -210,7 +235,7 @@ def all_keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def nearest_key(key: str, known: list[str]) -> str:
-    """The closest dotted key: by its last part if that names one key only, else as a whole."""
+    """Return the closest dotted key, by its last part if that names one key, else as a whole."""
     same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     if len(same_leaf) == 1:
         return f" (did you mean '{same_leaf[0]}'?)"
@@ -221,7 +246,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Set `key=value` pairs in an already resolved config (a resumed run's own).
 
     Raises:
-        ConfigError: for a key that it doesn't have, or a group choice.
+        ConfigError: for a key that it does not have, or a group choice.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -250,7 +275,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def load_run_config(run: Path) -> DictConfig:
-    """The resolved config that a run folder keeps.
+    """Return the resolved config that a run folder keeps.
 
     Raises:
         CheckpointError: if there is no such run.
@@ -261,11 +286,17 @@ def load_run_config(run: Path) -> DictConfig:
         siblings = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
         hint = nearest(run.name, siblings)
         if not hint and siblings:
-            hint = f"; {parent} holds: {', '.join(siblings[-3:])}"
-        what = "holds no config.yaml" if run.is_dir() else "no such run"
+            hint = f"; {parent} contains: {', '.join(siblings[-3:])}"
+        what = "has no config.yaml" if run.is_dir() else "no such run"
         raise CheckpointError(f"{run}: {what}{hint}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
+    return config
+
+
+def closed(container: dict[str, Any]) -> DictConfig:
+    """Return a config of plain containers that takes overrides of the keys it has."""
+    config = OmegaConf.create(container)
     OmegaConf.set_struct(config, True)
     return config
 

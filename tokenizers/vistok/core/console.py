@@ -1,4 +1,4 @@
-"""What the terminal is told."""
+"""Output to the terminal."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ console = Console(highlight=False)
 
 
 def say(text: object) -> None:
-    """Print text (rich markup) or a table; long lines are left to the terminal to wrap."""
+    """Print text (rich markup) or a table; the terminal wraps long lines."""
     console.print(text, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class VistokError(ValueError):
-    """Something a user can cause and mend; the command line prints it without a traceback."""
+    """An error that a user can cause and fix; the command line prints it without a traceback."""
 
 
 class ConfigError(VistokError):
@@ -32,7 +32,7 @@ class CheckpointError(VistokError):
 
 
 class Preempted(Exception):
-    """The machine is wanted back: what was done is saved, and the same command goes on from there.
+    """The machine is needed elsewhere: the work is saved, and the same command continues it.
 
     The command line then exits with `EXIT_CODE`, which sysexits.h calls "try again later".
     """
@@ -41,7 +41,7 @@ class Preempted(Exception):
 
 
 def as_written(value: Any) -> str:
-    """A value as a config has it: null, true, 2.5, word."""
+    """Return a value as a config spells it: null, true, 2.5, word."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""Where files go, and how they get there whole."""
+"""Folders for files, and files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: `$VISTOK_CACHE`, else the platform's cache folder."""
+    """Return the folder for files that can be made again: `$VISTOK_CACHE`, or a default one."""
     if chosen := os.environ.get("VISTOK_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":

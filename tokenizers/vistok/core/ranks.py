@@ -18,17 +18,17 @@ _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this rank; 0 without a process group."""
+    """Return the index of this rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0, also before there is a process group (torchrun, SLURM, Lightning)."""
+    """Return whether this is rank 0, also before a process group exists (torchrun, SLURM)."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return all(os.environ.get(name, "0") == "0" for name in _RANK_VARIABLES)
@@ -36,14 +36,14 @@ def is_first_process() -> bool:
 
 @torch.no_grad()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum `tensor` over the ranks, in place; no gradient."""
+    """Sum `tensor` over the ranks, in place and without a gradient."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_mean_with_grad(tensor: Tensor) -> Tensor:
-    """Mean of `tensor` over the ranks, with a gradient to each rank's share.
+    """Return the mean of `tensor` over the ranks, with a gradient to each rank's share.
 
     Needed where a loss is nonlinear in an average over the global batch (batch entropy).
     """
@@ -92,7 +92,7 @@ _control: tuple[Any, Any] | None = None  # the default group, and the gloo group
 
 
 def control_group() -> Any:
-    """A gloo group for flags and small objects, so that they never wait for the accelerator.
+    """Return a gloo group for flags and small objects, which never wait for the accelerator.
 
     Every rank must make the first call together.
     """
@@ -105,7 +105,7 @@ def control_group() -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """A small object of each rank, in their order; every rank must call it."""
+    """Return an object of each rank, in their order; every rank must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] = [value] * dist.get_world_size()
@@ -114,7 +114,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def max_of_all(value: int) -> int:
-    """The largest of the ranks' numbers; every rank must call it."""
+    """Return the largest of the ranks' numbers; every rank must call it."""
     if world_size() == 1:
         return value
     tensor = torch.tensor(value)

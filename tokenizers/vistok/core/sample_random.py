@@ -1,4 +1,4 @@
-"""Random numbers that belong to samples: the same on whatever rank, in whatever batch.
+"""Random numbers that belong to samples: the same on any rank and in any batch.
 
 Within `drawing`, which the trainer enters for each batch, a number is a function of the seed, the
 position of its sample in the data stream, and how many draws the forward has made before. So two
@@ -23,14 +23,14 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 class _Draws:
-    """What the numbers of one forward depend on."""
+    """The values that the numbers of one forward depend on."""
 
     def __init__(self, seed: int, positions: Tensor, step: Tensor) -> None:
         self.seed, self.positions, self.step = seed, positions, step
         self.calls = 0
 
     def words(self, rows: Tensor, count: int) -> Tensor:
-        """`(len(rows), count)` int64, all bits random."""
+        """Return int64 `(len(rows), count)`, with all bits random."""
         self.calls += 1
         call = (self.calls * (_GOLDEN >> 1) + 2**63) % 2**64 - 2**63  # as int64
         keys = _mix(_mix(rows * _GOLDEN + self.seed) + call)
@@ -43,7 +43,7 @@ _current: _Draws | None = None
 
 @contextmanager
 def drawing(seed: int, positions: Tensor, step: int) -> Iterator[None]:
-    """Within this context, draw for the samples of a batch.
+    """Draw for the samples of a batch within this context.
 
     Args:
         seed: of the run, in [0, 2^63).
@@ -59,7 +59,7 @@ def drawing(seed: int, positions: Tensor, step: int) -> Iterator[None]:
 
 
 def uniform(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Float32 in [0, 1).
+    """Draw float32 numbers in [0, 1).
 
     Args:
         shape: B samples come first; what follows, or is flattened into the first dimension, is
@@ -72,7 +72,7 @@ def uniform(shape: Sequence[int], device: torch.device | str | None = None) -> T
 
 
 def normal(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Standard normal float32 numbers; `shape` as in `uniform`."""
+    """Draw standard normal float32 numbers; `shape` as in `uniform`."""
     if _current is None:
         return torch.randn(tuple(shape), device=device)
     count = math.prod(shape) // max(1, len(_current.positions))
@@ -87,7 +87,7 @@ def normal(shape: Sequence[int], device: torch.device | str | None = None) -> Te
 def integers(
     low: int, high: int, shape: Sequence[int], device: torch.device | str | None = None
 ) -> Tensor:
-    """Int64 in [low, high); `shape` as in `uniform`."""
+    """Draw int64 numbers in [low, high); `shape` as in `uniform`."""
     if _current is None:
         return torch.randint(low, high, tuple(shape), device=device)
     words = _words(_current, shape, device)
@@ -95,7 +95,7 @@ def integers(
 
 
 def shared_integer(low: int, high: int, device: torch.device | str | None = None) -> Tensor:
-    """`(1,)` int64 in [low, high): one for all batches and ranks of an optimizer step."""
+    """Draw an int64 `(1,)` in [low, high): one for all batches and ranks of an optimizer step."""
     if _current is None:
         return torch.randint(low, high, (1,), device=device)
     words = _current.words(_current.step.to(device), 1)
@@ -114,10 +114,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """To the right, filled up with zeros."""
+    """Shift to the right, and fill with zeros."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _unit(bits: Tensor) -> Tensor:
-    """24 bits to [0, 1)."""
+    """Map 24 bits to [0, 1)."""
     return bits.float() * 2**-24

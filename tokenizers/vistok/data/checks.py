@@ -1,4 +1,4 @@
-"""Checks of the configuration's values: each returns the value, or says what would be right."""
+"""Check values of the config: return each, or raise an error that says what is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vistok.core.values import check_whole
 
 
 def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
-    """The parts of a mixture, checked."""
+    """Return the parts of a mixture, checked."""
     example = (
         "data.sources={photos:{train:/photos,weight:3},art:{train:'/sets/art-*.tar',weight:1}}"
     )
@@ -19,10 +19,10 @@ def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for name, spec in sources.items():
         if not isinstance(spec, Mapping) or not spec.get("train"):
-            raise ConfigError(f"data.sources.{name} has no train; for example {example}")
+            raise ConfigError(f"data.sources.{name}.train is not set; for example {example}")
         if unknown := set(spec) - {"train", "weight"}:
             raise ConfigError(
-                f"data.sources.{name}: unknown key {min(unknown)}; there are train and weight"
+                f"data.sources.{name}: unknown key {min(unknown)}; the keys are train and weight"
             )
         found[str(name)] = {
             "train": spec["train"],
@@ -32,32 +32,32 @@ def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
 
 
 def at_least(least: int, name: str, value: Any) -> int:
-    """A whole number of at least `least`."""
+    """Return a whole number of at least `least`."""
     check_whole(f"data.{name}", value, least)
     return value
 
 
 def above_zero(name: str, value: Any) -> float:
-    """A number above 0."""
+    """Return a number above 0."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"data.{name}={value!r} must be a number above 0")
+        raise ConfigError(f"data.{name}={value!r}: must be a number above 0")
     return float(value)
 
 
 def share_pair(name: str, value: Any) -> tuple[float, float]:
-    """[least, largest], both in (0, 1]."""
+    """Return [least, largest], both in (0, 1]."""
     pair = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
     numbers = len(pair) == 2 and all(type(number) in (int, float) for number in pair)
     if not numbers or not 0 < pair[0] <= pair[1] <= 1:
-        raise ConfigError(f"data.{name}={value!r} must be [least, largest] in (0, 1]")
+        raise ConfigError(f"data.{name}={value!r}: must be [least, largest], both in (0, 1]")
     return float(pair[0]), float(pair[1])
 
 
 def image_size(value: Any, name: str = "image_size") -> tuple[int, int]:
-    """Height and width, of one number or two."""
+    """Return height and width, of one number or two."""
     sides = list(value) if isinstance(value, Sequence) else [value, value]
     if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
         raise ConfigError(
-            f"data.{name}={value!r} must be a positive number of pixels, or [height, width]"
+            f"data.{name}={value!r}: must be a positive number of pixels, or [height, width]"
         )
     return sides[0], sides[1]

@@ -1,4 +1,4 @@
-"""Crop policies, by name: where a picture of a given size is cut out of an image. Geometry alone.
+"""Crop policies by name: the geometry of cutting a picture of a given size out of an image.
 
 A policy takes the image's height and width, those of the result, and the sample's own generator of
 random numbers; it never draws from a global one. `vistok.data.transforms.take` cuts.
@@ -18,7 +18,7 @@ Size = tuple[int, int]  # height, width
 
 
 class Cut(NamedTuple):
-    """What is taken of an image: a box of it, halved, resized, and of that a window.
+    """The part taken of an image: a box of it, halved, resized, and of that a window.
 
     Attributes:
         box: top, left, height and width in the image.
@@ -97,7 +97,7 @@ CROPS: dict[str, Callable[..., Cut]] = {
 def random_box(
     shape: Size, size: Size, rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width. Equal draws give the same part of an image at any scale."""
+    """Draw top, left, height and width; equal draws give the same part at any scale."""
     draws = rng.random((10, 4))
     for area, ratio, down, right in draws:
         wanted = shape[0] * shape[1] * (scale[0] + area * (scale[1] - scale[0]))
@@ -113,12 +113,12 @@ def random_box(
 
 
 def text(shape: Sequence[int]) -> str:
-    """A size for messages: height x width."""
+    """Return a size for messages: height x width."""
     return f"{shape[0]}x{shape[1]}"
 
 
 def _covering(shape: Size, size: Size, long_side: Callable[[int, int, int], int]) -> Size:
-    """The smallest size of the image's own shape that covers `size`."""
+    """Return the smallest size of the image's own shape that covers `size`."""
     (height, width), (h, w) = shape, size
     if height * w <= width * h:
         return h, max(w, long_side(width, h, height))

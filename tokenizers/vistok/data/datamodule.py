@@ -18,6 +18,7 @@ from torch import Tensor
 from vistok.core import ranks as distributed
 from vistok.core.errors import ConfigError, DataError, nearest
 from vistok.core.files import cache_dir as own_cache
+from vistok.core.terminal import counted
 from vistok.data.checks import above_zero, at_least, mixture_sources, share_pair
 from vistok.data.checks import image_size as size_of
 from vistok.data.dataset import Batch, EvalSampler, ImageDataset, ImageLoader, StreamSampler
@@ -121,24 +122,24 @@ class VistokDataModule(L.LightningDataModule):
         super().__init__()
         if kind not in KINDS:
             raise ConfigError(
-                f"data.kind={kind!r}{nearest(str(kind), KINDS)}; there are {', '.join(KINDS)}"
+                f"data.kind={kind!r}: must be one of {', '.join(KINDS)}{nearest(str(kind), KINDS)}"
             )
         if kind == "sample" and (train or val):
             raise ConfigError(
-                "data=sample has pictures of its own; for data.train and data.val use data=folder"
-                " or data=shards"
+                "data=sample brings its own images; use data=folder or data=shards to set"
+                " data.train and data.val"
             )
         self.sources = mixture_sources(sources) if kind == "mixture" else {}
         if kind == "mixture" and train:
-            raise ConfigError("data=mixture takes data.sources; data.train is for one source")
+            raise ConfigError("data=mixture reads data.sources; data.train is for a single source")
         if kind in ("folder", "shards") and not train:
             example = "/photos" if kind == "folder" else "'/sets/train-{000000..000127}.tar'"
             raise ConfigError(f"data.train is not set; for example data.train={example}")
         if kind == "folder" and not (isinstance(train, str) and isinstance(val, str | None)):
-            raise ConfigError("data=folder takes one folder as data.train (and one as data.val)")
+            raise ConfigError("data=folder takes one folder as data.train, and one as data.val")
         if channels not in (1, 3, 4):
             raise ConfigError(
-                f"data.channels={channels!r}; 1 (grey), 3 (RGB) and 4 (with alpha) can be"
+                f"data.channels={channels!r}: must be 1 (grayscale), 3 (RGB) or 4 (RGB with alpha)"
             )
         self.kind, self.train, self.val, self.val_fraction = kind, train, val, val_fraction
         self.image_size = size_of(image_size)
@@ -155,7 +156,7 @@ class VistokDataModule(L.LightningDataModule):
             at_least(1, "shuffle_buffer", shuffle_buffer)
         self.seed = at_least(0, "seed", seed)
         if seed >= 2**64:
-            raise ConfigError(f"data.seed={seed} must be below 2^64")
+            raise ConfigError(f"data.seed={seed}: must be below 2^64")
         self.split_shards = split_shards
         self.resample, self.scaled_decode = resample, scaled_decode
         self.fields = check_names(fields)
@@ -165,7 +166,7 @@ class VistokDataModule(L.LightningDataModule):
             for size in (self.image_size, *(size_of(side, "buckets") for side in buckets or ()))
         ]
         if buckets and (resample or kind == "mixture"):
-            raise ConfigError("data.buckets goes with neither data.resample nor data=mixture")
+            raise ConfigError("data.buckets: cannot be combined with data.resample or data=mixture")
         self._val_transform = Transform(self.image_size, val_crop, key="data.val_crop")
         self._cache = ShardCache(
             Path(cache_dir).expanduser() if cache_dir else own_cache() / "shards",
@@ -174,7 +175,7 @@ class VistokDataModule(L.LightningDataModule):
             above_zero("timeout", timeout),
         )
         if not 0 <= max_skipped_share <= 1:
-            raise ConfigError(f"data.max_skipped_share={max_skipped_share!r} must be from 0 to 1")
+            raise ConfigError(f"data.max_skipped_share={max_skipped_share!r}: must be from 0 to 1")
         self.samples_seen = 0
         self.batches_per_step = 1  # of each rank; the trainer sets it
         self.skipped = SkippedImages(max_skipped_share)
@@ -229,7 +230,7 @@ class VistokDataModule(L.LightningDataModule):
 
     @property
     def _members(self) -> list[str]:
-        """Extensions of the members that the fields may be."""
+        """Return the extensions of the members that the fields may be."""
         return [extension for name in self.fields for extension in candidates(name)]
 
     @cached_property
@@ -238,7 +239,7 @@ class VistokDataModule(L.LightningDataModule):
 
     @cached_property
     def _held_out(self) -> np.ndarray | None:
-        """Which samples of the training source are for validation; None if that has its own."""
+        """Return which training samples are for validation; None if that has its own data."""
         if self.kind == "sample" or self.val:
             return None
         source = self._train_source
@@ -265,7 +266,7 @@ class VistokDataModule(L.LightningDataModule):
         )
 
     def _buckets_of(self, shapes: np.ndarray) -> tuple[Sequence[Transform], np.ndarray]:
-        """The buckets' transforms, and which one each image of `shapes` (N, 2) belongs to."""
+        """Return the transforms of the buckets, and the bucket of each image of `shapes` (N, 2)."""
         if not shapes.all():
             raise DataError(
                 f"data.buckets: the sizes of the images in {self._train_source.name} are not known;"
@@ -346,7 +347,7 @@ class VistokDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> ImageLoader:
-        """Endless batches from the current position on; its length is one epoch's."""
+        """Return endless batches from the current position on; the length is that of an epoch."""
         sampler = StreamSampler(
             self.order, self.batch_size, lambda: self.samples_seen, self.batches_per_step
         )
@@ -355,7 +356,7 @@ class VistokDataModule(L.LightningDataModule):
         return loader
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """On the device: pixels come as they were decoded, the model takes them plane by plane."""
+        """Move channels to the front on the device; pixels arrive as they were decoded."""
         return batch | {"image": batch["image"].contiguous()}
 
     @property
@@ -365,7 +366,7 @@ class VistokDataModule(L.LightningDataModule):
         return 0.0 if loader is None else loader.wait_seconds
 
     def val_dataloader(self) -> ImageLoader:
-        """Every validation image once over all ranks, in a fixed order."""
+        """Return every validation image once over all ranks, in a fixed order."""
         sampler = EvalSampler(self.num_val, self.eval_batch_size)
         workers = min(self._workers(), len(sampler))
         return ImageLoader(self.val_set, sampler, workers, self._record_val)
@@ -389,7 +390,7 @@ class VistokDataModule(L.LightningDataModule):
         wanted, shards = self.num_workers or 0, self._num_shards
         if not self._has_files and wanted > shards and not self.split_shards:
             raise ConfigError(
-                f"data.num_workers={wanted} is more than the {shards} training shards; set"
+                f"data.num_workers={wanted}: too many for {counted(shards, 'training shard')}; set"
                 f" data.num_workers={shards}, or data.split_shards=true to let workers share shards"
             )
 
@@ -407,12 +408,12 @@ class VistokDataModule(L.LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the training images and their order, wherever they lie."""
+        """Identity of the training images and their order, independent of their place."""
         source = fingerprint(self._train_source)
         return source if self._held_out is None else f"{source}-{self.num_train}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, what it is a position in, and what each rank had to skip."""
+        """Return the position, the data it refers to, and the images that each rank skipped."""
         return {
             "samples_seen": self.samples_seen,
             "seed": self.seed,
@@ -423,7 +424,7 @@ class VistokDataModule(L.LightningDataModule):
         }
 
     def _mixing(self) -> dict[str, Any]:
-        """What else decides the order, by the configuration's names."""
+        """Return the other settings that decide the order, by their names in the config."""
         weights = {name: float(spec["weight"]) for name, spec in self.sources.items()}
         run = self.batch_size * distributed.world_size() if self.buckets_used else None
         return {
@@ -456,8 +457,8 @@ class VistokDataModule(L.LightningDataModule):
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
                 f"{self._train_source.name}: not the training data of the run to resume"
-                f" (fingerprint {self.fingerprint}, the run has {state['fingerprint']}); restore"
-                " the data, or start a new run from its weights"
+                f" (fingerprint {self.fingerprint} instead of {state['fingerprint']}); restore the"
+                " data, or start a new run from its weights with init_from"
             )
         for key, now, then in (
             ("seed", self.seed, state["seed"]),
@@ -465,7 +466,7 @@ class VistokDataModule(L.LightningDataModule):
             *((key, now, state.get(key, now)) for key, now in self._mixing().items()),
         ):
             if now != then and " " in key:
-                raise ConfigError(f"data: the {key} are {now}; the run to resume has {then}")
+                raise ConfigError(f"data: {key}: {now}, but {then} in the run to resume")
             if now != then:
                 raise ConfigError(
                     f"data.{key}={now}, but the run to resume was shuffled with {then}; set"
@@ -478,26 +479,26 @@ class VistokDataModule(L.LightningDataModule):
         """Keep account of a batch's skipped images; the loaders call it for every batch."""
         self.skipped.record(batch["skipped"], int(batch["valid"].sum()))
 
-    def _record_val(self, batch: Batch, counted: bool = True) -> None:
+    def _record_val(self, batch: Batch, is_counted: bool = True) -> None:
         # Pictures look at what the validation has counted.
-        met = int(batch["valid"].sum()) if counted else 0
+        met = int(batch["valid"].sum()) if is_counted else 0
         self.skipped.record(batch["skipped"], met, training=False)
         self._skipped_val.update(skip.key for skip in batch["skipped"])
         if len(self._skipped_val) == self.num_val and batch["skipped"]:
             last = batch["skipped"][-1]
             raise DataError(
-                f"{self.val_set.source.name}: no validation image can be used; {last.key}:"
-                f" {last.reason}"
+                f"{self.val_set.source.name}: none of the validation images can be used;"
+                f" {last.key}: {last.reason}"
             )
 
     def skipped_report(self) -> str:
-        """One line on the images that were skipped so far; empty if none were."""
+        """Return a line on the images that were skipped so far, or an empty one."""
         return self.skipped.report()
 
     # ------------------------------------------------------------------ single looks
 
     def init_batches(self, num_samples: int) -> Tensor:
-        """The first images of the training stream, `(num_samples, C, H, W)` uint8.
+        """Return the first images of the training stream, uint8 `(num_samples, C, H, W)`.
 
         For data-dependent initialisation: the same on every rank, and the position stays.
         """
@@ -526,7 +527,7 @@ class VistokDataModule(L.LightningDataModule):
                     continue
                 tried.add(number)
                 batch = self.val_set.__getitems__([(0, number)])
-                self._record_val(batch, counted=False)
+                self._record_val(batch, is_counted=False)
                 if bool(batch["valid"][0]):
                     samples.append({name: batch[name] for name in ("image", *self.fields)})
                     break

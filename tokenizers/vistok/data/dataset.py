@@ -1,11 +1,10 @@
-"""Positions in, batches out: what runs in the loader's workers, and the samplers that drive it."""
+"""Turn positions into batches: the data set of the loader's workers, and their samplers."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from vistok.core import ranks as distributed
 from vistok.core.errors import DataError, VistokError
 from vistok.data.decode import DecodeError, decode
 from vistok.data.fields import Field
+from vistok.data.loader_internals import has_workers, share_by_need, stop_workers
 from vistok.data.memory import BatchMemory
 from vistok.data.order import Order, SampleRandom
 from vistok.data.skipped import Skip
@@ -32,7 +32,7 @@ MAX_SUBSTITUTES = 100  # bad images in a row before we say that the set is broke
 
 
 class Row(NamedTuple):
-    """What a batch says of one sample beside its pixels."""
+    """The entries of one sample in a batch, without its pixels."""
 
     key: str
     label: int
@@ -174,7 +174,7 @@ class ImageDataset(Dataset):
         target: torch.Tensor,
         skipped: list[Skip],
     ) -> Row | None:
-        """A member, or the next good one; its pixels go to `target` (H, W, C) at once."""
+        """Read a member, or the next good one, and write its pixels to `target` (H, W, C)."""
         tried = 0
         for member in self._candidates(number):
             tried += 1
@@ -203,7 +203,7 @@ class ImageDataset(Dataset):
         return self.source.keys[index].decode(errors="replace")
 
     def _candidates(self, number: int) -> Iterator[int]:
-        """A member and those that may take its place: the next ones (of its size), in a circle."""
+        """Yield a member and those that may take its place: the next ones of its size, in turn."""
         yield number
         if not self.substitute:
             return
@@ -240,7 +240,7 @@ class StreamSampler:
         self.batches_per_step = batches_per_step
 
     def __len__(self) -> int:
-        """Batches in an epoch; only a length of Lightning's epochs, no end.
+        """Return the batches in an epoch of Lightning; the stream itself does not end.
 
         Whole steps, for at an epoch's end Lightning steps with what it has.
         """
@@ -282,7 +282,7 @@ class EvalSampler:
 
 
 def _as_sent(batch: Any) -> Batch:
-    """What goes through the queue: pixels by their slot, small tensors as arrays.
+    """Return what goes through the queue: pixels by their slot, small tensors as arrays.
 
     These are pickled at once, where torch would open shared memory for each.
     """
@@ -335,11 +335,11 @@ class ImageLoader(DataLoader):
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Any:
-        if self.num_workers and self._iterator is None:
+        if self.num_workers and not has_workers(self):
             self._lend_memory()
         batches: Any = super().__iter__()
         if self.num_workers:
-            batches._worker_queue_idx_cycle = _least_busy(weakref.proxy(batches))
+            share_by_need(batches)
         try:
             while True:
                 begun = time.perf_counter()
@@ -354,8 +354,7 @@ class ImageLoader(DataLoader):
             # The traceback would keep the iterator until some collection of cycles, which stops
             # its workers only by killing them, and that raises an error wherever we are then.
             if self.num_workers:
-                batches._shutdown_workers()
-                self._iterator = None
+                stop_workers(self, batches)
             raise
 
     def _lend_memory(self) -> None:
@@ -369,22 +368,8 @@ class ImageLoader(DataLoader):
             dataset.memory = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is the DataModule's. That it is here tells Lightning we resume."""
+        """Return nothing: the DataModule has the position. Lightning asks for this to resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take nothing; see `state_dict`."""
-
-
-def _least_busy(batches: Any) -> Iterator[int]:
-    """Which worker gets the next batch: the one with the fewest to be done.
-
-    In torch they take turns, so that all go at the pace of the slowest one. The order in which
-    batches come does not depend on it. The attributes are torch's own; if they are called otherwise
-    some day, workers take turns again.
-    """
-    while True:
-        waiting = [0] * batches._num_workers
-        for worker, *arrived in batches._task_info.values():
-            waiting[worker] += not arrived
-        yield waiting.index(min(waiting))

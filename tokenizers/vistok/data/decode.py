@@ -1,4 +1,4 @@
-"""Image bytes of any common kind to one array of one shape.
+"""Decode image bytes of any common kind to one array of one shape.
 
 No torch here: `make-shards` checks images with this module alone.
 """
@@ -133,7 +133,7 @@ def _decode_jpeg(
 
 
 def _orientation(jpeg: bytes) -> int:
-    """EXIF orientation; 1 (upright) if there is none."""
+    """Return the EXIF orientation; 1 (upright) if there is none."""
     if not _has_exif(jpeg):  # spares the parsing
         return 1
     try:
@@ -144,7 +144,7 @@ def _orientation(jpeg: bytes) -> int:
 
 
 def _has_exif(jpeg: bytes) -> bool:
-    """Whether one of the segments before the picture is EXIF's."""
+    """Return whether one of the segments before the picture is EXIF's."""
     place = 2
     while (head := jpeg[place : place + 10])[:1] == b"\xff" and head[1:2] != b"\xda":
         if head[1:2] == b"\xe1" and head[4:] == b"Exif\0\0":

@@ -1,4 +1,4 @@
-"""What a sample has beside its image and label: captions and precomputed embeddings.
+"""Fields of a sample in addition to image and label: captions and precomputed embeddings.
 
 A field is chosen by name (`data.fields=[caption,clip]`). `caption` is the sample's member `.txt`,
 `embedding` its `.npy` or `.safetensors`, and any other name X is `.X.npy`, `.X.safetensors` or
@@ -26,7 +26,7 @@ _LOOKED_AT = 100  # samples in which a field is looked for, to learn what it is
 
 
 def candidates(name: str) -> tuple[str, ...]:
-    """Extensions of the members that a field may be, in the order in which they are tried."""
+    """Return the extensions of the members that a field may be, in the order of preference."""
     if name == "caption":
         return ("txt", "caption.txt", "caption")
     if name == "embedding":
@@ -59,7 +59,7 @@ class Field:
         raise DataError(
             f"data.fields={name}: {source.name} has no member"
             f" {' or '.join(f'.{e}' for e in candidates(name))}"
-            + (f"; there are {there}" if there else "")
+            + (f"; it has {there}" if there else "")
             + "; data.fields=[] reads none"
         )
 
@@ -71,7 +71,7 @@ class Field:
             raise DataError(f"{source.name}: {key}.{self.extension}: {error}") from None
 
     def read(self, source: Source, index: int) -> Any:
-        """The field of one sample: str, or a tensor.
+        """Return the field of one sample: str, or a tensor.
 
         Raises:
             DecodeError: if the sample lacks it, or it is of another shape or type.
@@ -84,7 +84,9 @@ class Field:
                 return data.decode()
             value = _array(data, self.extension)
         except UnicodeDecodeError:
-            raise DecodeError(f".{self.extension} is no UTF-8", f"damaged {self.name}") from None
+            raise DecodeError(
+                f".{self.extension} is not UTF-8 text", f"damaged {self.name}"
+            ) from None
         except ValueError as error:
             raise DecodeError(f".{self.extension} {error}", f"damaged {self.name}") from None
         if value.shape != self.like.shape or value.dtype != self.like.dtype:
@@ -94,7 +96,7 @@ class Field:
         return value
 
     def collate(self, values: Sequence[Any]) -> Any:
-        """A batch's worth, None for padding: list of str, or one tensor `(B, ...)`."""
+        """Return the field of a batch, None for padding: list of str, or one tensor `(B, ...)`."""
         if self.like is None:
             return ["" if value is None else value for value in values]
         return torch.stack([self.like if value is None else value for value in values])
@@ -104,15 +106,17 @@ def check_names(names: Any) -> tuple[str, ...]:
     """Return the chosen fields.
 
     Raises:
-        ConfigError: if they are no list of names, or one is a batch's own.
+        ConfigError: if they are not a list of names, or one is a batch's own.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise ConfigError(f"data.fields={names!r}: write a list, such as data.fields=[caption]")
+        raise ConfigError(
+            f"data.fields={names!r}: must be a list, for example data.fields=[caption]"
+        )
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
-            raise ConfigError(f"data.fields holds {name!r}; names are of a-z, 0-9 and _")
+            raise ConfigError(f"data.fields: {name!r} is not a valid name; use a-z, 0-9 and _")
         if name in RESERVED:
-            raise ConfigError(f"data.fields holds {name!r}, which every batch has by itself")
+            raise ConfigError(f"data.fields: every batch has {name!r} anyway; leave it out")
     return tuple(names)
 
 
@@ -122,16 +126,16 @@ def _array(data: bytes, extension: str) -> Tensor:
         try:
             return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
         except (ValueError, TypeError, EOFError, OSError):
-            raise ValueError("is no array of numbers that can be read") from None
+            raise ValueError("is not a readable array of numbers") from None
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = list(load(data).values())
     except SafetensorError:
-        raise ValueError("is no safetensors file that can be read") from None
+        raise ValueError("is not a readable safetensors file") from None
     if len(tensors) != 1:
-        raise ValueError(f"holds {len(tensors)} tensors; one is wanted")
+        raise ValueError(f"contains {len(tensors)} tensors; expected one")
     return tensors[0]
 
 

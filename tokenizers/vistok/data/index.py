@@ -1,4 +1,4 @@
-"""What lies where in a tar: the index that makes a shard randomly readable.
+"""The index of a tar, which makes a shard randomly readable.
 
 A shard `x.tar` of ours comes with its index `x.idx`. Any other tar is read through once, header by
 header, and its index kept in the cache folder. An index is an uncompressed npz of plain arrays
@@ -83,7 +83,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, rows: Sequence[Row], tar_bytes: int, plan: str = "") -> ShardIndex:
-        """Index of at least one row."""
+        """Make the index of at least one row."""
         others = sorted({extension for row in rows for extension in row.others})
         places = np.array(
             [[row.others.get(extension, (-1, 0)) for row in rows] for extension in others],
@@ -128,7 +128,7 @@ class ShardIndex:
 
 
 def sidecar(tar: Path) -> Path:
-    """Where the index of a tar lies that our writer made."""
+    """Return the path of the index that our writer makes for a tar."""
     return tar.with_suffix(".idx")
 
 
@@ -160,7 +160,7 @@ def index_of(tar: Path) -> ShardIndex:
             cached.parent.mkdir(parents=True, exist_ok=True)
             index.save(cached)
         except OSError as error:  # a cache that cannot be written costs time, not the run
-            log.warning("cannot keep the index of %s: %s", tar, error)
+            log.warning("cannot save the index of %s: %s", tar, error)
     return index
 
 
@@ -206,18 +206,18 @@ def scan(tar: Path) -> ShardIndex:
     if len(tail) < tarfile.BLOCKSIZE:
         raise DataError(
             f"{tar} is cut short: its {length} bytes end in the middle of a member or before the"
-            f" end mark; copy or write it again"
+            " end mark; copy or write it again"
         )
     if tail.strip(b"\0"):
         raise DataError(f"{tar} is damaged: no valid tar header at byte {end}; copy it again")
     if not rows:
         found = ", ".join(f".{e}" for e in sorted(seen)[:5]) or "nothing"
-        raise DataError(f"{tar} holds no images: found {found}; wanted .jpg, .png, .webp, ...")
+        raise DataError(f"{tar} contains no images: found {found}; expected .jpg, .png, .webp, ...")
     return ShardIndex.of(rows, length)
 
 
 def _label(file, member: tarfile.TarInfo) -> int:
-    """The number in a `.cls` member; -1 if it is none. Leaves the file where it was."""
+    """Return the number in a `.cls` member, else -1; leave the file at its position."""
     place = file.tell()
     file.seek(member.offset_data)
     text = file.read(member.size)
@@ -229,7 +229,7 @@ def _label(file, member: tarfile.TarInfo) -> int:
 
 
 def _what(path: Path) -> str:
-    """What a file that is no tar seems to be, and what would be right."""
+    """Say what a file seems to be that is not a tar, and what would be right."""
     with open(path, "rb") as file:
         head = file.read(8)
     if not head:

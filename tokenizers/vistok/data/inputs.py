@@ -1,4 +1,4 @@
-"""What `make-shards` reads: folders, lists of files, tables (Parquet, Hugging Face) and shards.
+"""Sources of `make-shards`: folders, lists of files, tables (Parquet, Hugging Face) and shards.
 
 All become a `Source`. Rows of a table cannot be read singly, so a table is first unpacked to
 shards of its own, in its own order and unchecked, in a hidden folder beside the shards to be.
@@ -68,7 +68,9 @@ def open_input(
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
-            raise DataError(f"{place} holds {len(splits)} data sets; name one: {place}/{splits[0]}")
+            raise DataError(
+                f"{place} contains {len(splits)} data sets; name one: {place}/{splits[0]}"
+            )
         tables = sorted(p for p in path.rglob("*") if p.suffix in _TABLES and _visible(p, path))
         if tables:
             return Tables(place, _listed_in_state(path) or tables, columns or Columns())
@@ -89,7 +91,7 @@ def _visible(path: Path, root: Path) -> bool:
 
 
 def _listed_in_state(folder: Path) -> list[Path] | None:
-    """Files of a data set that Hugging Face's library saved, in its order; None if it did not."""
+    """Return the files of a data set that Hugging Face's library saved; None for any other."""
     state = folder / "state.json"
     if not state.is_file():
         return None
@@ -111,7 +113,7 @@ def read_list(path: Path) -> FileSource:
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is no text file with a path in each line") from None
+        raise DataError(f"{path}: not a text file with a path on each line") from None
     names, labels = [], []
     for line in filter(None, lines):
         name, tab, label = line.partition("\t")
@@ -120,14 +122,15 @@ def read_list(path: Path) -> FileSource:
         names.append(os.path.expanduser(name.strip()))
         labels.append(label.strip())
     if not names:
-        raise DataError(f"{path}: names no images")
+        raise DataError(f"{path}: lists no images")
     if any(labels) and not all(labels):
         raise DataError(
-            f"{path}: only some lines have a label; the first without: {names[labels.index('')]}"
+            f"{path}: only some lines have a label; the first without one is "
+            f"{names[labels.index('')]}"
         )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path}: names {twice} more than once")
+        raise DataError(f"{path}: lists {twice} more than once")
     classes: list[str] = []
     if not any(labels):
         numbers = [-1] * len(names)
@@ -189,7 +192,7 @@ class Tables:
         return source
 
     def _schema(self) -> tuple[Columns, list[str]]:
-        """The columns that there are, and names of the classes."""
+        """Return the columns that exist, and the names of the classes."""
         schema = _read_schema(self.paths[0])
         found = {kind: self._column(schema, kind) for kind in _USUAL}
         if found["image"] is None:
@@ -207,7 +210,7 @@ class Tables:
             if asked not in schema.names:
                 raise ConfigError(
                     f"{kind}={asked}: {self.name} has no such column{nearest(asked, schema.names)};"
-                    f" there are {', '.join(schema.names)}"
+                    f" its columns are {', '.join(schema.names)}"
                 )
             return asked
         return next((name for name in _USUAL[kind] if name in schema.names), None)
@@ -240,7 +243,7 @@ class _readable:
 
 
 def _arrow(path: Path) -> Any:
-    """Reader of an Arrow file, which Hugging Face writes as a stream."""
+    """Open an Arrow file, which Hugging Face writes as a stream."""
     import pyarrow
 
     with _readable(path):
@@ -252,7 +255,7 @@ def _arrow(path: Path) -> Any:
 
 
 def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
-    """A few rows at a time."""
+    """Yield a few rows at a time."""
     with _readable(path):
         if path.suffix == ".parquet":
             import pyarrow.parquet as parquet
@@ -299,7 +302,7 @@ def _unpack(job: tuple[Path, Path], fields: Columns) -> Path | None:
 def _rows(
     path: Path, columns: list[str], fields: Columns
 ) -> Iterator[tuple[bytes, str, int | None, str | None]]:
-    """Image bytes, a file name, label and caption of each row."""
+    """Yield image bytes, file name, label and caption of each row."""
     for batch in _batches(path, columns):
         for row in batch.to_pylist():
             image, name = row[fields.image], ""

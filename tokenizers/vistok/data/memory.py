@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from vistok.core.torch_internals import shared_bytes
+
 _PAGE = 4096
 
 _MEMORIES: weakref.WeakValueDictionary[str, BatchMemory] = weakref.WeakValueDictionary()
@@ -43,7 +45,7 @@ class BatchMemory:
         _MEMORIES[self.name] = self
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """In a worker: bytes of `shape` to be filled."""
+        """Return bytes of `shape` to be filled, in a worker."""
         worker: Any = get_worker_info()
         for slot in range(worker.id * self.slots, (worker.id + 1) * self.slots):
             if not self._taken[slot] and math.prod(shape) <= self.size:
@@ -52,14 +54,14 @@ class BatchMemory:
         return _shared(shape)
 
     def sent(self, tensor: Tensor) -> Any:
-        """In a worker: what to send for a tensor. It arrives as one on the same memory."""
+        """Return what a worker sends for a tensor, which arrives as one on the same memory."""
         slot, offset = divmod(tensor.data_ptr() - self._bytes.data_ptr(), self.size)
         if offset or not 0 <= slot < len(self._taken):
             return tensor
         return _Sent(self.name, slot, tuple(tensor.shape), tensor.stride())
 
     def received(self, slot: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-        """In the main process: the tensor that a worker has sent."""
+        """Return the tensor that a worker has sent, in the main process."""
         array = self._at(slot).numpy()
         # The tensor's storage holds this array, and nothing else does.
         weakref.finalize(array, _free, self._taken, slot, os.getpid()).atexit = False
@@ -89,6 +91,5 @@ def _free(taken: Tensor, slot: int, process: int) -> None:
 
 
 def _shared(shape: tuple[int, ...]) -> Tensor:
-    """Bytes that other processes see, too."""
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)  # pyright: ignore
+    """Return bytes that other processes see, too."""
+    return shared_bytes(math.prod(shape)).view(shape)

@@ -26,19 +26,19 @@ def _philox(seed: int, epoch: int, purpose: int, number: int) -> np.random.Philo
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Random numbers for one sample in one epoch (crop, flip), the same in whatever process."""
+    """Return the random numbers of one sample in one epoch (crop, flip), equal in any process."""
     return np.random.Generator(_philox(seed, epoch, _SAMPLE, index))
 
 
 class SampleRandom:
-    """As `sample_rng`, at a fraction of the cost: one generator, which each call sets anew."""
+    """A cheaper `sample_rng`: one generator, which each call sets anew."""
 
     def __init__(self) -> None:
         self._generator = sample_rng(0, 0, 0)
         self._state: Any = self._generator.bit_generator.state  # as it is before the first number
 
     def __call__(self, seed: int, epoch: int, index: int) -> np.random.Generator:
-        """The sample's generator, until the next call."""
+        """Return the sample's generator, which is valid until the next call."""
         self._state["state"]["counter"][2:] = index, _SAMPLE
         self._state["state"]["key"][:] = seed, epoch
         self._generator.bit_generator.state = self._state
@@ -51,7 +51,7 @@ def _permutation(length: int, generator: np.random.Philox) -> np.ndarray:
 
 
 class Order(Protocol):
-    """Which sample stands at which position of an endless stream.
+    """The sample at each position of an endless stream.
 
     Attributes:
         num_samples: how many different ones there are.
@@ -67,7 +67,7 @@ class Order(Protocol):
 
 
 class SampleOrder:
-    """Which sample stands at which position of the endless stream.
+    """The sample at each position of the endless stream.
 
     In each epoch the shards are permuted, their samples laid end to end, and the line permuted
     inside windows of `window` samples. Each sample comes exactly once per epoch. Windows do what
@@ -106,7 +106,7 @@ class SampleOrder:
         return _philox(self.seed, epoch, purpose + _PURPOSES * self.stream, number)
 
     def _samples(self, epoch: int, number: int) -> np.ndarray:
-        """Sample indices of one window, in order."""
+        """Return the sample indices of one window, in order."""
         if (epoch, number) not in self._windows:
             begin = number * self.window
             places = np.arange(begin, min(begin + self.window, self.num_samples))
@@ -121,7 +121,7 @@ class SampleOrder:
         return self._windows[epoch, number]
 
     def _laid_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and the place where each one ends."""
+        """Return the epoch's order of shards, and the place where each one ends."""
         if self._shards is None or self._shards[0] != epoch:
             shards = _permutation(len(self.sizes), self._philox(epoch, _SHARDS, 0))
             self._shards = epoch, shards, np.cumsum(self.sizes[shards])
@@ -160,7 +160,7 @@ class ResampledOrder(SampleOrder):
 
 
 def _uniform(generator: np.random.Philox, count: int) -> np.ndarray:
-    """`(count,)` numbers in [0, 1), from raw bits as in `_permutation`."""
+    """Return `(count,)` numbers in [0, 1), from raw bits like `_permutation`."""
     return (generator.random_raw(count) >> np.uint64(11)) * 2.0**-53
 
 
@@ -190,7 +190,7 @@ class MixtureOrder:
         self.window = max(order.window for order in orders)
         self.shares = _apportioned(np.asarray(weights, dtype=np.float64), self.block)
         if not self.shares.all():
-            raise ValueError(f"a weight is below 1/{2 * self.block} of all")
+            raise ValueError(f"a weight is below 1/{2 * self.block} of their sum")
         middles = [(np.arange(share) + 0.5) / share for share in self.shares]
         owner = np.repeat(np.arange(len(self.shares)), self.shares)
         self._owner = owner[np.argsort(np.concatenate(middles), kind="stable")]
@@ -227,7 +227,7 @@ class RenumberedOrder:
 
 
 def _apportioned(weights: np.ndarray, seats: int) -> np.ndarray:
-    """Whole numbers in proportion to `weights` whose sum is `seats` (largest remainders)."""
+    """Return whole numbers in proportion to `weights` whose sum is `seats` (largest remainders)."""
     exact = weights / weights.sum() * seats
     shares = np.floor(exact).astype(np.int64)
     rest = np.argsort(shares - exact, kind="stable")[: seats - int(shares.sum())]

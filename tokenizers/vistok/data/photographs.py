@@ -1,4 +1,4 @@
-"""The embedded sample data: colour photographs that ship inside two Python packages.
+"""The embedded sample data: color photographs that ship inside two Python packages.
 
 scikit-image and scikit-learn carry a handful of photographs. They are cut into small images once
 and kept as shards in the cache folder, so the default run needs no download and reads its data
@@ -77,7 +77,7 @@ def sample_shards(size: int) -> tuple[list[Path], list[Path]]:
         except OSError as error:
             raise DataError(
                 f"cannot write the sample data to {folder.parent}: {error.strerror}; set"
-                " VISTOK_CACHE to a folder that can be written"
+                " VISTOK_CACHE to a writable folder"
             ) from None
         try:
             log.info("cutting the sample photographs to %d px (once; kept in %s)", size, folder)
@@ -93,7 +93,7 @@ def sample_shards(size: int) -> tuple[list[Path], list[Path]]:
 
 
 def _find(name: str) -> Path:
-    """A photograph in the installed packages, which are not imported for it."""
+    """Find a photograph in the installed packages without importing them."""
     for package, inside in (("skimage", "data"), ("sklearn", "datasets/images")):
         spec = importlib.util.find_spec(package)
         for place in (spec and spec.submodule_search_locations) or []:

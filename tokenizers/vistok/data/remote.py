@@ -35,7 +35,7 @@ _LONGEST_PAUSE = 60.0  # seconds between two tries, at most
 
 
 class _Missing(Exception):
-    """There is nothing at this address."""
+    """Nothing exists at this address."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RemoteShard:
         return self.cache.folder / f"{digest}-{Path(self.name).stem[:60]}.tar"
 
     def open(self) -> int:
-        """File descriptor of the fetched shard; fetches it if it is not in the cache.
+        """Return a file descriptor of the shard, which is fetched if it is not in the cache.
 
         Raises:
             DataError: if it cannot be had, or is not what its manifest or index says.
@@ -118,10 +118,10 @@ class RemoteShard:
             self.fetch()
             with contextlib.suppress(FileNotFoundError):  # another process made room just now
                 return os.open(self._local, os.O_RDONLY)
-        raise DataError(f"{self.url}: is removed from the cache at once; raise data.cache_gb")
+        raise DataError(f"{self.url}: the cache is too small for it; raise data.cache_gb")
 
     def fetch(self) -> Path:
-        """Bring the shard into the cache, unless it is there; returns where."""
+        """Fetch the shard if it is not in the cache, and return its path there."""
         with self._writing():
             path = self._local
             with self.cache.locked(path.name):
@@ -139,7 +139,7 @@ class RemoteShard:
             yield
         except OSError as error:
             raise DataError(
-                f"{self.url}: cannot be kept in the cache {self.cache.folder}: {error.strerror};"
+                f"{self.url}: cannot be written to the cache {self.cache.folder}: {error.strerror};"
                 " set data.cache_dir"
             ) from None
 
@@ -166,7 +166,7 @@ class RemoteShard:
             begun.unlink(missing_ok=True)
 
     def index(self) -> ShardIndex:
-        """The shard's index: the one beside it, else made from the whole shard, once.
+        """The shard's index: the one next to it, else made from the whole shard, once.
 
         Raises:
             DataError: as `open`; or if the shard is damaged.
@@ -187,7 +187,7 @@ class RemoteShard:
                         return found
                     part.unlink()  # another tool's
                 if index is None:
-                    log.info("%s has no index: fetching it whole to make one", self.url)
+                    log.info("%s has no index: fetching all of it to make one", self.url)
                     index = scan(self.fetch())
                     index.save(kept)
                 return index
@@ -216,13 +216,13 @@ def read_manifest(url: str, cache: ShardCache) -> dict[str, dict[str, Any]]:
                 shards = [shard for split in splits for shard in split["shards"]]
                 _manifests[url] = {shard["name"]: shard for shard in shards}
             except (ValueError, KeyError, TypeError, AttributeError):
-                log.warning("%s is no manifest of ours; shards are not checked against it", url)
+                log.warning("%s is not a vistok manifest; shards are not checked against it", url)
                 _manifests[url] = {}
         return _manifests[url]
 
 
 def _read(url: str, cache: ShardCache) -> bytes | None:
-    """A small file; None if there is none."""
+    """Return a small file; None if there is none."""
     cache.folder.mkdir(parents=True, exist_ok=True)
     reader = f"{os.getpid()}-{threading.get_ident()}"
     part = cache.folder / f".{hashlib.sha256(url.encode()).hexdigest()[:20]}.{reader}.part"
@@ -275,7 +275,7 @@ def _fetch(url: str, part: Path, cache: ShardCache, check: Any = None) -> None:
 
 
 def _transfer(url: str, part: Path, timeout: float) -> None:
-    """One try: append what is missing of `url` to `part`."""
+    """Try once to append what is missing of `url` to `part`."""
     start = part.stat().st_size if part.exists() else 0
     chunks = _http if url.startswith(("http://", "https://")) else _fsspec
     with open(part, "ab") as file:
@@ -287,7 +287,7 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
 
 
 def _http(url: str, start: int, timeout: float) -> Iterator[tuple[int, bytes]]:
-    """Pieces of a file and where they belong."""
+    """Yield pieces of a file and their positions."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
@@ -309,7 +309,7 @@ def _http(url: str, start: int, timeout: float) -> Iterator[tuple[int, bytes]]:
 
 
 def _fsspec(url: str, start: int, timeout: float) -> Iterator[tuple[int, bytes]]:
-    """Pieces of a file and where they belong."""
+    """Yield pieces of a file and their positions."""
     scheme = url.partition("://")[0]
     try:
         import fsspec
@@ -328,7 +328,7 @@ def _fsspec(url: str, start: int, timeout: float) -> Iterator[tuple[int, bytes]]
         while start < size:
             chunk = system.cat_file(path, start=start, end=min(start + 16 * _CHUNK, size))
             if not chunk:
-                raise ConnectionError(f"nothing came at byte {start} of {size}")
+                raise ConnectionError(f"no data at byte {start} of {size}")
             yield start, chunk
             start += len(chunk)
     except FileNotFoundError:
@@ -336,7 +336,7 @@ def _fsspec(url: str, start: int, timeout: float) -> Iterator[tuple[int, bytes]]
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed: not if the server understood and refused."""
+    """Return whether another try may succeed: not if the server understood and refused."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in (408, 425, 429)
     return not isinstance(error, PermissionError)
@@ -348,8 +348,8 @@ def _what_happened(error: Exception, timeout: float) -> str:
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         return _what_happened(error.reason, timeout)
     if isinstance(error, TimeoutError):
-        return f"nothing came for {timeout:g} s"
+        return f"no data for {timeout:g} s"
     if isinstance(error, http.client.HTTPException):
-        return f"the server sent no valid answer ({type(error).__name__})"
+        return f"invalid answer from the server ({type(error).__name__})"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:200]

@@ -1,4 +1,4 @@
-"""Writing shards: tars in WebDataset's conventions, with an index beside each and a manifest.
+"""Writing shards: tars in WebDataset's conventions, with an index next to each and a manifest.
 
 Equal input gives equal bytes: members carry no time, user or machine. Image bytes are passed
 through; nothing is encoded again. Every file appears under its name only when it is whole.
@@ -29,7 +29,7 @@ _OTHER = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # extensions of further mem
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says of one shard.
+    """The manifest's entry of one shard.
 
     Attributes:
         name: of the file.
@@ -53,10 +53,10 @@ class ShardInfo:
 
     @classmethod
     def of(cls, tar: Path) -> ShardInfo:
-        """Read it off the files."""
+        """Read the entry off the files of a shard."""
         index = ShardIndex.load(sidecar(tar))
         if index is None:
-            raise DataError(f"{sidecar(tar)}: no index beside the shard")
+            raise DataError(f"{sidecar(tar)}: no index next to the shard")
         sides = (index.heights, index.widths)
         return cls(
             tar.name,
@@ -71,18 +71,18 @@ class ShardInfo:
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def member_bytes(content: int) -> int:
-    """What a member of `content` bytes adds to a tar: its header, and itself in whole blocks."""
+    """Return the bytes that a member of `content` bytes takes in a tar, with header and padding."""
     return tarfile.BLOCKSIZE * (1 + -(-content // tarfile.BLOCKSIZE))
 
 
 def tar_bytes(content: int) -> int:
-    """Size of a tar whose members, headers and padding are `content` bytes."""
+    """Return the size of a tar whose members, headers and padding are `content` bytes."""
     return -(-(content + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
@@ -129,13 +129,13 @@ class ShardFile:
         """
         if not _KEY.fullmatch(key) or key.startswith("/"):
             raise DataError(
-                f"{key!r} cannot be the key of a sample: up to 90 of A-Z a-z 0-9 _ - / only"
+                f"{key!r} is not a valid key of a sample: use up to 90 of A-Z a-z 0-9 _ - /"
             )
         for other in others or ():
             if not _OTHER.fullmatch(other) or other in IMAGE_EXTENSIONS or other == "cls":
                 raise DataError(
-                    f"{other!r} cannot be the extension of a further member: a-z 0-9 _ - and dots"
-                    " only, such as txt or clip.npy, and no image's"
+                    f"{other!r} is not a valid extension of a further member: use a-z 0-9 _ - and"
+                    " dots, for example txt or clip.npy, but not that of an image"
                 )
             if len(key) + 1 + len(other) > 100:
                 raise DataError(f"{key}.{other}: a name in a tar has at most 100 bytes")
@@ -172,7 +172,7 @@ class ShardFile:
         In this order a kill leaves no tar of ours without an index, and no old tar with a new one.
         """
         if not self._rows:
-            raise DataError(f"{self.path} would hold no samples")
+            raise DataError(f"{self.path} would contain no samples")
         self._tar.close()
         index = ShardIndex.of(self._rows, self._file.tell(), self.plan)
         self.path.unlink(missing_ok=True)

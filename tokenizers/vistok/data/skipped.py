@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vistok.core.errors import DataError
+from vistok.core.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class SkippedImages(dict[str, str]):
         self._unwritten: list[Skip] = []
 
     def record(self, skipped: Iterable[Skip], met: int = 0, training: bool = True) -> None:
-        """Add those of a batch; logs the first few and then ever fewer.
+        """Add those of a batch, and log the first few and then ever fewer.
 
         Args:
             skipped: of the batch.
@@ -82,13 +83,13 @@ class SkippedImages(dict[str, str]):
         ):
             key, reason = list(self.items())[-1]
             raise DataError(
-                f"{len(self)} of {different} images cannot be used, a larger share than"
-                f" data.max_skipped_share={self.max_share:g} ({self._counts()}; the last is {key}:"
-                f" {reason})"
+                f"{len(self)} of {different} images cannot be used, more than"
+                f" data.max_skipped_share={self.max_share:g} allows ({self._counts()}; the last is"
+                f" {key}: {reason})"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this process's account."""
+        """Return the part of this process's account that a checkpoint keeps."""
         images = [[key, self[key], cause] for key, cause in self.cause_of.items()]
         return {"met": self.met_in_training, "images": images}
 
@@ -109,7 +110,7 @@ class SkippedImages(dict[str, str]):
         try:
             with open(self.file or "", "a", encoding="utf-8", errors="replace") as file:
                 file.writelines(lines)
-        except OSError as error:  # an account that cannot be kept costs no run
+        except OSError as error:  # an account that cannot be written does not end the run
             log.warning("cannot write %s: %s", self.file, error.strerror)
             self.file = None
         self._unwritten = []
@@ -118,10 +119,9 @@ class SkippedImages(dict[str, str]):
         return ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
 
     def report(self) -> str:
-        """One line; empty if there are none."""
+        """Return one line; empty if there are none."""
         if not self:
             return ""
         listed = [f"{key} ({reason})" for key, reason in list(self.items())[:3]]
         more = f" and {len(self) - 3} more" if len(self) > 3 else ""
-        noun = "image" if len(self) == 1 else "images"
-        return f"skipped {len(self)} {noun}: {self._counts()}; {', '.join(listed)}{more}"
+        return f"skipped {counted(len(self), 'image')}: {self._counts()}; {', '.join(listed)}{more}"

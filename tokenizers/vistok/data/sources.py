@@ -1,4 +1,4 @@
-"""Where the images are: anything with a length that gives the bytes of its i-th image.
+"""Sources of images: anything with a length that gives the bytes of its i-th image.
 
 Random access is what makes the rest simple: order, hold-out, ranks and resume are index
 arithmetic, and reading is one `pread`. Names inside a tar are never used as paths.
@@ -59,7 +59,7 @@ class Source(Protocol):
         ...
 
     def label(self, index: int) -> int | None:
-        """Number of the sample's class, if it has one."""
+        """Return the number of the sample's class, if it has one."""
         ...
 
     def read_other(self, index: int, extension: str) -> bytes | None:
@@ -71,7 +71,7 @@ class Source(Protocol):
         ...
 
     def other_size(self, index: int, extension: str) -> int | None:
-        """Bytes that `read_other` would return, without reading them."""
+        """Return the size of what `read_other` would return, without reading it."""
         ...
 
     def locate(self, index: int) -> str:
@@ -139,7 +139,7 @@ class ShardSource:
         return self.keys[index].decode(), data, self.label(index)
 
     def label(self, index: int) -> int | None:
-        """Number of the sample's class, if it has one."""
+        """Return the number of the sample's class, if it has one."""
         label = int(self._labels[index])
         return None if label < 0 else label
 
@@ -151,7 +151,7 @@ class ShardSource:
         return self._bytes(index, int(self._others[extension][0][index]), size)
 
     def other_size(self, index: int, extension: str) -> int | None:
-        """Bytes of a further member; None if the sample has none."""
+        """Return the bytes of a further member; None if the sample has none."""
         if extension not in self._others or self._others[extension][0][index] < 0:
             return None
         return int(self._others[extension][1][index])
@@ -162,7 +162,7 @@ class ShardSource:
             data = os.pread(self._file(shard), size, offset)
         except FileNotFoundError:
             raise DataError(
-                f"{self.paths[shard]} was there when this began and is gone; put it back and resume"
+                f"{self.paths[shard]} has disappeared since the run began; put it back and resume"
             ) from None
         except OSError as error:
             raise DataError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
@@ -175,7 +175,7 @@ class ShardSource:
         return self.paths[bisect_right(self._ends, index)].name
 
     def _file(self, shard: int) -> int:
-        """File descriptor of a shard; `pread` moves no offset, so forked workers may share it."""
+        """Return a file descriptor of a shard, which forked workers may share (`pread`)."""
         if shard not in self._files:
             while len(self._files) >= _MAX_OPEN:
                 os.close(self._files.popitem(last=False)[1])
@@ -203,7 +203,7 @@ def _index(path: Path | RemoteShard) -> ShardIndex:
 
 
 def _places(index: ShardIndex, extension: str) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and sizes of one kind of further members; offsets are -1 where there are none."""
+    """Return offsets and sizes of one kind of further members; offset -1 where there is none."""
     found = np.flatnonzero(index.others == extension)
     if not len(found):
         return np.full(len(index), -1, dtype=np.int64), np.zeros(len(index), dtype=np.int64)
@@ -211,7 +211,7 @@ def _places(index: ShardIndex, extension: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class FileSource:
-    """Image files, and beside each any further files of its name (`a.jpg`, `a.txt`, `a.npy`).
+    """Image files, and next to each any further files of its name (`a.jpg`, `a.txt`, `a.npy`).
 
     Args:
         name: what the user called them.
@@ -249,7 +249,7 @@ class FileSource:
         return os.fsdecode(self.keys[index]), path.read_bytes(), self.label(index)
 
     def label(self, index: int) -> int | None:
-        """Number of the sample's class, if it has one."""
+        """Return the number of the sample's class, if it has one."""
         label = int(self._labels[index])
         return None if label < 0 else label
 
@@ -261,7 +261,7 @@ class FileSource:
             return None
 
     def other_size(self, index: int, extension: str) -> int | None:
-        """Bytes of a file beside the image; None if there is none."""
+        """Return the bytes of a file next to the image; None if there is none."""
         try:
             return self._path(index).with_suffix(f".{extension}").stat().st_size
         except FileNotFoundError:
@@ -301,7 +301,7 @@ class FolderSource(FileSource):
         found = sorted(_images_under(root))
         if not found:
             raise DataError(
-                f"{key}={folder}: no images in this folder; wanted files that end in .jpg, .png,"
+                f"{key}={folder}: no images in this folder; expected files that end in .jpg, .png,"
                 " .webp, ..., in it or its subfolders"
             )
         names, sizes = zip(*found, strict=True)
@@ -349,7 +349,7 @@ class MixedSource:
         return f"{name}/{key}", data, label
 
     def label(self, index: int) -> int | None:
-        """Number of the sample's class in its own source, if it has one."""
+        """Return the number of the sample's class in its own source, if it has one."""
         _, source, inside = self._at(index)
         return source.label(inside)
 
@@ -359,7 +359,7 @@ class MixedSource:
         return source.read_other(inside, extension)
 
     def other_size(self, index: int, extension: str) -> int | None:
-        """Bytes of a further member; None if the sample has none."""
+        """Return the bytes of a further member; None if the sample has none."""
         _, source, inside = self._at(index)
         return source.other_size(inside, extension)
 
@@ -370,7 +370,7 @@ class MixedSource:
 
 
 def _images_under(root: Path) -> list[tuple[str, int]]:
-    """(path within root, bytes) of all images, in no order; follows links, but in no circle."""
+    """Return (path within root, bytes) of all images, unordered; follow links, not in circles."""
     found, folders, seen = [], [(root, "")], set()
     while folders:
         folder, prefix = folders.pop()
@@ -391,7 +391,7 @@ def _images_under(root: Path) -> list[tuple[str, int]]:
 def expand_shards(
     pattern: str | Sequence[str], key: str = "data.train", cache: ShardCache | None = None
 ) -> list[Path | RemoteShard]:
-    """Turn what a user writes for shards into places: braces, globs, addresses, lists of these.
+    """Expand the shards that a user names: braces, globs, addresses, lists of these.
 
     Args:
         pattern: such as `train-{000000..000127}.tar`, `sets/*.tar` or `https://host/x.tar`.
@@ -439,10 +439,12 @@ def hold_out(source: Source, fraction: float, key: str = "data.val_fraction") ->
         DataError: if there are fewer than two samples.
     """
     if not 0 < fraction < 1:
-        raise ConfigError(f"{key}={fraction} must be above 0 and below 1 while data.val is not set")
+        raise ConfigError(
+            f"{key}={fraction}: must be above 0 and below 1 while data.val is not set"
+        )
     if len(source) < 2:
         raise DataError(
-            f"{source.name} holds one image; training and validation need two (or set data.val)"
+            f"{source.name} has only one image; training and validation need two, or set data.val"
         )
     digests = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in source.keys)
     hashes = np.frombuffer(digests, dtype="<u8")
@@ -455,7 +457,7 @@ def hold_out(source: Source, fraction: float, key: str = "data.val_fraction") ->
 
 
 def fingerprint(source: Source) -> str:
-    """Identity of a source's samples and their order; where it lies does not matter."""
+    """Return the identity of a source's samples and their order, independent of its place."""
     digest = hashlib.sha256()
     for part in (source.shard_sizes, source.sizes, source.keys):
         digest.update(f"{part.dtype} {len(part)} ".encode())

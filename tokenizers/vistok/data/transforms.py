@@ -1,4 +1,4 @@
-"""An image to one of the batch's size: `(H, W, C)` uint8 in, `(h, w, C)` uint8 out.
+"""Turn an image into one of the batch's size: uint8 `(H, W, C)` in, `(h, w, C)` out.
 
 Random numbers are the sample's own; nothing here draws from a global generator.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.core.errors import ConfigError, nearest
+from vistok.core.torch_internals import resize_bicubic_into
 from vistok.data.crops import CROPS, Cut, Size, random_box, text
 from vistok.data.decode import Reduction
 
@@ -55,10 +56,7 @@ def take(
     if pixels.shape[2] != tall:
         pixels = pixels.contiguous(memory_format=_LAST)
         if out is not None and tall == size[0]:
-            # `F.interpolate` cannot be told where to put its result.
-            torch.ops.aten._upsample_bicubic2d_aa.out(
-                pixels, size, False, None, None, out=_pixels(out)
-            )
+            resize_bicubic_into(pixels, _pixels(out))
             return None
         pixels = _bicubic(pixels, (tall, size[1]))
     if tall != size[0]:
@@ -97,24 +95,24 @@ def _halved(image: np.ndarray) -> np.ndarray:
 
 
 def hflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrored left to right, half of the time."""
+    """Mirror left to right, half of the time."""
     if rng.random() >= 0.5:
         return image
     return _array(_mirrored(_pixels(torch.from_numpy(np.ascontiguousarray(image)))))
 
 
 def vflip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrored top to bottom, half of the time."""
+    """Mirror top to bottom, half of the time."""
     return image[::-1] if rng.random() < 0.5 else image
 
 
 def rot90(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turned by 0, 90, 180 or 270 degrees."""
+    """Turn by 0, 90, 180 or 270 degrees."""
     return np.rot90(image, int(rng.integers(4)))
 
 
 def color(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colour channels permuted, contrast times 0.7 to 1.4, brightness up to 38 levels off.
+    """Permute color channels, with contrast times 0.7 to 1.4, brightness up to 38 levels off.
 
     Contrast and brightness are limited so that no pixel leaves the range: clipped areas would
     teach the tokenizer flat patches that photographs do not have. Alpha stays.
@@ -158,17 +156,17 @@ class Transform:
     ):
         if crop not in CROPS:
             raise ConfigError(
-                f"{key}={crop!r} is no crop policy{nearest(str(crop), CROPS)};"
-                f" there are {', '.join(CROPS)}"
+                f"{key}={crop!r}: must be one of {', '.join(CROPS)}{nearest(str(crop), CROPS)}"
             )
-        unknown = (
-            [augment] if isinstance(augment, str) else [a for a in augment if a not in AUGMENTS]
-        )
-        if unknown:
-            wrong = unknown[0]
+        if isinstance(augment, str):
             raise ConfigError(
-                f"data.augment holds {wrong!r}{nearest(str(wrong), AUGMENTS)}; write a list of"
-                f" {', '.join(AUGMENTS)}, for example data.augment=[hflip]"
+                f"data.augment={augment}: must be a list of {', '.join(AUGMENTS)}, for example"
+                " data.augment=[hflip]"
+            )
+        if unknown := [name for name in augment if name not in AUGMENTS]:
+            raise ConfigError(
+                f"data.augment: {unknown[0]!r} is not one of {', '.join(AUGMENTS)}"
+                f"{nearest(str(unknown[0]), AUGMENTS)}"
             )
         if "rot90" in augment and size[0] != size[1]:
             others = ",".join(name for name in augment if name != "rot90")
@@ -190,7 +188,7 @@ class Transform:
         return out.numpy()
 
     def write(self, image: np.ndarray, rng: np.random.Generator, out: Tensor) -> None:
-        """As `__call__`, to `out` `(h, w, C)` uint8, contiguous."""
+        """Do as `__call__`, and write to `out` `(h, w, C)` uint8, contiguous."""
         more = (self.scale,) if self.crop == "random_resized" else ()
         cut = CROPS[self.crop]((image.shape[0], image.shape[1]), self.size, rng, *more)
         augment, mirrored = self.augment, False
@@ -203,7 +201,7 @@ class Transform:
             np.copyto(out.numpy(), picture)
 
     def reduction(self, rng: Callable[[], np.random.Generator]) -> Reduction:
-        """How many times smaller an image may be decoded for a result that hardly differs.
+        """Return how many times smaller an image may be decoded for nearly the same result.
 
         Args:
             rng: gives a generator in the state of that which `__call__` will get.

@@ -16,11 +16,11 @@ from torch import Tensor
 import vistok
 from vistok.checkpoints.find import find_checkpoint, run_folder
 from vistok.checkpoints.load import load
+from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.registry import resolve
 from vistok.models.tokenizer import Tokenizer
-
-FORMAT = 1
 
 #: Larger implicit codebooks are not written out; `config.json` says how to compute them.
 LARGEST_TABLE = 2**20
@@ -62,9 +62,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     """
     if out.exists():
         if not overwrite:
-            raise ConfigError(f"out={out}: is there already; use overwrite=true or another folder")
+            raise ConfigError(f"out={out}: already exists; use overwrite=true or another folder")
         if not (out / "model.safetensors").exists():
-            raise ConfigError(f"out={out}: is not an export, so it is not overwritten")
+            raise ConfigError(f"out={out}: not an export, so it is not overwritten")
 
 
 def place_export(
@@ -83,7 +83,7 @@ def place_export(
             shutil.rmtree(out)
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"out={out}: could not be written, {error}") from error
+        raise CheckpointError(f"out={out}: could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -110,7 +110,7 @@ def write_export(
 
 @torch.no_grad()
 def codebook_tensors(tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """What a downstream model looks up.
+    """Return the tables in which a downstream model looks ids up.
 
     `codebook.q` `(K_q, d_q)` for every index slot q: the vectors that distances are measured
     between (of unit length for cosine codebooks). With one slot also `decoder_input` `(K, D)`:
@@ -128,7 +128,7 @@ def codebook_tensors(tokenizer: Tokenizer) -> dict[str, Tensor]:
 
 
 def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
-    """`config.json`: what rebuilds the tokenizer, and the contract of its inputs and outputs."""
+    """Return `config.json`: the tokenizer's config, and the contract of its inputs and outputs."""
     sizes = tokenizer.quantizer.codebook_sizes
     return {
         "format": FORMAT,
@@ -154,7 +154,7 @@ def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_metrics(checkpoint: Path) -> dict[str, Any]:
-    """What the run has measured: `eval/metrics.json` if it was evaluated, else `summary.json`."""
+    """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`."""
     run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):
         if path.is_file():
@@ -164,10 +164,10 @@ def run_metrics(checkpoint: Path) -> dict[str, Any]:
 
 
 def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """`README.md` of an export."""
+    """Return the `README.md` of an export."""
     io = description["io"]
-    name = description["tokenizer"]["_target_"].rpartition(".")[2]
-    quantizer = description["quantizer"]["_target_"].rpartition(".")[2]
+    name = resolve(description["tokenizer"]["_target_"]).__name__
+    quantizer = resolve(description["quantizer"]["_target_"]).__name__
     rows = [
         f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |"
         for k, v in metrics.items()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -20,13 +23,16 @@ from vistok.nn.patches import pad_edges, patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("latent_vit_encoder")
 class LatentTransformerEncoder(Encoder):
     """Patches and K learned latent tokens through one transformer; the latents are kept.
 
     Sequence `[class token | patches | latent tokens]` with full attention, as in TiTok (Yu et
-    al. 2024, https://arxiv.org/abs/2406.07550). Differs from the reference code: positions start
-    as sines and cosines, the latent tokens' at points spread over the image, and `initialize`
-    sets the patch embedding to principal components. All remain learned.
+    al. 2024, https://arxiv.org/abs/2406.07550). The forward is the released one; the start is not.
+    There all weights are drawn, positions with a deviation of W ** -0.5. Here positions start as
+    sines and cosines, the latent tokens' at points spread over the image, the first attention
+    copies between tokens at one place, and `initialize`, which a run with `init=random` leaves
+    out, sets the patch embedding to principal components. All remain learned.
 
     Args:
         image_size: side in pixels, or (H, W), multiples of `patch_size`.
@@ -40,7 +46,6 @@ class LatentTransformerEncoder(Encoder):
         activation_checkpointing: see `Transformer`.
         causal: patches attend to patches alone, and latent token j to all patches and to the
             latent tokens up to j (FlexTok's registers), so that later ones don't change it.
-        block: style of the blocks, such as "vit" or "flextok"; see `Block`.
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
         attention: dense or flex, under the causal mask; see `nn/attention.py`.
@@ -48,10 +53,11 @@ class LatentTransformerEncoder(Encoder):
             codebook follows latents that training moves about as a whole, so there an eighth
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
             about 1 the latents would leave it before they are of use. 0 or more.
-        legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
-            two-stage TiTok and One-D-Piece do: each token gets channels of every latent.
-        norm_in: normalise the sequence before the first block; FlexTok does not.
+        norm_in: normalise the sequence before the first block.
     """
+
+    #: Options of the blocks, see `Block`.
+    block: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -65,17 +71,14 @@ class LatentTransformerEncoder(Encoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         causal: bool = False,
-        block: str = "vit",
         nested: bool = False,
         attention: str = "dense",
         content: float = 0.125,
-        legacy_reshape: bool = False,
         norm_in: bool = True,
     ) -> None:
         super().__init__()
         check_number("content", content, 0)
-        self.legacy_reshape = legacy_reshape
-        self.grid = grid_of(image_size, patch_size)
+        self.patch_grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.content = content
         self.dim = width
@@ -88,18 +91,18 @@ class LatentTransformerEncoder(Encoder):
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block=block,
             attention=attention,
+            **self.block,
         )
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)
         # Positions start in as many dimensions as a head has, content in the others.
         self.num_position_dims = head = width // num_heads
         attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
-        points = grid_points(self.grid)
-        self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
-        points = spread_points(num_latent_tokens, self.grid, nested)
-        self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
+        points = grid_points(self.patch_grid)
+        self.patch_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
+        points = spread_points(num_latent_tokens, self.patch_grid, nested)
+        self.latent_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
         # What a latent says about its own place is no news: its mean over images is taken off.
         self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)
@@ -108,19 +111,26 @@ class LatentTransformerEncoder(Encoder):
         mask = prefix_causal_mask(prefix, num_latent_tokens) if causal else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`."""
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`; `block.{i}` are the patches."""
+        return self.latents(images, taps) - self.latent_means
+
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """The latent tokens `(B, K, W)` behind the last norm, their means still in them."""
         x = self.patch_embed(patchify(images, self.patch_size)) + self.patch_positions
         latents = (self.latent_tokens + self.latent_positions).expand(len(x), -1, -1)
         parts = [x, latents.to(x.dtype)]
         if self.class_token is not None:
             parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
         x = self.norm_in(torch.cat(parts, dim=1))
-        latents = self.transformer(x, self.mask, keep=slice(-self.num_tokens, None))
-        latents = self.norm_out(latents)
-        if self.legacy_reshape:
-            latents = latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
-        return latents - self.latent_means
+        start = 0 if self.class_token is None else 1
+        patches = slice(start, start + len(self.patch_positions))
+        latents = slice(-self.num_tokens, None)
+        return self.norm_out(self.transformer(x, self.mask, latents, taps, patches))
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks."""
+        return _block_taps(self.transformer, Tap(self.dim, self.patch_grid))
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -143,6 +153,10 @@ class LatentTransformerEncoder(Encoder):
         self.latent_means += latents.mean(dim=0)
 
 
+def _block_taps(transformer: Transformer, tap: Tap) -> dict[str, Tap]:
+    return {f"block.{number}": tap for number in range(len(transformer.blocks))}
+
+
 def prefix_causal_mask(prefix: int, length: int) -> Tensor:
     """`(prefix + length,)` squared bool, True = visible: a full prefix, then a causal tail."""
     total = prefix + length
@@ -151,12 +165,15 @@ def prefix_causal_mask(prefix: int, length: int) -> Tensor:
     return (columns < prefix) | ((rows >= prefix) & (columns <= rows))
 
 
+@register("latent_vit_decoder")
 class LatentTransformerDecoder(Decoder):
     """Mask tokens and latent tokens through one transformer; the mask tokens become patches.
 
     Sequence `[class token | mask tokens | latent tokens]` with full attention and a linear head
     to pixels, then a 3x3 convolution across the seams: the single-stage TiTok (Yu et al. 2024,
-    https://arxiv.org/abs/2406.07550; head of TA-TiTok, https://arxiv.org/abs/2501.07730).
+    https://arxiv.org/abs/2406.07550; head of TA-TiTok, https://arxiv.org/abs/2501.07730). The
+    forward is the released one. As in the encoder, the start is not: there all weights are drawn;
+    here `initialize` fits the head, and the last convolution starts as the identity.
 
     Args:
         image_size: side in pixels, or (H, W), multiples of `patch_size`.
@@ -171,8 +188,7 @@ class LatentTransformerDecoder(Decoder):
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
         attention: dense or flex, where tokens are masked; see `nn/attention.py`.
-        borders: what the last convolution sees beyond the image, its edges "repeated" or "black",
-            as in the released models.
+        border: what the last convolution sees beyond the image, "black" or its own "edge".
     """
 
     def __init__(
@@ -189,12 +205,12 @@ class LatentTransformerDecoder(Decoder):
         activation_checkpointing: bool = False,
         nested: bool = False,
         attention: str = "dense",
-        borders: str = "repeated",
+        border: str = "black",
     ) -> None:
         super().__init__()
-        if borders not in ("repeated", "black"):
-            raise ArgumentError(f"borders={borders}: must be repeated or black")
-        self.borders = borders
+        if border not in ("black", "edge"):
+            raise ArgumentError(f"border={border}: must be black or edge")
+        self.border = border
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.dim = latent_dim
@@ -227,20 +243,28 @@ class LatentTransformerDecoder(Decoder):
         points = spread_points(num_latent_tokens, self.grid, nested)
         self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
-        return self.paint(self.features(quantized, mask))
+        return self.paint(self.features(quantized, mask, taps=taps))
 
     def paint(self, features: Tensor) -> Tensor:
         """Images `(B, C, H, W)` of what `features` returns."""
         patches = unpatchify(self.head(features), self.grid, self.patch_size)
-        black = self.borders == "black"
-        return self.smooth(
-            F.pad(patches, (1, 1, 1, 1), value=-1.0) if black else pad_edges(patches)
-        )
+        edge = self.border == "edge"
+        return self.smooth(pad_edges(patches) if edge else F.pad(patches, (1, 1, 1, 1), value=-1.0))
 
     def features(
-        self, quantized: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        taps: Taps = NO_TAPS,
     ) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order.
 
@@ -248,6 +272,7 @@ class LatentTransformerDecoder(Decoder):
             quantized: `(B, n, D)`.
             mask: `(B, n)` bool; tokens marked False are not seen.
             context: `(B, T, W)`, further tokens at the end of the sequence.
+            taps: offered `block.{i}`, the patches.
         """
         batch, length, _ = quantized.shape
         latents = self.embed(quantized) + self.latent_positions[:length]
@@ -264,7 +289,12 @@ class LatentTransformerDecoder(Decoder):
             visible = mask.new_ones(batch, x.shape[1])
             visible[:, before : before + length] = mask
             visible = visible[:, None, None, :]
-        return self.norm_out(self.transformer(self.norm_in(x), visible, keep=self._patches))
+        x, patches = self.norm_in(x), self._patches
+        return self.norm_out(self.transformer(x, visible, patches, taps, patches))
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks."""
+        return _block_taps(self.transformer, Tap(self.embed.out_features, self.grid))
 
     @property
     def _patches(self) -> slice:

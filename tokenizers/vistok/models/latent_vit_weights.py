@@ -10,8 +10,25 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, inside, vector_quantizer
+from vistok.core.taps import NO_TAPS, Taps
+from vistok.models.latent_vit import LatentTransformerEncoder
 from vistok.models.maskgit_cnn_weights import maskgit_decoder
+
+
+@register("reshaped_latent_vit_encoder")
+class ReshapedLatentEncoder(LatentTransformerEncoder):
+    """TiTok's encoder as the released two-stage weights need it, and One-D-Piece's.
+
+    The K x W values of the latents are read in memory as W x K: each token gets channels of every
+    latent.
+    """
+
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """The latent tokens `(B, K, W)`, mixed."""
+        latents = super().latents(images, taps)
+        return latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
 
 
 def _titok(published: Published, image_size: int | None, target: str) -> Released:
@@ -64,11 +81,10 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
 
     grid = math.isqrt(len(positions["decoder"]) - 1)
     encoder = {
-        "_target_": "vistok.models.latent_vit.LatentTransformerEncoder",
+        "_target_": "reshaped_latent_vit_encoder" if two_stages else "latent_vit_encoder",
         **common,
         **_sizes(state, "encoder"),
         "patch_size": patch_size,
-        "legacy_reshape": two_stages,
     }
     decoder = {
         **common,
@@ -78,7 +94,7 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
     }
     add_head = _two_stage_head if two_stages else _pixel_head
     add_head(published, decoder, state)
-    if target.endswith("TATiTok"):
+    if target == "ta_titok":
         _add_text(published, decoder, state)
     tokenizer = {
         "_target_": target,
@@ -131,7 +147,7 @@ def _two_stage_head(
     state["decoder.code_vectors.weight"] = vectors
     state |= inside("decoder.pixel_decoder", pixel_state)
     decoder |= {
-        "_target_": "vistok.models.proxy_decoder.ProxyDecoder",
+        "_target_": "proxy_decoder",
         "num_codes": len(vectors),
         "code_dim": vectors.shape[1],
         "pixel_decoder": pixels,
@@ -141,10 +157,7 @@ def _two_stage_head(
 
 def _pixel_head(published: Published, decoder: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Patches of pixels and a convolution over their seams, from [0, 1] to [-1, 1]."""
-    decoder |= {
-        "_target_": "vistok.models.latent_vit.LatentTransformerDecoder",
-        "borders": "black",  # zeros in [0, 1]
-    }
+    decoder["_target_"] = "latent_vit_decoder"
     state["decoder.head.weight"] = 2 * published.take("decoder.ffn.0.weight")[:, :, 0, 0]
     state["decoder.head.bias"] = 2 * published.take("decoder.ffn.0.bias") - 1
     weight = published.take("decoder.conv_out.weight")
@@ -161,7 +174,7 @@ def _add_text(published: Published, decoder: dict[str, Any], state: dict[str, Te
     # There is none: without a caption these weights are outside of what they were trained on.
     state["decoder.no_text"] = torch.zeros(1, 1, positions.shape[1])
     decoder |= {
-        "_target_": "vistok.systems.ta_titok.decoder.TextTransformerDecoder",
+        "_target_": "text_decoder",
         "num_text_tokens": len(positions),
         "text_dim": state["decoder.text_embed.weight"].shape[1],
     }

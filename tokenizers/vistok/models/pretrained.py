@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, nearest
+from vistok.core.registry import register
 
 #: EfficientNet-Lite0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946; 4.7 M parameters), timm's
 #: `tf_efficientnet_lite0` with ImageNet weights that come with a package: nothing is downloaded.
@@ -87,6 +88,7 @@ class FeatureMaps(Pretrained):
         )
 
 
+@register("pretrained")
 class Teacher(Pretrained):
     """Images to one feature map of a pretrained network.
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -18,11 +20,17 @@ from vistok.nn.positions import grid_points, position_table
 from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
 
 
+@register("qformer_encoder")
 class QFormerEncoder(Encoder):
     """Image to a grid of features by a CNN, and these to a 1D code by a Q-Former.
 
     The queries start as averages of the embedded grid over ever finer cells (1, 1, 2, 4, ... of
     them), so the first tokens see the whole image and the last ones small parts of it.
+
+    Differs from the released code in its start: there weights and positions are drawn; here
+    positions start as sines and cosines, the queries' layer as the identity, and `initialize`,
+    which a run with `init=random` leaves out, sets embedding and projection to principal
+    components.
 
     Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
 
@@ -36,8 +44,8 @@ class QFormerEncoder(Encoder):
         activation_checkpointing: of the Q-Former's blocks.
         padding_start: repeat the queries from this one on behind the code, with positions of
             their own (ReTok); None for none. See `padded`.
-        norm_first: normalise the grid's features before they are embedded, as the released code
-            does, and not their embedding.
+        norm: what is normalised on the way in, the "input" of the embedding, the features of the
+            grid, or the "embedding" itself.
     """
 
     def __init__(
@@ -50,17 +58,16 @@ class QFormerEncoder(Encoder):
         num_heads: int,
         activation_checkpointing: bool = False,
         padding_start: int | None = None,
-        norm_first: bool = False,
+        norm: str = "input",
     ) -> None:
         super().__init__()
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
-        self.grid = cnn.grid
         self.conv_out = nn.Conv2d(cnn.dim, dim, 3, padding=1)
         self.embed = nn.Linear(dim, width)
-        self.norm_first = norm_first
-        self.norm_in = nn.LayerNorm(dim if norm_first else width)
+        self.norm_first = _is_first(norm)
+        self.norm_in = nn.LayerNorm(dim if self.norm_first else width)
         self.query = nn.Linear(width, width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
         self.norm_out = nn.LayerNorm(width)
@@ -75,33 +82,39 @@ class QFormerEncoder(Encoder):
             token_positions(num_latent_tokens, width, cnn.grid, padding_start)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, D)`, the padding thrown away."""
-        return self.padded(images)[:, : self.num_tokens]
+        return self.padded(images, taps)[:, : self.num_tokens]
 
-    def padded(self, images: Tensor) -> Tensor:
+    def padded(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """The latents `(B, K + M, D)`: the code, and behind it the M repeated queries."""
-        return self.project(self.latents(images))
+        return self.project(self.latents(images, taps))
 
-    def latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """What is projected to the code: `(B, K + M, W)`."""
-        x = self.embed(self.cells(images))
+        x = self.embed(self.cells(images, taps.inside("cnn")))
         memory = x if self.norm_first else self.norm_in(x)
         queries = self.queries(memory)
         if self.padding_start is not None:
             queries = torch.cat([queries, queries[:, self.padding_start :]], dim=1)
-        x = self.transformer(queries, memory, self.latent_positions, self.grid_positions)
-        return self.norm_out(x)
+        positions = (self.latent_positions, self.grid_positions)
+        return self.norm_out(self.transformer(queries, memory, *positions, taps=taps))
 
-    def cells(self, images: Tensor) -> Tensor:
-        """What is embedded for the Q-Former to read: `(B, cells, D)`."""
-        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.grid))
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, which are the queries, and those of the CNN."""
+        tap = Tap(self.embed.out_features)
+        blocks = {f"block.{number}": tap for number in range(len(self.transformer.blocks))}
+        return blocks | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """What is embedded for the Q-Former to read: `(B, cells, D)`; taps are the CNN's."""
+        grid = self.conv_out(self.cnn(images, taps).transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = grid.flatten(2).transpose(1, 2)
         return self.norm_in(cells) if self.norm_first else cells
 
     def queries(self, memory: Tensor) -> Tensor:
         """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""
-        grid = memory.transpose(1, 2).unflatten(2, self.grid)
+        grid = memory.transpose(1, 2).unflatten(2, self.cnn.grid)
         pooled = [F.adaptive_avg_pool2d(grid, level).flatten(2) for level in self.levels]
         return self.query(torch.cat(pooled, dim=2).transpose(1, 2))
 
@@ -111,18 +124,26 @@ class QFormerEncoder(Encoder):
         self.cnn.initialize(images)
         chunks = images.split(32)
         maps = torch.cat([self.cnn(chunk).float() for chunk in chunks[:4]])
-        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.grid))
+        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
         start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
         latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
         start_at_components_(self.project, latents.flatten(0, 1), self.dim)
 
 
+def _is_first(norm: str) -> bool:
+    if norm not in ("input", "embedding"):
+        raise ArgumentError(f"norm={norm}: must be input or embedding")
+    return norm == "input"
+
+
+@register("qformer_decoder")
 class QFormerDecoder(Decoder):
     """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
 
-    Differs from the released code: tokens start at the centres of what their queries average, and
-    the first block starts by copying from those near a cell. All of it stays learned.
+    Differs from the released code in its start, as the encoder does: tokens start at the centres
+    of what their queries average, and the first block by copying from those near a cell. All of it
+    stays learned.
 
     Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
 
@@ -135,7 +156,7 @@ class QFormerDecoder(Decoder):
         num_heads: attention heads.
         activation_checkpointing: of the Q-Former's blocks.
         padding_start: the encoder's; the code may then be longer by the padding.
-        norm_first: as in the encoder, of the code.
+        norm: as in the encoder, of the code.
     """
 
     def __init__(
@@ -148,7 +169,7 @@ class QFormerDecoder(Decoder):
         num_heads: int,
         activation_checkpointing: bool = False,
         padding_start: int | None = None,
-        norm_first: bool = False,
+        norm: str = "input",
     ) -> None:
         super().__init__()
         if cnn.dim != latent_dim:
@@ -156,8 +177,8 @@ class QFormerDecoder(Decoder):
         self.dim = latent_dim
         self.grid = cnn.grid
         self.embed = nn.Linear(latent_dim, width)
-        self.norm_first = norm_first
-        self.norm_in = nn.LayerNorm(latent_dim if norm_first else width)
+        self.norm_first = _is_first(norm)
+        self.norm_in = nn.LayerNorm(latent_dim if self.norm_first else width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
         self.norm_out = nn.LayerNorm(width)
         self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)
@@ -171,22 +192,34 @@ class QFormerDecoder(Decoder):
         )
         self.num_tokens = len(self.latent_positions)  # with the padding
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens `(B, n, D)`; the first is needed."""
-        return self.cnn.reconstruct(self.cells(quantized, mask))
+        cells = self.cells(quantized, mask, taps)
+        return self.cnn.reconstruct(cells, taps=taps.inside("cnn"))
 
-    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, which are the cells, and those of the CNN."""
+        tap = Tap(self.embed.out_features, self.grid)
+        blocks = {f"block.{number}": tap for number in range(len(self.transformer.blocks))}
+        return blocks | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)`, raster order."""
-        return self.conv_out(self.maps(quantized, mask)).flatten(2).transpose(1, 2)
+        return self.conv_out(self.maps(quantized, mask, taps)).flatten(2).transpose(1, 2)
 
-    def maps(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def maps(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """What the Q-Former makes of the code: `(B, W, rows, columns)`."""
         norm, embed = self.norm_in, self.embed
         memory = embed(norm(quantized)) if self.norm_first else norm(embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
-        x = self.transformer(
-            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]], mask
-        )
+        positions = (self.grid_positions, self.latent_positions[: memory.shape[1]])
+        x = self.transformer(queries, memory, *positions, mask, taps)
         return self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:

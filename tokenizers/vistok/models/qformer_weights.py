@@ -49,20 +49,20 @@ def _gigatok(published: Published, image_size: int | None, model: dict[str, Any]
         **model,
         **size,
         "encoder": {
-            "_target_": "vistok.models.qformer.QFormerEncoder",
+            "_target_": "qformer_encoder",
             "dim": dim,
             "cnn": {
-                "_target_": "vistok.models.cnn.CNNEncoder",
+                "_target_": "cnn_encoder",
                 **cnn,
                 **_cnn(published, "encoder", state),
             },
             **encoder,
         },
         "decoder": {
-            "_target_": "vistok.models.qformer.QFormerDecoder",
+            "_target_": "qformer_decoder",
             "latent_dim": dim,
             "cnn": {
-                "_target_": "vistok.models.cnn.CNNDecoder",
+                "_target_": "cnn_decoder",
                 "latent_dim": dim,
                 "upsample": "depth_to_space",
                 "adaptive_norm": True,
@@ -108,7 +108,7 @@ def _qformer(
     state |= published.move(names)
     width = len(state[f"{ours}.norm_out.weight"])
     heads = width // 64  # in all published sizes
-    return {**config, "width": width, "depth": depth, "num_heads": heads, "norm_first": True}
+    return {**config, "width": width, "depth": depth, "num_heads": heads}
 
 
 def _cnn(published: Published, part: str, state: dict[str, Tensor]) -> dict[str, Any]:

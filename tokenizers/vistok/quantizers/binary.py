@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.sample_random import uniform
 from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer, token_mean
@@ -19,6 +20,7 @@ from vistok.quantizers.scalar import (
 )
 
 
+@register("binary")
 class BinaryLatents(Quantizer):
     """Binary latents: each of d logits is one bit, a token is the sum of the vectors of its 1s.
 

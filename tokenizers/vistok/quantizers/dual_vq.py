@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vistok.core.errors import ConfigError
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.values import check_whole
 from vistok.quantizers.composite import sample_depths
 from vistok.quantizers.multi_scale_vq import MultiScale, MultiScaleVQ
@@ -20,6 +21,7 @@ from vistok.quantizers.residual_vq import ResidualVQ
 from vistok.quantizers.vq import VectorQuantizer
 
 
+@register("shared_index_vq")
 class SharedIndexVQ(VectorQuantizer):
     """Two codebooks, semantic S and pixel P, that share one index: TokenFlow.
 
@@ -91,6 +93,7 @@ class SharedIndexVQ(VectorQuantizer):
         return [self._unscale(self._table())]
 
 
+@register("multi_scale_shared_index_vq")
 class MultiScaleSharedIndexVQ(MultiScale):
     """TokenFlow as published: `SharedIndexVQ` over the scales of `MultiScale`, without φ.
 
@@ -155,6 +158,7 @@ class MultiScaleSharedIndexVQ(MultiScale):
         )
 
 
+@register("dual_token")
 class DualToken(Product):
     """Two residual codes per token, one for pixels and one for semantics, with own indices.
 
@@ -187,7 +191,7 @@ class DualToken(Product):
         **codebook_options: Any,
     ) -> None:
         if codebook_dim is None and dim % 2:
-            raise ConfigError(f"DualToken: dim={dim} has no halves; set quantizer.codebook_dim")
+            raise ConfigError(f"DualToken: dim={dim} cannot be halved; set quantizer.codebook_dim")
         branches = [
             ResidualVQ(
                 codebook_dim or dim // 2,
@@ -202,6 +206,7 @@ class DualToken(Product):
         super().__init__(dim, branches)
 
 
+@register("image_folder")
 class ImageFolder(Product):
     """P branches, each a multi-scale residual over its share of the channels, folded together.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vistok.core.errors import ConfigError
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.sample_random import integers, uniform
 from vistok.core.values import check_number, check_whole
 from vistok.quantizers.base import Quantizer, token_mean
@@ -26,6 +27,7 @@ from vistok.quantizers.scalar import (
 _TILE = 64
 
 
+@register("fsq")
 class FSQ(Quantizer):
     """Finite scalar quantization (FSQ), with its symmetric and its iFSQ form.
 
@@ -92,7 +94,7 @@ class FSQ(Quantizer):
             raise ConfigError(f"quantizer.levels={levels}: needs integers of 2 or more")
         if grid == "standard" and 2 in levels:
             raise ConfigError(
-                f"quantizer.levels={levels}: a channel of 2 levels is all but constant on the "
+                f"quantizer.levels={levels}: a channel of 2 levels is almost constant on the "
                 "standard grid (its threshold lies at z = -3.8); use quantizer.grid=symmetric"
             )
         if grid == "standard" and slope != 1:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.models.qformer_weights import _gigatok
 from vistok.models.tokenizer import Tokenizer
 
 
+@register("gigatok")
 class GigaTok(Tokenizer):
     """A CNN, a Q-Former to a 1D code, a Q-Former back to a grid, and a CNN.
 
@@ -14,10 +16,9 @@ class GigaTok(Tokenizer):
     to model, is `alignment.*` of the run: the decoder's third block against DINOv2-B, weight
     0.5. Its entropy loss is `quantizer.entropy_weight`.
 
-    With `norm_first`, as the paper-size configs have it, the forward is the released one. How
-    weights start differs (positions are learned from sines and cosines on, the adaptive norms start
-    as plain ones), and there is no auxiliary decoding of the CNN's own features, which its authors
-    advise to drop.
+    The forward is the released one. How weights start differs (positions are learned from sines and
+    cosines on, the adaptive norms start as plain ones), and there is no auxiliary decoding of the
+    CNN's own features, which its authors advise to drop.
 
     Paper: Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
     Parts: `QFormerEncoder`, `QFormerDecoder`.
@@ -27,6 +28,7 @@ class GigaTok(Tokenizer):
     token_order = "unordered"
 
 
+@register("gigatok", kind="importer")
 def gigatok(published: Published, image_size: int | None) -> Released:
     """GigaTok (https://arxiv.org/abs/2504.08736) with a codebook and a Q-Former."""
-    return _gigatok(published, image_size, {"_target_": "vistok.systems.gigatok.GigaTok"})
+    return _gigatok(published, image_size, {"_target_": "gigatok"})

@@ -1,232 +1,106 @@
-"""The LightningModule: thin over tokenizer, losses, EMA and schedule, and one for all of them."""
+"""Reconstruction: train any tokenizer on images, watched by PSNR."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from vistok.core.errors import ConfigError, VistokError
-from vistok.core.outputs import TokenizerOutput
-from vistok.core.ranks import all_reduce_sum, average_gradients, world_size
-from vistok.core.registry import build
-from vistok.core.sample_random import drawing
+from vistok.checkpoints.find import find_checkpoint_or_export
+from vistok.checkpoints.load import load, load_weights
+from vistok.core.errors import ConfigError
+from vistok.core.registry import register
 from vistok.data.datamodule import VistokDataModule
+from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
-from vistok.models.build import build_tokenizer
+from vistok.losses.objective import build_objective
+from vistok.models.build import build_tokenizer, starts_from_data
+from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
-from vistok.tasks.adversary import Adversary, build_adversary
-from vistok.tasks.alignment import build_alignment
-from vistok.tasks.stages import prepare_stage
-from vistok.training.ema import EMA
-from vistok.training.memory import keep_freed_memory
-from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate, warmup_cosine
-from vistok.training.sharding import ShardedStrategy, is_sharded, release, shard, whole_parameters
+from vistok.tasks.callbacks import CodebookWatch, ReconstructionGrid
+from vistok.tasks.stages import prepare_stage, resolve_stage
+from vistok.training.task import Task
 
 
-class TokenizerModule(L.LightningModule):
-    """Trains any tokenizer.
-
-    The position in the data (`samples_seen` of the DataModule) is the one clock that schedules
-    read: it survives a change of batch size or ranks, and is restored on resume.
+@register("reconstruction", kind="task")
+class Reconstruction(Task):
+    """Trains any tokenizer to reconstruct images.
 
     Args:
         config: the run's resolved config as plain containers. It is saved in checkpoints.
     """
 
+    monitor = ("psnr", "max")
+
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.config = config
+        super().__init__(config)
         self.tokenizer = build_tokenizer(config)
         prepare_stage(self.tokenizer, config)
         check_fields(self.tokenizer, config["data"].get("fields") or ())
-        self.loss = build(config["loss"], "loss")
-        self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
-        self.adversary = build_adversary(config.get("adversary"))
-        self._played: tuple[Tensor, Tensor] | None = None  # images and pictures for the adversary
-        self.schedule = config["optimizer"]
-        decay = config["ema"]["decay"]
-        self.ema = EMA(self.tokenizer, decay) if decay else None
+        self.objective = build_objective(config["loss"], self.tokenizer)
         self.evaluator: Evaluator | None = None
-        self.val_results: dict[str, float] = {}
-        self.val_step = -1
-        self._numbers: dict[str, Tensor] = {}  # of the step under way, summed over its batches
-        self._first = 0  # position in the data at which it began
-        # A bound method, not a module: it must not appear in the state dict a second time.
-        forward = self.tokenizer.forward
-        self._step_function = torch.compile(forward) if config["compile"] else forward
+        if config["init_from"]:
+            find_checkpoint_or_export(config["init_from"])  # one that is missing shows now
+        baseline_options(config.get("baseline"))  # and a wrong value, not at the end
+        starts_from_data(config)
+        self.ready()
 
-    def configure_model(self) -> None:
-        """With FSDP2, spread the parameters over the ranks, as they are at the start of the run."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, ShardedStrategy) or is_sharded(self.tokenizer):
-            return
-        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-        shard(self.tokenizer, strategy.mesh, dtype)
-        if self.alignment is not None:
-            shard(self.alignment, strategy.mesh)
-        self._step_function = self.tokenizer.__call__  # FSDP's hooks hang on the call
+    @property
+    def model(self) -> Tokenizer:  # type: ignore[override]
+        """The tokenizer."""
+        return self.tokenizer
+
+    @classmethod
+    def resolve(cls, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+        """Return the config with the architecture and start that its stage calls for."""
+        return resolve_stage(config, words)
+
+    def build_data(self) -> VistokDataModule:
+        """Return the images of `data`."""
+        return VistokDataModule(**self.config["data"])
+
+    def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
+        """Take the weights of `init_from`, else start from data, else leave the random ones."""
+        source = self.config["init_from"]
+        if source:
+            weights = load(find_checkpoint_or_export(source)).state_dict()
+            load_weights(self.tokenizer, weights, str(source))
+        elif starts_from_data(self.config):
+            tokenizer = self.tokenizer.to(device)
+            images = data.init_batches(self._init_images(data))
+            tokenizer.initialize(tokenizer.to_model_range(images))
         if self.ema is not None:
             self.ema.reset()
 
+    def _init_images(self, data: VistokDataModule) -> int:
+        """Return how many images the start from data looks at: enough for the codebook."""
+        wanted = self.tokenizer.quantizer.num_init_latents
+        for_codebook = -(-wanted // self.tokenizer.num_tokens)
+        least = self.config["init_images"]
+        return min(max(least, for_codebook), max(4096, least))
+
     # ------------------------------------------------------------------ training
 
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Loss of a batch of uint8 images, normalised on the device."""
+    def compute(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Reconstruct a batch of uint8 images, normalised on the device."""
         images = batch["image"].float().div_(127.5).sub_(1)
-        with self._drawing(images):
-            output = self._step_function(images, **self.tokenizer.conditions_of(batch))
-        losses = self.loss(output, self.tokenizer.quantizer.loss_weights, self.global_step)
-        if self.alignment is not None:
-            losses["alignment"] = self.alignment(images, output.mask)
-            losses["total"] = (
-                losses["total"] + self.config["alignment"]["weight"] * losses["alignment"]
-            )
-        if self.adversary is not None:
-            self._play(self.adversary, images, output, losses)
-        total = losses["total"]
-        self._check_finite(losses)
-        for name, value in losses.items():
-            self._add(f"loss/{name}", value)
-        for name, value in output.quantizer.metrics.items():
-            self._add(f"quantizer/{name}", value)
-        # Consumed, not fetched: the position moves when the step has used the batch.
-        self.data.advance(len(images) * self.trainer.world_size)
-        self.log("samples_seen", float(self.data.samples_seen))
-        self.log("step", float(self.global_step + 1))  # the loggers' x axis: steps done
-        return total
+        with self.drawing(len(images)):
+            conditions = self.tokenizer.conditions_of(batch)
+            output = self._step_function(images, self.objective.taps, **conditions)
+        losses = self.objective(Step(images, output, self.tokenizer, self.step_began_at))
+        metrics = output.quantizer.metrics
+        return losses, {f"quantizer/{name}": value for name, value in metrics.items()}
 
-    def _play(
-        self,
-        adversary: Adversary,
-        images: Tensor,
-        output: TokenizerOutput,
-        losses: dict[str, Tensor],
-    ) -> None:
-        """Add the adversary's verdict to the losses; its own turn is `on_after_backward`."""
-        losses["adversarial"] = losses["total"].new_zeros(())
-        if adversary.plays(self._first):
-            losses["adversarial"] = adversary.loss(images, output)
-            losses["total"] = losses["total"] + adversary.weight * losses["adversarial"]
-            self._played = images, output.prediction.detach()
-
-    def on_after_backward(self) -> None:
-        """The adversary learns from the batch, whose graph is gone by now."""
-        if self.adversary is not None and self._played is not None:
-            share = 1 / self.trainer.accumulate_grad_batches
-            context = self.trainer.precision_plugin.train_step_context()
-            loss = self.adversary.learn(*self._played, share, context)
-            self._add("loss/discriminator", loss)
-            self._played = None
-
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Keep `log_every_n_steps` in time: Lightning's count gains one in some resumes."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate of this step from the samples seen; end the reduction."""
-        if is_sharded(self.tokenizer):
-            average_gradients(whole_parameters(self))
-        lr = learning_rate(self.schedule, self.samples_per_step) * self.lr_factor
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        self.log("lr", lr)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then whatever happens once per step: codebook statistics and the EMA."""
-        super().optimizer_step(*args, **kwargs)
-        if self.adversary is not None and self.adversary.plays(self._first):
-            self.adversary.step(self.lr_factor)
-        self._log_numbers()
-        if "quantizer" not in self.tokenizer.frozen:
-            optimizer = self.trainer.optimizers[0]
-            for name, value in self.tokenizer.quantizer.after_step([optimizer]).items():
-                self.log(f"quantizer/{name}", value)
-        if self.ema is not None:
-            self.ema.update()
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Bound the norm of all gradients together."""
-        if not is_sharded(self.tokenizer):
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
-        elif gradient_clip_val:
-            clip_by_norm(self.parameters(), gradient_clip_val)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over what is trainable."""
-        s = self.schedule
-        trained = [part for part in (self.tokenizer, self.alignment) if part is not None]
-        return build_optimizer(torch.nn.ModuleList(trained), s["lr"], s["betas"], s["weight_decay"])
-
-    @property
-    def data(self) -> VistokDataModule:
-        """The DataModule, which owns the position in the data."""
-        return self.trainer.datamodule  # type: ignore[attr-defined]
-
-    @property
-    def lr_factor(self) -> float:
-        """Warm-up and decay at the end of the step under way."""
-        return warmup_cosine(
-            self.data.samples_seen,
-            int(self.schedule["warmup_samples"]),
-            self.total_samples,
-            self.schedule["final_lr_factor"],
-        )
-
-    @property
-    def total_samples(self) -> int:
-        """Samples at which the schedule ends: the config's, else those of `max_steps`."""
-        if self.schedule["total_samples"]:
-            return int(self.schedule["total_samples"])
-        return self.trainer.max_steps * self.samples_per_step
-
-    @property
-    def samples_per_step(self) -> int:
-        """Images of one optimizer step over all ranks and accumulated batches."""
-        per_rank = self.data.batch_size * self.trainer.accumulate_grad_batches
-        return per_rank * self.trainer.world_size
-
-    def _drawing(self, images: Tensor) -> AbstractContextManager[None]:
-        """Where random numbers are those of the images' positions in the data."""
-        if not self._numbers:  # the first batch of a step
-            self._first = self.data.samples_seen
-        first = self.data.samples_seen + self.global_rank * len(images)
-        positions = torch.arange(first, first + len(images), device=images.device)
-        return drawing(self.config["seed"], positions, self._first)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach().float()
-        self._numbers[name] = self._numbers[name] + value if name in self._numbers else value
-
-    def _log_numbers(self) -> None:
-        """Log the step's losses: means over its batches and over the ranks, in one reduction."""
-        if not self._numbers:
-            return
-        share = 1 / (self.trainer.accumulate_grad_batches * world_size())
-        means = all_reduce_sum(torch.stack(list(self._numbers.values()))) * share
-        for name, value in zip(self._numbers, means, strict=True):
-            self.log(name, value, prog_bar=name == "loss/total")
-        self._numbers = {}
-
-    def _check_finite(self, losses: dict[str, Tensor]) -> None:
-        if not torch.isfinite(losses["total"]):
-            bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-            raise VistokError(
-                f"loss/{bad[0]} is {losses[bad[0]].item()} at step {self.global_step}; "
-                "lower optimizer.lr, or set trainer.precision=32"
-            )
+    def after_step(self) -> dict[str, Tensor]:
+        """Apply the codebook statistics."""
+        if "quantizer" in self.tokenizer.frozen:
+            return {}
+        numbers = self.tokenizer.quantizer.after_step([self.trainer.optimizers[0]])
+        return {f"quantizer/{name}": value for name, value in numbers.items()}
 
     # ------------------------------------------------------------------ validation
 
@@ -241,59 +115,63 @@ class TokenizerModule(L.LightningModule):
             conditions = self.tokenizer.conditions_of(batch)
             self.evaluator.update(batch["image"], batch["valid"], conditions)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within this context the tokenizer computes with its averaged weights, if it has any."""
-        with nullcontext() if self.ema is None else self.ema.averaged():
-            try:
-                yield
-            finally:
-                release(self.tokenizer)
-
     def on_validation_epoch_end(self) -> None:
         """Log the results as `val/...`."""
         assert self.evaluator is not None
-        self.val_results = self.evaluator.compute()
-        self.val_step = self.global_step
+        self.results = self.evaluator.compute()
+        self.validated_step = self.global_step
         self.log("step", float(self.global_step))
         for name in ("psnr", "ssim", "codebook_usage", "perplexity"):
-            self.log(f"val/{name}", self.val_results[name], batch_size=1)
+            self.log(f"val/{name}", self.results[name], batch_size=1)
         self.evaluator = None
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------ for people
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the averaged weights and the adversary."""
-        if self.ema is not None:
-            checkpoint["ema"] = self.ema.state_dict()
-        if self.adversary is not None:
-            checkpoint["adversary"] = self.adversary.state_dict()
+    def callbacks(self, folder: Path) -> list[L.Callback]:
+        """Return the watch over the codebook, and pictures."""
+        options = self.config["callbacks"]
+        self._watch = CodebookWatch(options["codebook_window"])
+        pictures = folder / "pictures"
+        grid = ReconstructionGrid(pictures, options["num_pictures"], options["picture_scale"])
+        return [self._watch, grid]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back, and begin with a whole step."""
-        if self.ema is not None and checkpoint.get("ema"):
-            self.ema.load_state_dict(checkpoint["ema"])
-        if self.adversary is not None and "adversary" in checkpoint:
-            self.adversary.load_state_dict(checkpoint["adversary"])
-        # Lightning counts batches: those of its epoch, at whose end it steps with what it has, and
-        # all of them, by which it validates. Checkpoints lie between steps, so count these.
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        for name, ready in (("current", 0), ("total", done)):
-            shift = ready - batches[name]["ready"]
-            batches[name] = {key: count + shift for key, count in batches[name].items()}
-        batches["is_last_batch"] = False
+    def description(self) -> str:
+        """Return a line that says what is trained."""
+        t = self.tokenizer
+        parameters = sum(p.numel() for p in t.parameters()) / 1e6
+        return (
+            f"{type(t).__name__} with {type(t.quantizer).__name__}, {parameters:.2f} M "
+            f"parameters, {t.num_tokens} tokens = {t.bits_per_image:.0f} bits per image"
+        )
 
-    def on_fit_start(self) -> None:
-        """Bring what is no submodule to where the tokenizer is; keep memory between steps."""
-        if self.adversary is not None:
-            self.adversary.to(self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
+    def headline(self) -> str:
+        """Return PSNR and the use of the codebook."""
+        return (
+            f"val psnr {self.results['psnr']:.2f} dB  "
+            f"usage {self.results['codebook_usage']:.0%}  "
+            f"perplexity {self.results['perplexity']:.0f}"
+        )
+
+    def summary(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Return the last validation's numbers, the codebook's in training, and the baseline."""
+        results, window = self.results, self._watch.last
+        summary: dict[str, Any] = {
+            "val_psnr": results["psnr"],
+            "val_ssim": results["ssim"],
+            "val_codebook_usage": results["codebook_usage"],
+            "val_perplexity": results["perplexity"],
+            "codebook_usage": window["codebook_usage"],  # of the last training window
+            "perplexity": window["perplexity"],
+            "bits_per_image": results["bits_per_image"],
+        }
+        options = baseline_options(self.config.get("baseline"))
+        if options:  # on every rank: they begin with the same codes and share the images
+            summary.update(kmeans_baseline(self.data, self.tokenizer, **options))
+        return summary
 
 
 def check_fields(tokenizer: Tokenizer, fields: Sequence[str]) -> None:
-    """Refuse to train without what the decoder reads besides tokens.
+    """Raise if the data lack what the decoder reads in addition to tokens.
 
     Raises:
         ConfigError: naming the field that is missing.

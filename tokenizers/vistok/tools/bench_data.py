@@ -1,4 +1,4 @@
-"""How fast the data come: `vistok bench-data`.
+"""Measure how fast the data come: `vistok bench-data`.
 
 Three rates at one output size, taken in turns so that what else the machine does meets all of
 them: the decoder alone in as many processes as there are workers, our stream, and a plain
@@ -12,49 +12,32 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from vistok.core.errors import ConfigError, VistokError, nearest
 from vistok.core.files import replacing
-from vistok.data.dataset import ImageDataset
+from vistok.core.terminal import counted
 from vistok.data.decode import IMAGE_EXTENSIONS, decode
 from vistok.data.order import SampleRandom
+from vistok.tools.words import Option, Tool, flag, processes, seconds, whole
 
-HELP = """\
-Measure the data stream: images per second, against the decoder alone and a plain pipeline.
+if TYPE_CHECKING:  # torch is imported where it is used: `--help` does not wait for it
+    import torch
 
-  {program} [SHARDS] [option=value ...]
-
-SHARDS is a pattern such as '/sets/train-{{000000..000003}}.tar', or a folder of images. Without it
-the sample photographs are used, and there is no plain pipeline.
-
-  image_size=256         pixels of a square
-  crop=resize_random     crop policy, as data.train_crop
-  workers=               processes; empty for one per core
-  batch_size=64
-  seconds=8              of each measurement
-  rounds=3               of all measurements; medians over them are reported
-  scaled_decode=true     as data.scaled_decode, for the decoder alone too
-  plain=true             measure the plain pipeline
-  out=                   file for the numbers, as JSON
-  debug=false            show the traceback of an error
-"""
+    from vistok.data.dataset import ImageDataset
 
 _WARM = 4  # batches per worker before the clock starts
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The measurement to make."""
 
     place: str | None = None
     image_size: int = 256
@@ -68,13 +51,15 @@ class Options:
 
 
 def bench(options: Options) -> dict[str, Any]:
-    """Measure; returns rates in images per second, their ratios, and what they were taken on.
+    """Return rates in images per second, their ratios, and the conditions of the measurement.
 
     Rates and ratios are medians over the rounds, each ratio of rates of one round.
 
     `raw_alone` is one process that only decodes, crops and resizes images in memory; `raw` is the
     sum over `workers` such processes at once, so it knows that cores share caches and clocks.
     """
+    import torch
+
     from vistok.data.datamodule import VistokDataModule
 
     kind = _kind(options.place)
@@ -131,7 +116,7 @@ def _kind(place: str | None) -> str:
 
 
 def raw_rate(dataset: ImageDataset, workers: int, seconds: float) -> float:
-    """Images per second of `workers` processes that decode, crop and resize from memory."""
+    """Return the images per second that `workers` processes decode, crop and resize in memory."""
     count = min(len(dataset), 2048)
     members = np.arange(len(dataset)) if dataset.members is None else dataset.members
     images = [dataset.source.read(int(index))[1] for index in members[:count]]
@@ -152,6 +137,8 @@ def raw_rate(dataset: ImageDataset, workers: int, seconds: float) -> float:
 def _decode_on(
     dataset: ImageDataset, images: list[bytes], seconds: float, start: Any, results: Any
 ) -> None:
+    import torch
+
     torch.set_num_threads(1)
     transform, random, number = copy.copy(dataset.transform), SampleRandom(), 0
     transform.augment = ()
@@ -170,7 +157,7 @@ def _decode_on(
 
 
 def loader_rate(loader: Iterable[Any], options: Options) -> float:
-    """Images per second that come out of a loader, once it runs."""
+    """Return the images per second that come out of a running loader."""
     batches = iter(loader)
     for _ in range(_WARM * max(1, options.workers)):
         next(batches)
@@ -181,7 +168,7 @@ def loader_rate(loader: Iterable[Any], options: Options) -> float:
 
 
 def plain_loader(options: Options) -> Iterable[Any]:
-    """What one would write: WebDataset, Pillow, torchvision (or the same with Pillow alone)."""
+    """Return a usual pipeline: WebDataset, Pillow, torchvision (or the same with Pillow alone)."""
     from torch.utils.data import DataLoader
     from webdataset.compat import WebDataset
 
@@ -201,15 +188,15 @@ def plain_loader(options: Options) -> Iterable[Any]:
 
 
 def plain_description() -> str:
-    """What the plain pipeline resizes with."""
+    """Name the libraries of the plain pipeline."""
     return "webdataset, Pillow, " + ("torchvision" if _torchvision(8) else "Pillow's resize")
 
 
 def _torchvision(size: int) -> Callable[[Any], torch.Tensor] | None:
-    """Resize, RandomCrop, RandomHorizontalFlip, ToTensor; None where it cannot be imported."""
+    """Return Resize, RandomCrop, RandomHorizontalFlip and ToTensor; None without torchvision."""
     try:
         from torchvision import transforms as T
-    except Exception:  # its wheels fail in many ways beside another build of torch
+    except Exception:  # its wheels fail in many ways next to another build of torch
         return None
     bicubic = T.InterpolationMode.BICUBIC
     steps = [T.Resize(size, bicubic), T.RandomCrop(size), T.RandomHorizontalFlip(), T.ToTensor()]
@@ -217,7 +204,8 @@ def _torchvision(size: int) -> Callable[[Any], torch.Tensor] | None:
 
 
 def _pillow(size: int) -> Callable[[Any], torch.Tensor]:
-    """The same four steps without torchvision."""
+    """Return the same four steps without torchvision."""
+    import torch
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -235,52 +223,20 @@ def _pillow(size: int) -> Callable[[Any], torch.Tensor]:
     return transform
 
 
-def _parse(arguments: Sequence[str]) -> tuple[Options, str | None]:
-    known = {"image_size": 1, "workers": 1, "batch_size": 1, "rounds": 1}
-    values: dict[str, Any] = {"workers": os.cpu_count() or 1}
-    out = None
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or "/" in name:
-            if "place" in values:
-                raise ConfigError(f"{argument}: name one pattern or folder; see --help")
-            values["place"] = argument
-        elif name in known:
-            if not value.isdecimal() or int(value) < 1:
-                raise ConfigError(f"{argument}: must be a whole number of at least 1")
-            values[name] = int(value)
-        elif name == "seconds":
-            try:
-                values[name] = float(value)
-            except ValueError:
-                raise ConfigError(f"{argument}: must be a number of seconds") from None
-        elif name in ("scaled_decode", "plain"):
-            if value not in ("true", "false"):
-                raise ConfigError(f"{argument}: must be true or false")
-            values[name] = value == "true"
-        elif name == "crop":
-            values[name] = value
-        elif name == "out":
-            out = value
-        elif name != "debug":
-            names = [*known, "seconds", "scaled_decode", "plain", "crop", "out", "debug"]
-            raise ConfigError(f"unknown option {name}={nearest(name, names)}; see --help")
-    return Options(**values), out
-
-
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     options = result["options"]
     size, workers = options["image_size"], options["workers"]
-    table = Table(title=f"{size} px, {workers} workers, {result['images']} images", show_edge=False)
+    title = f"{size} px, {counted(workers, 'worker')}, {counted(result['images'], 'image')}"
+    table = Table(title=title, show_edge=False)
     table.add_column("")
     table.add_column("images/s", justify="right")
     names = {
         "raw_alone": "decode and resize, one process alone",
-        "raw": f"decode and resize, {workers} processes together",
-        "stream": "our stream",
+        "raw": f"decode and resize, {counted(workers, 'process')} together",
+        "stream": "vistok's stream",
         "plain": f"plain pipeline ({result['plain_is']})",
     }
     for name, rate in result["images_per_second"].items():
@@ -291,30 +247,34 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"{name} = {ratio:.3f}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (2 for an error that the user can mend)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help", "help"} & set(arguments):
-        script = sys.argv[0].endswith("bench_data.py")
-        program = "uv run scripts/bench_data.py" if script else "vistok bench-data"
-        print(HELP.format(program=program), end="")
-        return 0
-    try:
-        options, out = _parse(arguments)
-        result = bench(options)
-        _print(result)
-        if out:
-            with replacing(Path(out)) as file:
-                file.write(json.dumps(result, indent=2).encode() + b"\n")
-        return 0
-    except (VistokError, OSError) as error:
-        if "debug=true" in arguments:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def _run(place: str | None, values: dict[str, Any]) -> None:
+    out = values.pop("out")
+    result = bench(Options(place, **values))
+    _print(result)
+    if out:
+        with replacing(Path(out)) as file:
+            file.write(json.dumps(result, indent=2).encode() + b"\n")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+TOOL = Tool(
+    name="bench-data",
+    about="Measure the data stream in images per second, against the decoder alone and a plain "
+    "pipeline.",
+    place="[SHARDS]",
+    place_is="pattern or folder",
+    place_about="SHARDS is a pattern such as '/sets/train-{000000..000003}.tar', or a folder of "
+    "images. Without it, the sample photographs are used, and the plain pipeline is not measured.",
+    run=_run,
+    options={
+        "image_size": Option("side of a square, in pixels", whole(1), "256"),
+        "crop": Option("crop policy, as data.train_crop", default="resize_random"),
+        "workers": Option("number of processes; empty: one per core", processes),
+        "batch_size": Option("images per batch", whole(1), "64"),
+        "seconds": Option("length of each measurement", seconds, "8"),
+        "rounds": Option("how often all is measured; medians are reported", whole(1), "3"),
+        "scaled_decode": Option("as data.scaled_decode, for the decoder alone too", flag, "true"),
+        "plain": Option("measure the plain pipeline", flag, "true"),
+        "out": Option("file for the numbers, as JSON"),
+    },
+    examples=("", "/photos image_size=128 workers=4"),
+)

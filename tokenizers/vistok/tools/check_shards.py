@@ -1,11 +1,10 @@
-"""Shards against their manifest, their indexes and themselves: `vistok check-shards`."""
+"""Check shards against their manifest, their indexes and themselves: `vistok check-shards`."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,35 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from vistok.core.errors import ConfigError, DataError, VistokError, nearest
+from vistok.core.errors import DataError
 from vistok.core.files import replacing
+from vistok.core.terminal import counted
 from vistok.data.decode import DecodeError, decode
 from vistok.data.index import ShardIndex, scan, sidecar
 from vistok.data.remote import RemoteShard, ShardCache, read_manifest
 from vistok.data.shards import sha256
 from vistok.data.sources import expand_shards
-
-HELP = """\
-Check shards: checksums, counts and indexes, and with decode=true every image.
-
-  {program} PLACE [option=value ...]
-
-PLACE is a folder of shards (its manifest.json is checked too, if there is one), or shards by name
-('sets/train-{{000000..000127}}.tar'). Both may be addresses (https://, s3://, gs://, hf://): shards
-are fetched, into the cache that training reads from, and a folder must have a manifest.json.
-
-  decode=false   decode every image, and compare its size with the index
-  workers=       processes; empty for one per core
-  report=        file to write all findings to, as JSON
-  debug=false    show the traceback of an error
-
-The exit code is 0 if all is well, 1 if anything is damaged, 2 if the command was wrong.
-"""
+from vistok.tools.words import Option, Tool, flag, processes
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to check, and what its manifest says of it (None without one)."""
+    """A shard to check, and its entry in the manifest (None without a manifest)."""
 
     tar: Path | RemoteShard
     expected: dict[str, Any] | None
@@ -51,7 +35,7 @@ class Job:
 
 @dataclass
 class Finding:
-    """What is in a shard, and what is wrong with it."""
+    """The contents of a shard, and the problems found in it."""
 
     shard: str
     samples: int = 0
@@ -61,7 +45,7 @@ class Finding:
 
 
 def check_shards(place: str, decoded: bool = False, workers: int = 1) -> list[Finding]:
-    """Check shards; returns a finding per shard, and one for the set if that has a problem.
+    """Return a finding for each shard, and one for the whole set if that has a problem.
 
     Args:
         place: a folder, or shards by name.
@@ -93,7 +77,7 @@ def _jobs_of_folder(folder: Path) -> list[Job]:
     }
     names = {path.name for path in folder.glob("*.tar")}
     if not names and not listed:
-        raise DataError(f"{folder}: no shards in this folder; wanted *.tar")
+        raise DataError(f"{folder}: no shards in this folder; expected *.tar")
     return [
         Job(folder / name, listed.get(name, {} if listed else None))
         for name in sorted(names | set(listed))
@@ -117,7 +101,7 @@ def _jobs_of_names(place: str) -> list[Job]:
 def _jobs_of_address(address: str) -> list[Job]:
     listed = read_manifest(f"{address}/manifest.json", ShardCache())
     if not listed:
-        raise DataError(f"{address}: has no manifest.json of ours; name the shards themselves")
+        raise DataError(f"{address}: no manifest.json of vistok here; name the shards themselves")
     return [Job(RemoteShard(f"{address}/{name}", ShardCache()), listed[name]) for name in listed]
 
 
@@ -130,12 +114,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         for split in content["splits"].values():
             assert split["samples"] == sum(shard["samples"] for shard in split["shards"])
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise DataError(f"{path}: is damaged, or no manifest of ours") from None
+        raise DataError(f"{path}: damaged, or not a manifest of vistok") from None
     return content
 
 
 def _check(job: Job, decoded: bool) -> Finding:
-    """Check one shard; whatever is wrong becomes a line."""
+    """Check one shard; each problem becomes a line."""
     if isinstance(job.tar, RemoteShard):
         try:
             job.tar.index()
@@ -173,7 +157,7 @@ def _check(job: Job, decoded: bool) -> Finding:
 def _against_manifest(tar: Path, expected: dict[str, Any], found: ShardIndex | None) -> list[str]:
     problems = []
     if (size := tar.stat().st_size) != expected["bytes"]:
-        problems.append(f"has {size} bytes; the manifest says {expected['bytes']}")
+        problems.append(f"has {counted(size, 'byte')}; the manifest says {expected['bytes']}")
     elif sha256(tar) != expected["sha256"]:
         problems.append("does not match its checksum (SHA-256)")
     if not sidecar(tar).exists():
@@ -181,14 +165,16 @@ def _against_manifest(tar: Path, expected: dict[str, Any], found: ShardIndex | N
     elif sha256(sidecar(tar)) != expected["index_sha256"]:
         problems.append(f"its index {sidecar(tar).name} does not match its checksum (SHA-256)")
     if found is not None and len(found) != expected["samples"]:
-        problems.append(f"has {len(found)} samples; the manifest says {expected['samples']}")
+        problems.append(
+            f"has {counted(len(found), 'sample')}; the manifest says {expected['samples']}"
+        )
     return problems
 
 
 def _against_index(tar: Path, found: ShardIndex | None) -> list[str]:
     index = ShardIndex.load(sidecar(tar))
     if index is None:
-        return [f"its index {sidecar(tar).name} is damaged, or not ours"]
+        return [f"its index {sidecar(tar).name} is damaged, or not an index of vistok"]
     if found is None:
         return []
     wrong = [
@@ -218,7 +204,7 @@ def _against_decoder(tar: Path, found: ShardIndex, shapes: ShardIndex | None) ->
 
 
 def _check_set(findings: Sequence[Finding]) -> list[Finding]:
-    """Keys that come more than once, within each split."""
+    """Find keys that occur more than once in a split."""
     problems = []
     splits: dict[str, dict[bytes, str]] = {}
     for finding in findings:
@@ -239,70 +225,39 @@ def _report(findings: Sequence[Finding]) -> int:
         for problem in finding.problems[:20]:
             console.print(f"{finding.shard}: {problem}", markup=False)
         if (more := len(finding.problems) - 20) > 0:
-            console.print(f"{finding.shard}: ... and {more} more (report=FILE lists all)")
+            console.print(f"{finding.shard}: ... and {more} more (report=FILE lists them all)")
     samples, size = sum(f.samples for f in findings), sum(f.bytes for f in findings) / 1e6
     problems = sum(len(finding.problems) for finding in findings)
-    said = f"{problems} problems" if problems != 1 else "1 problem"
-    console.print(
-        f"{sum(f.bytes > 0 for f in findings)} shards, {samples} images, {size:.1f} MB:"
-        f" {said if problems else 'all is well'}"
-    )
+    shards = counted(sum(f.bytes > 0 for f in findings), "shard")
+    found = counted(problems, "problem") if problems else "no problems"
+    console.print(f"{shards}, {counted(samples, 'image')}, {size:.1f} MB: {found} found")
     return 1 if problems else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (1 for damage, 2 for an error of the user's)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or {"-h", "--help", "help"} & set(arguments):
-        script = sys.argv[0].endswith("check_shards.py")
-        print(
-            HELP.format(
-                program="uv run scripts/check_shards.py" if script else "vistok check-shards"
-            ),
-            end="",
-        )
-        return 0 if arguments else 2
-    debug = "debug=true" in arguments or os.environ.get("VISTOK_DEBUG") == "1"
-    try:
-        place, options = _parse(arguments)
-        workers = int(options.get("workers") or os.cpu_count() or 1)
-        findings = check_shards(place, options.get("decode") == "true", workers)
-        if report := options.get("report"):
-            listed = [{k: v for k, v in asdict(f).items() if k != "keys"} for f in findings]
-            with replacing(Path(report)) as file:
-                file.write(json.dumps(listed, indent=2).encode() + b"\n")
-        return _report(findings)
-    except (VistokError, OSError) as error:
-        if debug:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def _run(place: str | None, values: dict[str, Any]) -> int:
+    findings = check_shards(place or "", values["decode"], values["workers"])
+    if report := values["report"]:
+        listed = [{k: v for k, v in asdict(f).items() if k != "keys"} for f in findings]
+        with replacing(Path(report)) as file:
+            file.write(json.dumps(listed, indent=2).encode() + b"\n")
+    return _report(findings)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
-    known = {
-        "decode": "true|false",
-        "workers": "[1-9][0-9]*|",
-        "report": ".*",
-        "debug": "true|false",
-    }
-    places, options = [], {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or "/" in name:
-            places.append(argument)
-        elif name not in known:
-            raise ConfigError(f"unknown option {name}={nearest(name, known)}; see --help")
-        elif not re.fullmatch(known[name], value):
-            raise ConfigError(f"{argument}: must be {known[name].replace('|', ' or ')}; see --help")
-        else:
-            options[name] = value
-    if len(places) != 1:
-        raise ConfigError(f"name one folder or pattern of shards; found {len(places)}; see --help")
-    return places[0], options
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+TOOL = Tool(
+    name="check-shards",
+    about="Check shards: checksums, counts and indexes, and with decode=true every image.",
+    place="PLACE",
+    place_is="folder or pattern of shards",
+    place_about="PLACE is a folder of shards (its manifest.json is checked too, if there is one), "
+    "or shards by name. Both may be addresses (https://, s3://, gs://, hf://): shards are fetched "
+    "into the cache that training reads from, and a folder must have a manifest.json.",
+    run=_run,
+    options={
+        "decode": Option("decode every image, and compare its size with the index", flag, "false"),
+        "workers": Option("number of processes; empty: one per core", processes),
+        "report": Option("file to write all findings to, as JSON"),
+    },
+    closing="The exit code is 0 if nothing is wrong, 1 if anything is damaged, and 2 if the "
+    "command itself is wrong.",
+    examples=("/sets/photos", "/sets/photos decode=true", "'/sets/train-{000000..000127}.tar'"),
+)

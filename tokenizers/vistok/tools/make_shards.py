@@ -1,4 +1,4 @@
-"""Images from anywhere to checked WebDataset shards: `vistok make-shards`.
+"""Write images of any source as checked WebDataset shards: `vistok make-shards`.
 
 Which image goes into which shard is settled before anything is written, so shards are made in
 parallel, and a run that was killed is continued by the same command: shards that are whole and
@@ -10,75 +10,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vistok.core.errors import ConfigError, DataError, VistokError, nearest
+from vistok.core.errors import DataError, VistokError
+from vistok.core.terminal import counted, typed
 from vistok.data.decode import DecodeError, decode, image_extension
 from vistok.data.index import ShardIndex, sidecar
 from vistok.data.inputs import SPOOL, Columns, Tables, end_with_parent, open_input
 from vistok.data.shards import ShardFile, ShardInfo, member_bytes, tar_bytes, write_manifest
 from vistok.data.sources import Source, hold_out
-
-HELP = """\
-Write images as checked WebDataset shards.
-
-  {program} SOURCE out=FOLDER [option=value ...]
-
-SOURCE is one of
-  a folder           its images and those in subfolders, which become the class labels
-  a list             a text file with a path in each line, and a label after a tab or space
-  Parquet            a file or a folder of them, with the images' bytes in a column
-  Hugging Face       a folder written by Dataset.save_to_disk
-  shards             'sets/old-{{000000..000007}}.tar', or a folder of tars
-
-  out=FOLDER         where the shards go; made if missing
-  shard_size=300MB   largest shard (KB, MB, GB or bytes)
-  shuffle=true       mix all images; false keeps the order they have
-  seed=0             of the shuffle
-  val_fraction=0     share of the images that goes to val-*.tar instead of train-*.tar
-  members=           further members to take along, such as txt,npy: files beside each image, or
-                     members of shards (empty: none of a folder or list, all of shards)
-  image=, label=, caption=   columns of a table; empty to find them by their usual names
-  workers=           processes; empty for one per core
-  debug=false        show the traceback of an error
-
-Every image is decoded once; those that do not decode are reported and left out. The bytes are
-written as they are. A run that was interrupted is continued by the same command.
-
-Examples:
-  {program} /photos out=/sets/photos
-  {program} /photos out=/sets/photos shard_size=1GB val_fraction=0.01 members=txt
-  {program} /downloads/imagenet-parquet out=/sets/in1k image=image label=label
-"""
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
-
-_UNITS["gib"] = 2**30
+from vistok.tools.words import Option, Tool, flag, fraction, names, processes, size, whole
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command was told."""
+    """The command line, read."""
 
     source: str
     out: str
-    shard_size: int = 300_000_000
-    shuffle: bool = True
-    seed: int = 0
-    val_fraction: float = 0.0
-    members: tuple[str, ...] | None = None
-    columns: Columns = field(default_factory=Columns)
-    workers: int = 1
+    columns: Columns
+    shard_size: int
+    shuffle: bool
+    seed: int
+    val_fraction: float
+    members: tuple[str, ...] | None
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -92,19 +57,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a job: None for the shard if no image in it decodes."""
+    """The result of a job: a shard, or None if no image in it decodes."""
 
     shard: ShardInfo | None
     bad: list[tuple[str, str]]  # name in the source, reason
 
 
 def make_shards(options: Options) -> dict[str, list[Made]]:
-    """Write the shards and the manifest; returns what was made, per split.
+    """Write the shards and the manifest; return the results of each split.
 
     Raises:
         DataError: if there are no images, none decodes, `out` holds something else, or another
             process is writing there.
-        ConfigError: if an option cannot be.
+        ConfigError: if an option does not fit the source.
     """
     out = Path(options.out)
     source = open_input(options.source, options.columns, options.members)
@@ -128,7 +93,8 @@ def make_shards(options: Options) -> dict[str, list[Made]]:
         if not any(result.shard for result in made):
             name, reason = made[0].bad[0]
             raise DataError(
-                f"{options.source}: none of the {len(source)} images decodes; {name}: {reason}"
+                f"{options.source}: found {counted(len(source), 'image')}, but none that decodes; "
+                f"{name}: {reason}"
             )
         write_manifest(
             out,
@@ -163,7 +129,7 @@ def _alone_in(out: Path) -> Iterator[None]:
                 break  # else its last holder has just removed it
         except OSError:
             if time.monotonic() > patience:
-                raise DataError(f"out={out}: another make-shards is writing there") from None
+                raise DataError(f"out={out}: another make-shards is writing to it") from None
             time.sleep(0.05)
         file.close()
     try:
@@ -211,7 +177,7 @@ def _plan(source: Source, members: Sequence[str], options: Options) -> list[Job]
 
 
 def _digest(source: Source, members: Sequence[str], images: list[tuple[str, int]]) -> str:
-    """Of all that decides the bytes of a shard, as far as it can be known without reading them."""
+    """Return a digest of all that decides the bytes of a shard and is known before reading."""
     what = [
         (key, os.fsdecode(bytes(source.keys[i])), int(source.sizes[i]), source.label(i))
         for key, i in images
@@ -220,7 +186,7 @@ def _digest(source: Source, members: Sequence[str], images: list[tuple[str, int]
 
 
 def _check_out(out: Path, jobs: Sequence[Job]) -> None:
-    """Refuse to mix with, or write over, what is not this command's own."""
+    """Raise if `out` has shards that this command would not write itself."""
     plans = {job.tar: job.plan for job in jobs}
     for tar in sorted(out.glob("*.tar")):
         index = ShardIndex.load(sidecar(tar))
@@ -244,7 +210,7 @@ def _start_worker(source: Source, members: tuple[str, ...]) -> None:
 
 
 def _make(job: Job) -> Made:
-    """Write one shard, unless it is there already."""
+    """Write one shard, unless it already exists."""
     index = ShardIndex.load(sidecar(job.tar))
     if (
         index
@@ -285,89 +251,23 @@ def _name(number: int) -> str:
     return os.fsdecode(bytes(_source.keys[number]))
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Read the command line.
-
-    Raises:
-        ConfigError: naming the argument that is wrong.
-    """
-    known = ("out", "shard_size", "shuffle", "seed", "val_fraction", "members")
-    known += ("image", "label", "caption", "workers", "debug")
-    values: dict[str, str] = {}
-    sources = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or "/" in name:
-            sources.append(argument)
-        elif name not in known:
-            raise ConfigError(f"unknown option {name}={nearest(name, known)}; see --help")
-        else:
-            values[name] = value
-    if len(sources) != 1:
-        found = f"found {' '.join(sources)}" if sources else "found none"
-        raise ConfigError(f"name one source of images; {found}; see --help")
-    if not values.get("out"):
-        raise ConfigError("out= is not set; for example out=/sets/photos")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Options(
-        source=sources[0],
-        out=os.path.expanduser(values["out"]),
-        shard_size=_bytes(values.get("shard_size", "300MB")),
-        shuffle=_flag("shuffle", values.get("shuffle", "true")),
-        seed=_whole("seed", values.get("seed", "0"), 0),
-        val_fraction=_fraction(values.get("val_fraction", "0")),
-        members=_names(values.get("members", "")),
-        columns=Columns(*(values.get(name) or None for name in ("image", "label", "caption"))),
-        workers=_whole("workers", values.get("workers") or str(cores or 1), 1),
-    )
+def _column(text: str) -> str | None:
+    return text or None
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"shard_size={text} is no size; write for example 300MB or 1GB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _names(text: str) -> tuple[str, ...] | None:
-    names = [name.strip(" .").lower() for name in text.split(",")]
-    return tuple(dict.fromkeys(filter(None, names))) or None
-
-
-def _flag(name: str, text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise ConfigError(f"{name}={text} must be true or false")
-    return text.lower() in ("true", "1", "yes")
-
-
-def _whole(name: str, text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{name}={text} must be a whole number of at least {least}")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise ConfigError(f"val_fraction={text} must be at least 0 and below 1")
-    return value
-
-
-def _report(options: Options, splits: dict[str, list[Made]], train: str) -> None:
+def _report(options: Options, splits: dict[str, list[Made]]) -> None:
     from rich.console import Console
 
+    train = typed("train")
     console = Console(highlight=False, soft_wrap=True)
     bad = [item for results in splits.values() for result in results for item in result.bad]
     places = {}
     for split, results in splits.items():
         shards = [result.shard for result in results if result.shard]
-        size = sum(shard.bytes for shard in shards) / 1e6
+        images = counted(sum(shard.samples for shard in shards), "image")
+        megabytes = sum(shard.bytes for shard in shards) / 1e6
         console.print(
-            f"[bold]{split}[/]: {sum(shard.samples for shard in shards)} images"
-            f" in {len(shards)} shards, {size:.1f} MB"
+            f"[bold]{split}[/]: {images} in {counted(len(shards), 'shard')}, {megabytes:.1f} MB"
         )
         out = Path(options.out).resolve()
         if len(shards) == 1:
@@ -378,11 +278,11 @@ def _report(options: Options, splits: dict[str, list[Made]], train: str) -> None
             places[split] = f"{out}/{split}-*.tar"  # a shard is missing: nothing in it decodes
     if bad:
         bad.sort()
-        console.print(f"[bold]left out[/]: {len(bad)} that cannot be used")
+        console.print(f"[bold]left out[/]: {counted(len(bad), 'image')} that cannot be used")
         for name, reason in bad[:5]:
             console.print(f"  {name}: {reason}", markup=False)
         if len(bad) > 5:
-            console.print(f"  ... all are listed in {Path(options.out) / 'manifest.json'}")
+            console.print(f"  ...; all of them are in {Path(options.out) / 'manifest.json'}")
     overrides = " ".join(f"'data.{split}={place}'" for split, place in places.items())
     console.print("Train with:")
     console.print(f"  {train} data=shards {overrides}", markup=False)
@@ -392,28 +292,54 @@ def _report(options: Options, splits: dict[str, list[Made]], train: str) -> None
         console.print(f"  {train} data=shards {val}", markup=False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (2 for an error that the user can mend)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    script = sys.argv[0].endswith("make_shards.py")
-    if not arguments or {"-h", "--help", "help"} & set(arguments):
-        program = "uv run scripts/make_shards.py" if script else "vistok make-shards"
-        print(HELP.format(program=program), end="")
-        return 0 if arguments else 2
-    debug = "debug=true" in arguments or os.environ.get("VISTOK_DEBUG") == "1"
+def _run(place: str | None, values: dict[str, Any]) -> None:
+    columns = Columns(*(values.pop(name) for name in ("image", "label", "caption")))
+    options = Options(source=place or "", columns=columns, **values)
     try:
-        options = parse(arguments)
-        _report(options, make_shards(options), "uv run train.py" if script else "vistok train")
-    except (VistokError, OSError) as error:
-        if debug:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        _report(options, make_shards(options))
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        raise KeyboardInterrupt("the same command continues") from None
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+TOOL = Tool(
+    name="make-shards",
+    about="Write images as checked WebDataset shards.",
+    place="SOURCE out=FOLDER",
+    place_is="source of images",
+    place_about="SOURCE is one of",
+    kinds={
+        "a folder": "its images and those in subfolders, which become the class labels",
+        "a list": "a text file with a path in each line, and a label after a tab or space",
+        "Parquet": "a file or a folder of them, with the images' bytes in a column",
+        "Hugging Face": "a folder written by Dataset.save_to_disk",
+        "shards": "'sets/old-{000000..000007}.tar', or a folder of tars",
+    },
+    run=_run,
+    options={
+        "out": Option(
+            "where the shards go; made if missing", os.path.expanduser, None, "/sets/photos"
+        ),
+        "shard_size": Option("largest shard (KB, MB, GB or bytes)", size, "300MB"),
+        "shuffle": Option("mix all images; false keeps their order", flag, "true"),
+        "seed": Option("seed of the shuffle", whole(0), "0"),
+        "val_fraction": Option(
+            "share of the images that goes to val-*.tar instead of train-*.tar", fraction, "0"
+        ),
+        "members": Option(
+            "further members to take along, such as txt,npy: files next to each image, or members "
+            "of shards (empty: none of a folder or list, all of shards)",
+            names,
+        ),
+        "image": Option("column of a table with the images; empty: by its usual names", _column),
+        "label": Option("column of a table with the labels; likewise", _column),
+        "caption": Option("column of a table with the captions; likewise", _column),
+        "workers": Option("number of processes; empty: one per core", processes),
+    },
+    closing="Every image is decoded once; those that do not decode are reported and left out. The "
+    "bytes are written as they are. The same command continues a run that was interrupted.",
+    examples=(
+        "/photos out=/sets/photos",
+        "/photos out=/sets/photos shard_size=1GB",
+        "/photos out=/sets/photos members=txt",
+    ),
+)

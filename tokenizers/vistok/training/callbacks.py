@@ -1,4 +1,4 @@
-"""Callbacks: pictures, random state, codebook watch, what the terminal shows."""
+"""Callbacks of every task: random state, data watch, what the terminal shows."""
 
 from __future__ import annotations
 
@@ -23,93 +23,6 @@ from rich.progress import (
 
 from vistok.core.console import console, say
 from vistok.core.ranks import gather
-from vistok.evaluation.evaluator import Evaluator
-from vistok.evaluation.pictures import comparison, save_png
-from vistok.quantizers.usage import collapse_advice
-
-
-class ReconstructionGrid(L.Callback):
-    """At every validation, a PNG of fixed validation images above their reconstructions.
-
-    Args:
-        folder: where to write `step_000100.png`.
-        num_images: how many images.
-        scale: integer enlargement of small images.
-    """
-
-    def __init__(self, folder: Path, num_images: int, scale: int) -> None:
-        self.folder = folder
-        self.num_images = num_images
-        self.scale = scale
-
-    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Draw with the averaged weights; on all ranks, for each may hold a part of them."""
-        if trainer.sanity_checking or not self.num_images:
-            return
-        samples = module.data.val_samples(self.num_images)
-        was_training = module.training
-        module.eval()
-        evaluator = Evaluator(module.tokenizer, metrics={})
-        with module.averaged():
-            conditions = module.tokenizer.conditions_of(samples)
-            reconstructions = evaluator.update(samples["image"], None, conditions)
-        module.train(was_training)
-        if not trainer.is_global_zero:
-            return
-        sheet = comparison(samples["image"].cpu(), reconstructions.cpu())
-        save_png(sheet, self.folder / f"step_{trainer.global_step:06d}.png", self.scale)
-
-
-class CodebookWatch(L.Callback):
-    """Logs codebook usage over windows of training steps, and warns when a codebook collapses.
-
-    Args:
-        every: length of a window in optimizer steps.
-    """
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.last: dict[str, float] = {}
-        self._step = 0
-
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Begin to count."""
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        """Close the window when it is full, never between accumulated batches."""
-        if trainer.global_step == self._step or trainer.global_step % self.every:
-            return
-        self._step = trainer.global_step
-        quantizer = module.tokenizer.quantizer
-        usage = quantizer.usage
-        self._read(usage)
-        for name, value in self.last.items():
-            module.log(f"train/{name}", value)
-        advice = collapse_advice(usage, quantizer.against_collapse)
-        if advice and trainer.is_global_zero:
-            say(f"[yellow]step {trainer.global_step}: {advice}[/yellow]")
-        usage.reset()
-
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """A run that is shorter than a window has a usage too."""
-        if not self.last:
-            self._read(module.tokenizer.quantizer.usage)
-
-    def _read(self, usage: Any) -> None:
-        self.last = {name: value.item() for name, value in usage.compute().items()}
-
-    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
-        """Keep the window that is open, over all ranks."""
-        counts = torch.cat(module.tokenizer.quantizer.usage.histograms())
-        checkpoint["codebook_window"] = {"counts": counts, "last": self.last}
-
-    def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
-        """Open the window again; the counts go to one rank, for they are summed in the end."""
-        window, usage = checkpoint.get("codebook_window"), module.tokenizer.quantizer.usage
-        if window and window["counts"].shape == usage.counts.shape:
-            self.last = dict(window["last"])
-            usage.restore(window["counts"] * (trainer.global_rank == 0))
 
 
 class DataWatch(L.Callback):
@@ -136,7 +49,7 @@ class DataWatch(L.Callback):
             self._restart(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Leave validation out."""
+        """Exclude the validation."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._restart(module)
 
@@ -188,7 +101,7 @@ class RandomState(L.Callback):
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator, as tensors and plain containers."""
+    """Return the state of every random generator, as tensors and plain containers."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": list(random.getstate()),
@@ -201,7 +114,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`."""
+    """Restore a state that `random_state` returned."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     keys, position, has_gauss, gauss = state["numpy"]
@@ -212,7 +125,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class ProgressBar(L.Callback):
-    """One rich bar over all steps of the run, with loss, validation PSNR and images per second."""
+    """Shows one bar over all steps, with the loss, the watched number and images per second."""
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
@@ -245,9 +158,10 @@ class ProgressBar(L.Callback):
             return
         metrics = trainer.logged_metrics
         rate = (module.data.samples_seen - self.first_sample) / (time.monotonic() - self.started)
+        watched, _ = module.monitor
         numbers = [
             f"{name} {metrics[key]:.4g}"
-            for key, name in (("loss/total", "loss"), ("val/psnr", "val psnr"))
+            for key, name in (("loss/total", "loss"), (f"val/{watched}", f"val {watched}"))
             if key in metrics
         ]
         numbers.append(f"{rate:.0f} images/s")
@@ -273,11 +187,8 @@ class ValidationLine(L.Callback):
         """Print it."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        results = module.val_results
         loss = trainer.logged_metrics.get("loss/total", float("nan"))
         say(
             f"step {trainer.global_step}/{trainer.max_steps}  "
-            f"samples {module.data.samples_seen}  loss {float(loss):.4f}  "
-            f"val psnr {results['psnr']:.2f} dB  usage {results['codebook_usage']:.0%}  "
-            f"perplexity {results['perplexity']:.0f}"
+            f"samples {module.data.samples_seen}  loss {float(loss):.4f}  {module.headline()}"
         )

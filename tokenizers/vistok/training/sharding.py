@@ -40,11 +40,11 @@ from vistok.checkpoints.write import (
 )
 from vistok.core.errors import CheckpointError
 from vistok.core.ranks import broadcast, max_of_all, rank, world_size
-from vistok.models.tokenizer import Tokenizer
 from vistok.nn.blocks import Block
 from vistok.nn.qformer import QFormerBlock
 from vistok.nn.rotary import RotaryBlock
 from vistok.training.checkpointing import CheckpointWriter
+from vistok.training.lightning_internals import spread_over_all_ranks
 
 #: Modules that are gathered one by one: those that a network repeats.
 BLOCKS = (Block, QFormerBlock, RotaryBlock)
@@ -64,8 +64,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Spread over all ranks."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
+        spread_over_all_ranks(self)
         super().setup_environment()
 
     @property
@@ -111,7 +110,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None)
     """Spread the parameters of a module over the ranks of `mesh`; its values must agree there.
 
     Args:
-        module: a tokenizer, or another module that is only ever entered by its forward.
+        module: entered by its forward, and by the methods that its `entries` name; the parts that
+            its `unsharded` names stay whole.
         mesh: of one dimension.
         dtype: that blocks are gathered in; None for their own. Gradients are reduced in float32.
     """
@@ -122,15 +122,14 @@ def shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None)
         if isinstance(block, BLOCKS) and any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=policy)
     whole: list[nn.Parameter] = []
-    if isinstance(module, Tokenizer):
-        module.quantizer.to(mesh.device_type)
-        whole = list(module.quantizer.parameters())
+    for name in getattr(module, "unsharded", ()):
+        part = module.get_submodule(name).to(mesh.device_type)
+        whole += part.parameters()
     fully_shard(module, mesh=mesh, ignored_params=set(whole))
     for tensor in (*whole, *module.buffers()):
         broadcast(tensor.data)  # as DDP does: what all hold, all hold alike
-    for name in ("tokenize", "detokenize"):  # what an evaluation calls
-        if hasattr(module, name):
-            register_fsdp_forward_method(module, name)
+    for name in getattr(module, "entries", ()):  # what an evaluation calls
+        register_fsdp_forward_method(module, name)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C and preemption: the run ends after the step under way, with its state saved."""
+"""Ctrl-C and preemption: the run ends after the current step, with its state saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREEMPTION_SIGNALS = tuple(
 
 
 class StopAfterStep(L.Callback):
-    """Ends the run after the step under way, on all ranks, so that what is saved is whole.
+    """Ends the run after the current step, on all ranks, so that the saved state is complete.
 
     Ctrl-C ends it for good, and a second one at once. SIGTERM and SIGUSR1 end it to be continued;
     that they are repeated changes nothing. The handlers only take note: a collective or a save
@@ -42,7 +42,7 @@ class StopAfterStep(L.Callback):
 
     @contextmanager
     def listening(self, *numbers: int) -> Iterator[None]:
-        """Take over these signals; to be entered before the loaders start their processes."""
+        """Handle these signals; enter the context before the loaders start their processes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -91,10 +91,12 @@ class StopAfterStep(L.Callback):
             trainer.should_stop = True
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        """A preempted run does not wait for a long validation: it comes again after the resume.
+        """End a preempted run without waiting for a long validation, which the resumed run repeats.
 
         Raises:
             Preempted: if a rank was told to stop.
         """
         if max_of_all(self.asked) == REQUEUE:
-            raise Preempted("stopped in a validation; the last checkpoint is the one to go on from")
+            raise Preempted(
+                "stopped during a validation; the last checkpoint is the one to resume from"
+            )

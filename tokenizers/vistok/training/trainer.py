@@ -17,17 +17,18 @@ from lightning.pytorch.strategies import DDPStrategy
 from vistok.core import ranks as distributed
 from vistok.core.console import say
 from vistok.core.errors import ConfigError, nearest
+from vistok.core.terminal import counted
+from vistok.core.torch_internals import cpu_has_bf16_units
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.callbacks import (
-    CodebookWatch,
     DataWatch,
     ProgressBar,
     RandomState,
-    ReconstructionGrid,
     ValidationLine,
 )
 from vistok.training.checkpointing import Checkpoints
-from vistok.training.metrics_file import ContinuedCSVLogger
+from vistok.training.lightning_internals import leave_signals_alone
+from vistok.training.metrics_file import MetricsFile
 from vistok.training.sharding import ShardedStrategy
 from vistok.training.stopping import StopAfterStep
 
@@ -50,8 +51,18 @@ def build_trainer(
     first_step: int,
     stop: StopAfterStep,
     checkpoints: Checkpoints,
+    own: list[L.Callback],
 ) -> L.Trainer:
-    """The Lightning Trainer of a config."""
+    """Return the Lightning Trainer of a config.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        first_step: step at which it goes on; 0 for a fresh run.
+        stop: ends the run early.
+        checkpoints: keeps the last and the best.
+        own: callbacks of the task.
+    """
     options = dict(config["trainer"])
     accelerator = str(options.pop("accelerator"))
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -82,13 +93,12 @@ def build_trainer(
             raise ConfigError("trainer.precision=16: trainer.strategy=fsdp2 takes bf16 or 32")
         if torch.__version__ < "2.15":  # TorchVersion compares numbers
             raise ConfigError(
-                f"trainer.strategy=fsdp2: needs torch 2.15, with which it is tested, found "
+                f"trainer.strategy=fsdp2: needs torch 2.15, with which it is tested; found "
                 f"{torch.__version__}"
             )
         if config["compile"]:
-            raise ConfigError("compile=true: does not go with trainer.strategy=fsdp2")
+            raise ConfigError("compile=true: cannot be combined with trainer.strategy=fsdp2")
         strategy = ShardedStrategy(timeout)
-    callbacks = config["callbacks"]
     trainer = L.Trainer(
         accelerator=accelerator,
         strategy=strategy,
@@ -104,23 +114,30 @@ def build_trainer(
         enable_progress_bar=False,
         callbacks=[
             RandomState(),
-            CodebookWatch(callbacks["codebook_window"]),
+            *own,
             DataWatch(folder / "skipped.tsv"),
-            ReconstructionGrid(
-                folder / "pictures", callbacks["num_pictures"], callbacks["picture_scale"]
-            ),
             ValidationLine(),
+            DataWatch(folder / "skipped.tsv"),  # behind what draws after a validation
             *([ProgressBar()] if show_bar else []),
             stop,
             checkpoints,
         ],
     )
-    # Lightning's handlers of SIGTERM (and of SIGUSR1 under SLURM) run collectives and save inside
-    # the handler, which hangs if another collective is under way; and each batch pays a broadcast
-    # and a wait for the GPU. `StopAfterStep` does their work, scripts/slurm.sh the requeueing.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    leave_signals_alone(trainer)  # `StopAfterStep` does that, scripts/slurm.sh the requeueing
     return trainer
+
+
+def in_words(trainer: L.Trainer, batch_size: int) -> str:
+    """Describe the training, such as `880 steps of 32 images on 1 CPU process in bf16`."""
+    ranks, batches = trainer.world_size, trainer.accumulate_grad_batches
+    kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
+    devices = counted(ranks, {"CPU": "CPU process", "CUDA": "GPU"}.get(kind, f"{kind} device"))
+    images = counted(batch_size * ranks * batches, "image")
+    if batches > 1:
+        images += f" in {counted(ranks * batches, 'batch')}"
+    names = {"32-true": "float32", "bf16-mixed": "bf16", "16-mixed": "float16"}
+    number = names.get(str(trainer.precision), str(trainer.precision))
+    return f"{counted(trainer.max_steps, 'step')} of {images} on {devices} in {number}"
 
 
 def set_batches(config: dict[str, Any], data: VistokDataModule, trainer: L.Trainer) -> None:
@@ -145,7 +162,7 @@ def set_batches(config: dict[str, Any], data: VistokDataModule, trainer: L.Train
 
 
 def split_batch(total: int, ranks: int, largest: int) -> tuple[int, int]:
-    """Batch size per device (at most `largest`) and batches per step that make `total` images.
+    """Split `total` images into a batch per device, of at most `largest`, and batches per step.
 
     Raises:
         ConfigError: if it does not divide.
@@ -153,21 +170,21 @@ def split_batch(total: int, ranks: int, largest: int) -> tuple[int, int]:
     share, rest = divmod(total, ranks)
     if rest:
         raise ConfigError(
-            f"trainer.global_batch_size={total}: does not divide among {ranks} devices; "
-            f"{max(1, share) * ranks} or {(share + 1) * ranks} would"
+            f"trainer.global_batch_size={total}: cannot be divided among {ranks} devices; use "
+            f"{max(1, share) * ranks} or {(share + 1) * ranks}"
         )
     batches = -(-share // largest)
     if share % batches:
         raise ConfigError(
-            f"trainer.global_batch_size={total}: {share} images per device do not divide into "
-            f"{batches} batches of at most data.batch_size={largest}; "
-            f"{ranks * batches * largest} would"
+            f"trainer.global_batch_size={total}: {share} images per device cannot be divided "
+            f"into {batches} equal batches of at most data.batch_size={largest}; use "
+            f"{ranks * batches * largest}"
         )
     return share // batches, batches
 
 
 def precision(name: Any, accelerator: str) -> str:
-    """Lightning's name of a precision; `auto` takes bf16 where the processor computes in it."""
+    """Return Lightning's name of a precision; `auto` is bf16 where the hardware computes in it."""
     name = str(name)
     if name != "auto":
         if name not in PRECISIONS:
@@ -182,17 +199,15 @@ def precision(name: Any, accelerator: str) -> str:
         return PRECISIONS[name]
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    has_units = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return "bf16-mixed" if has_units else "32-true"
+    return "bf16-mixed" if cpu_has_bf16_units() else "32-true"
 
 
 @contextmanager
 def float32_products(name: Any) -> Iterator[None]:
-    """A context in which torch multiplies float32 matrices in this precision.
+    """Multiply float32 matrices in this precision within the context.
 
     Raises:
-        ConfigError: if it is none of torch's.
+        ConfigError: if torch has no such precision.
     """
     if name not in MATMUL_PRECISIONS:
         raise ConfigError(
@@ -208,8 +223,8 @@ def float32_products(name: Any) -> Iterator[None]:
 
 
 def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list[Logger]:
-    """CSV always, and wandb or TensorBoard if chosen."""
-    loggers: list[Logger] = [ContinuedCSVLogger(folder, first_step)]
+    """Build the logger of `metrics.jsonl`, and that of wandb or TensorBoard if chosen."""
+    loggers: list[Logger] = [MetricsFile(folder, first_step)]
     kind = config["logger"]["name"]
     if kind == "tensorboard":
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
@@ -218,7 +233,7 @@ def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list
         known = os.environ.get("WANDB_API_KEY") or has_wandb_login()
         offline = config["logger"]["offline"] or not known
         if offline and not config["logger"]["offline"] and distributed.rank() == 0:
-            say("wandb: not logged in, so this run is kept offline (sync: wandb sync)")
+            say("wandb: not logged in, so this run is stored offline; upload it with wandb sync")
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ["WANDB_MODE"] = "offline" if offline else "online"
         loggers.append(
@@ -235,7 +250,7 @@ def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list
 
 
 def has_wandb_login() -> bool:
-    """Whether `wandb login` was done on this machine."""
+    """Return whether `wandb login` was done on this machine."""
     import netrc
 
     try:

@@ -13,7 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import as_pair, grid_of
+from vistok.core.outputs import Prediction
+from vistok.core.registry import register
 from vistok.core.sample_random import normal, uniform
+from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number, check_whole
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import ModulatedBlock, attend_by_position_, init_transformer_
@@ -23,6 +26,7 @@ from vistok.nn.patches import patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("flow_decoder")
 class FlowDecoder(Decoder):
     """Predicts the velocity of a noisy image from the tokens; sampling walks from noise.
 
@@ -30,7 +34,13 @@ class FlowDecoder(Decoder):
     time, modulating patches and registers apart. Registers that are missing (masked or behind
     the end) become one learned vector, after projection and positions; in training all of an
     image's registers become another one now and then, which gives the unconditional branch of
-    guidance. In FlexTok the flow runs in the latents of an autoencoder; here it runs in pixels.
+    guidance. In FlexTok the flow runs in the latents of an autoencoder; here it runs in what it is
+    given, pixels or latents.
+
+    The forward is the released one; positions of patches are learned. The start differs: the
+    paper's gates and head are all zero. Here those of the first attention are open, positions
+    start as sines and cosines, and `initialize`, which a run with `init=random` leaves out, fits
+    the head.
 
     Paper: FlexTok, Bachmann et al. 2025, https://arxiv.org/abs/2502.13967.
 
@@ -54,8 +64,9 @@ class FlowDecoder(Decoder):
         apg: guide by adaptive projected guidance; see `Guidance`.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        time_dim: number of the time's features, even; None for W.
-        slowest_time: lowest of their frequencies; see `time_features`.
+        time_dim: number of the time's features, even.
+        slowest_time: lowest of their frequencies; see `time_features`. With 256 features 4.0792
+            makes the highest turn by 1000 radians from data to noise.
 
     Raises:
         ConfigError: here and in `reconstruct`, for numbers that no sampling can take.
@@ -81,8 +92,8 @@ class FlowDecoder(Decoder):
         apg: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        time_dim: int | None = None,
-        slowest_time: float = 1.0,
+        time_dim: int = 256,
+        slowest_time: float = 4.0792,
     ) -> None:
         super().__init__()
         self.shape = (channels, *as_pair(image_size))
@@ -99,10 +110,9 @@ class FlowDecoder(Decoder):
             )
         self.null_probability = null_probability
         self._check_sampling(steps, guidance, "tokenizer.decoder.")
-        if time_dim is not None:
-            check_whole("time_dim", time_dim, 2)
-            if time_dim % 2:
-                raise ArgumentError(f"time_dim={time_dim}: must be even, for sines and cosines")
+        check_whole("time_dim", time_dim, 2)
+        if time_dim % 2:
+            raise ArgumentError(f"time_dim={time_dim}: must be even, for sines and cosines")
         check_number("slowest_time", slowest_time, 0)
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise ConfigError(f"tokenizer.decoder.seed={seed!r}: must be a whole number")
@@ -111,8 +121,7 @@ class FlowDecoder(Decoder):
         pixels = patch_size * patch_size * channels
         self.patch_embed = nn.Linear(pixels, width)
         self.embed = nn.Linear(latent_dim, width)
-        self.time_dim = width if time_dim is None else time_dim
-        self.slowest_time = slowest_time
+        self.time_dim, self.slowest_time = time_dim, slowest_time
         self.time_embed = nn.Sequential(
             nn.Linear(self.time_dim, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -142,21 +151,29 @@ class FlowDecoder(Decoder):
 
     # ------------------------------------------------------------------ training
 
-    def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the head says at a random time of each image's path, and what it should say.
+    @property
+    def heads(self) -> dict[str, str]:
+        """The image at a random time of its path, or the velocity there; see `predicts`."""
+        return {"image": "pixels" if self.predicts == "image" else "velocity"}
 
-        That is the velocity, noise - image, or the image; see `predicts`.
-        """
+    def forward(  # type: ignore[override]
+        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS
+    ) -> dict[str, Prediction]:
+        """Predict the velocity, noise - image, or the image at a random time of each path."""
         registers = self.registers(quantized, mask)
         if self.training and self.null_probability:
             drop = uniform((len(images), 1, 1), images.device) < self.null_probability
             registers = torch.where(drop, self.null.to(registers.dtype), registers)
         time = torch.sigmoid(normal((len(images),), images.device))
         noise = normal(images.shape, images.device).to(images.dtype)
-        output = self.output(mix(images, noise, time), time, registers)
-        return output, images if self.predicts == "image" else noise - images
+        output = self.output(mix(images, noise, time), time, registers, taps)
+        target = images if self.predicts == "image" else noise - images
+        return {"image": Prediction(output, target, self.heads["image"])}
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks; sampling offers them at each step, with the registers."""
+        tap = Tap(self.embed.out_features, self.grid)
+        return {f"block.{number}": tap for number in range(len(self.blocks))}
 
     def registers(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """Registers `(B, N, W)` of the first n <= N tokens `(B, n, D)`; missing ones dropped."""
@@ -171,21 +188,27 @@ class FlowDecoder(Decoder):
             x = torch.cat([x, dropped.expand(batch, self.num_tokens - length, -1)], dim=1)
         return x
 
-    def output(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
+    def output(
+        self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
+    ) -> Tensor:
         """What the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
-        patches = self.head(self.features(noisy, time, registers))
+        patches = self.head(self.features(noisy, time, registers, taps))
         return unpatchify(patches, self.grid, self.patch_size)
 
-    def velocity(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
+    def velocity(
+        self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
+    ) -> Tensor:
         """Velocity `(B, C, H, W)` at images `(B, C, H, W)` and times `(B,)` in (0, 1]."""
-        output = self.output(noisy, time, registers)
+        output = self.output(noisy, time, registers, taps)
         if self.predicts == "velocity":
             return output
         # However close to the data: an Euler step is never longer than its time, so an error of
         # the image stays as large as it is, and the last step lands on the image itself.
         return (noisy - output.float()) / time.view(-1, 1, 1, 1)
 
-    def features(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
+    def features(
+        self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
+    ) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""
         dtype = self.patch_embed.weight.dtype
         # The walk is float32, also where the weights are not.
@@ -195,11 +218,12 @@ class FlowDecoder(Decoder):
         times = time_features(time, self.time_dim, self.slowest_time)
         condition = self.time_embed(times.to(dtype))
         x = torch.cat([patches.to(registers.dtype), registers], dim=1)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, condition, count, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, condition, count)
+            taps.offer(f"block.{number}", self.patch_tokens(x))
         shift, scale = self.modulate_out(nn.functional.silu(condition))[:, None].chunk(2, dim=-1)
         return self.norm_out(self.patch_tokens(x)) * (1 + scale) + shift
 
@@ -230,6 +254,7 @@ class FlowDecoder(Decoder):
         self,
         quantized: Tensor,
         mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
         steps: int | None = None,
         guidance: float | None = None,
         seed: int | Tensor | None = None,
@@ -239,6 +264,7 @@ class FlowDecoder(Decoder):
         Args:
             quantized: vectors of the tokens.
             mask: `(B, n)` bool; tokens marked False count as dropped.
+            taps: offered the patches of each step, so that those of the last one stay.
             steps: Euler steps; 1 gives what the network expects on average, best by PSNR.
             guidance: 1 for none.
             seed: of the noise. One number gives every image the same noise, so that an image
@@ -252,7 +278,7 @@ class FlowDecoder(Decoder):
         guide = Guidance(guidance, self.apg)
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
-            v = self.velocity(x, time, registers).float()
+            v = self.velocity(x, time, registers, taps).float()
             if guidance == 1:
                 return v
             return guide(v, self.velocity(x, time, null).float())

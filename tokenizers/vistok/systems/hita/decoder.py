@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import Transformer, init_transformer_
 from vistok.nn.positions import grid_points, position_table, spread_points
+from vistok.systems.hita.encoder import options_of
 
 
+@register("hita_decoder")
 class HitaDecoder(Decoder):
     """Causal attention over `[holistic | patches]`; the CNN gets the outputs `shift` places early.
 
@@ -21,6 +25,9 @@ class HitaDecoder(Decoder):
     led by the patches up to p - k and by all holistic tokens (the first k cells by those up to
     their own place), and the last k patch codes reach no pixel. Without the shift a cell could be
     painted from its own patch alone, and the holistic codebook would fall out of use.
+
+    The forward is the released one, but for its dropout. `initialize`, which a run with
+    `init=random` leaves out, fits the CNN.
 
     Paper: Hita, Zheng et al. 2025, https://arxiv.org/abs/2507.02358.
 
@@ -34,7 +41,7 @@ class HitaDecoder(Decoder):
         shift: k, 0 to H.
         activation_checkpointing: see `Transformer`.
         attention: dense or flex; see `nn/attention.py`.
-        released: blocks of the released code, as in the encoder, and no norm behind them.
+        block: "biased" or "normalized", as in the encoder.
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class HitaDecoder(Decoder):
         shift: int = 4,
         activation_checkpointing: bool = False,
         attention: str = "dense",
-        released: bool = False,
+        block: str = "biased",
     ) -> None:
         super().__init__()
         if cnn.dim != width:
@@ -68,10 +75,10 @@ class HitaDecoder(Decoder):
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block="hita" if released else "flextok",
             attention=attention,
+            **options_of(block),
         )
-        self.norm_out = nn.Identity() if released else nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width) if block == "normalized" else nn.Identity()
         init_transformer_(self)
         if latent_dim == width:
             nn.init.eye_(self.embed.weight)
@@ -83,20 +90,38 @@ class HitaDecoder(Decoder):
         self.mask: Tensor
         self.register_buffer("mask", mask, persistent=False)
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from `(B, H + cells, D)`; masked tokens count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]
-        return self.cnn.reconstruct(self.cells(quantized))
+        return self.cnn.reconstruct(self.cells(quantized, taps), taps=taps.inside("cnn"))
 
-    def cells(self, quantized: Tensor) -> Tensor:
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, which are the outputs that the CNN gets, and of the CNN."""
+        tap = Tap(self.embed.out_features, self.grid)
+        blocks = {f"block.{number}": tap for number in range(len(self.transformer.blocks))}
+        return blocks | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """What the CNN gets: `(B, rows * columns, W)`, raster order."""
         x = self.norm_in(self.embed(quantized) + self.positions)
-        return self.norm_out(self.patch_tokens(self.transformer(x, self.mask)))
+        x = self.transformer(x, self.mask, taps=taps, places=self._cells)
+        return self.norm_out(self.patch_tokens(x))
+
+    @property
+    def _cells(self) -> slice:
+        """Where they lie in the sequence."""
+        return slice(self.first, self.first + self.grid[0] * self.grid[1])
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:
         """The cells `(B, rows * columns, W)` in the sequence behind any block."""
-        return sequence[:, self.first : self.first + self.grid[0] * self.grid[1]]
+        return sequence[:, self._cells]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

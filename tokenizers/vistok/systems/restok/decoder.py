@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
@@ -15,16 +17,19 @@ from vistok.nn.blocks import init_transformer_
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
-from vistok.systems.restok.hierarchy import LevelLinear, queued_points
+from vistok.systems.restok.hierarchy import LevelLinear, check_places, queued_points
 
 
+@register("restok_decoder")
 class ResTokDecoder(Decoder):
     """`[latents | mask tokens]` with full attention; the mask tokens become the CNN's grid.
 
     Tokens that are missing (masked, or behind the end) become one learned vector of the code
-    space, before the linear layer of their level. Positions are rotary, as in the encoder, and the
-    first block starts by copying from the latents that lie near. The biases of the linear layers
-    tell the levels apart; the released code adds vectors of their own, which say no more.
+    space, before the linear layer of their level. Positions are rotary, as in the encoder. The
+    biases of the linear layers tell the levels apart; the released code adds vectors of their own,
+    which say no more, so that the forward is the released one. The start is not: the linear layers
+    are orthogonal, with `places` centered the first block copies from the tokens that lie near, and
+    `initialize`, which a run with `init=random` leaves out, fits the CNN's last layer.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
@@ -36,8 +41,9 @@ class ResTokDecoder(Decoder):
         depth: number of blocks.
         num_heads: attention heads.
         activation_checkpointing: recompute each block in the backward pass.
-        released: as in the released code, the latents lie on a diagonal and the cells behind
-            them, and a norm stands before and behind the blocks.
+        places: "queued", the latents lie on a diagonal and the cells behind them, or "centered",
+            each at the centre of its part of the image.
+        norms: normalise the sequence before the blocks, and the cells behind them.
     """
 
     def __init__(
@@ -49,7 +55,8 @@ class ResTokDecoder(Decoder):
         depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
-        released: bool = False,
+        places: str = "queued",
+        norms: bool = True,
     ) -> None:
         super().__init__()
         self.dim = latent_dim
@@ -59,32 +66,47 @@ class ResTokDecoder(Decoder):
         levels = pooling_pyramid(num_latent_tokens)
         counts = [rows * columns for rows, columns in levels]
         self.embed = LevelLinear(counts, latent_dim, width)
-        self.norm_in = nn.LayerNorm(width) if released else nn.Identity()
+        self.norm_in = nn.LayerNorm(width) if norms else nn.Identity()
         self.blocks = nn.ModuleList(RotaryBlock(width, num_heads) for _ in range(depth))
-        self.norm_out = nn.LayerNorm(width) if released else nn.Identity()
+        self.norm_out = nn.LayerNorm(width) if norms else nn.Identity()
         self.project = nn.Linear(width, cnn.dim)
         init_transformer_(self)
-        attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
         for net in self.embed.layers:
             nn.init.orthogonal_(net.weight)  # type: ignore[arg-type]
         self.cnn = cnn
         self.dropped = nn.Parameter(torch.randn(1, 1, latent_dim) * 0.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        if released:
+        if check_places(places) == "queued":
             points = queued_points([num_latent_tokens, cnn.grid])
         else:
+            attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
             points = level_points([*levels, cnn.grid], cnn.grid)
         self.turn: Tensor
         self.register_buffer("turn", rotation(points, width // num_heads), persistent=False)
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
-        return self.cnn.reconstruct(self.cells(quantized, mask))
+        cells = self.cells(quantized, mask, taps)
+        return self.cnn.reconstruct(cells, taps=taps.inside("cnn"))
 
-    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks and of the CNN, and the latents before the blocks."""
+        width = self.embed.out_features
+        tap = Tap(width, self.grid)
+        blocks = {f"block.{number}": tap for number in range(len(self.blocks))}
+        return blocks | {"latents": Tap(width)} | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
         latents = self.embed(self.filled(quantized, mask))
-        return self.project(self.norm_out(self.paint(latents, self.mask_token)))
+        taps.offer("latents", latents)
+        return self.project(self.norm_out(self.paint(latents, self.mask_token, taps)))
 
     def filled(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """All K tokens `(B, K, D)`, the missing ones replaced."""
@@ -95,16 +117,17 @@ class ResTokDecoder(Decoder):
         kept = torch.where(mask[..., None], quantized, dropped)
         return torch.cat([kept, dropped.expand(batch, self.num_tokens - length, -1)], dim=1)
 
-    def paint(self, latents: Tensor, mask_token: Tensor) -> Tensor:
+    def paint(self, latents: Tensor, mask_token: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Cells `(B, rows * columns, W)` that start as `mask_token` `(1, 1, W)`, by all blocks."""
         tokens = mask_token.to(latents.dtype)
         cells = self.grid[0] * self.grid[1]
         x = self.norm_in(torch.cat([latents, tokens.expand(len(latents), cells, -1)], dim=1))
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, self.turn)
+            taps.offer(f"block.{number}", self.patch_tokens(x))
         return self.patch_tokens(x)
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:

@@ -1,0 +1,297 @@
+"""The contract of a task, and what the training of all tasks shares.
+
+A task says what is trained, on what data, and which number watches it; `training/run.py` trains it
+without knowing which one it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from vistok.core.errors import VistokError
+from vistok.core.ranks import all_reduce_sum, average_gradients, world_size
+from vistok.core.sample_random import drawing
+from vistok.data.datamodule import VistokDataModule
+from vistok.losses.objective import Objective
+from vistok.training.ema import EMA
+from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
+from vistok.training.memory import keep_freed_memory
+from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate, warmup_cosine
+from vistok.training.sharding import ShardedStrategy, is_sharded, release, shard, whole_parameters
+
+
+class Task(L.LightningModule, ABC):
+    """A model, its objective, its data, and the number that watches it.
+
+    The position in the data (`samples_seen` of the DataModule) is the one clock that schedules
+    read: it survives a change of batch size or ranks, and is restored on resume.
+
+    A subclass sets `model` and `objective` in its constructor and then calls `ready`.
+
+    Args:
+        config: the run's resolved config as plain containers. It is saved in checkpoints.
+
+    Attributes:
+        model: what is averaged, evaluated and exported.
+        objective: what is minimised.
+        monitor: name of the validation result by which `best.ckpt` is kept, and whether the
+            largest ("max") or the smallest ("min") is best.
+        results: of the last validation, by name.
+    """
+
+    model: nn.Module
+    objective: Objective
+    monitor: tuple[str, str]
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.config = config
+        self.schedule = config["optimizer"]
+        self.ema: EMA | None = None
+        self.results: dict[str, float] = {}
+        self.validated_step = -1
+        self._numbers: dict[str, Tensor] = {}  # of the step under way, summed over its batches
+        self._first = 0  # position in the data at which it began
+
+    def ready(self) -> None:
+        """Equip the players, and begin to average, once model and objective are there."""
+        self.objective.equip(build_optimizer)
+        decay = self.config["ema"]["decay"]
+        self.ema = EMA(self.model, decay) if decay else None
+        # A bound method, not a module: it must not appear in the state dict a second time.
+        forward = self.model.forward
+        self._step_function = torch.compile(forward) if self.config["compile"] else forward
+
+    # ------------------------------------------------------------------ what a task says
+
+    @classmethod
+    def resolve(cls, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+        """Return the config of a fresh run, as composed, in the form that the task trains.
+
+        Args:
+            config: resolved, as plain containers.
+            words: `key=value` of the command line.
+        """
+        return config
+
+    @abstractmethod
+    def build_data(self) -> VistokDataModule:
+        """Return the run's data, not set up yet."""
+
+    @abstractmethod
+    def compute(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return a batch's losses with their "total", and further numbers to log."""
+
+    @abstractmethod
+    def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
+        """Give the model the weights that a fresh run starts with."""
+
+    @abstractmethod
+    def callbacks(self, folder: Path) -> list[L.Callback]:
+        """Return the task's own callbacks, which may write to the run folder."""
+
+    @abstractmethod
+    def description(self) -> str:
+        """Return a line that says what is trained."""
+
+    @abstractmethod
+    def headline(self) -> str:
+        """Return the results of the last validation in a few words."""
+
+    @abstractmethod
+    def summary(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Return what `summary.json` says of the finished run; every rank must call it."""
+
+    def after_step(self) -> dict[str, Tensor]:
+        """Do what happens once per optimizer step, before the average moves; return numbers."""
+        return {}
+
+    # ------------------------------------------------------------------ training
+
+    def configure_model(self) -> None:
+        """With FSDP2, spread the parameters over the ranks, as they are at the start of the run."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ShardedStrategy) or is_sharded(self.model):
+            return
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self.model, strategy.mesh, dtype)
+        for term in self.objective.terms.values():
+            if any(True for _ in term.parameters()):
+                shard(term, strategy.mesh)
+        self._step_function = self.model.__call__  # FSDP's hooks hang on the call
+        if self.ema is not None:
+            self.ema.reset()
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Return the loss of a batch, and note its numbers."""
+        size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+        if not self._numbers:  # the first batch of a step
+            self._first = self.data.samples_seen
+        losses, numbers = self.compute(batch)
+        self._check_finite(losses)
+        for name, value in losses.items():
+            self._add(f"loss/{name}", value)
+        for name, value in numbers.items():
+            self._add(name, value)
+        # Consumed, not fetched: the position moves when the step has used the batch.
+        self.data.advance(size * self.trainer.world_size)
+        self.log("samples_seen", float(self.data.samples_seen))
+        self.log("step", float(self.global_step + 1))  # the loggers' x axis: steps done
+        return losses["total"]
+
+    def on_after_backward(self) -> None:
+        """Let the players learn from the batch, whose graph is gone by now."""
+        share = 1 / self.trainer.accumulate_grad_batches
+        context = self.trainer.precision_plugin.train_step_context()
+        for name, value in self.objective.learn(share, context).items():
+            self._add(f"loss/{name}", value)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Keep `log_every_n_steps` in time: Lightning's count gains one in some resumes."""
+        set_logged_step(self.trainer, self.global_step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate of this step from the samples seen; end the reduction."""
+        if is_sharded(self.model):
+            average_gradients(whole_parameters(self))
+        lr = learning_rate(self.schedule, self.samples_per_step) * self.lr_factor
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.log("lr", lr)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then do what happens once per step: players, the task's own, the average."""
+        super().optimizer_step(*args, **kwargs)
+        self.objective.step(self.lr_factor)
+        self._log_numbers()
+        for name, value in self.after_step().items():
+            self.log(name, value)
+        if self.ema is not None:
+            self.ema.update()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Bound the norm of all gradients together."""
+        if not is_sharded(self.model):
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            clip_by_norm(self.parameters(), gradient_clip_val)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over what is trainable."""
+        s = self.schedule
+        trained = nn.ModuleList([self.model, self.objective])
+        return build_optimizer(trained, s["lr"], s["betas"], s["weight_decay"])
+
+    @property
+    def data(self) -> VistokDataModule:
+        """The DataModule, which owns the position in the data."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def step_began_at(self) -> int:
+        """Position in the data at which the step under way began."""
+        return self._first
+
+    @property
+    def lr_factor(self) -> float:
+        """Warm-up and decay at the end of the step under way."""
+        return warmup_cosine(
+            self.data.samples_seen,
+            int(self.schedule["warmup_samples"]),
+            self.total_samples,
+            self.schedule["final_lr_factor"],
+        )
+
+    @property
+    def total_samples(self) -> int:
+        """Samples at which the schedule ends: the config's, else those of `max_steps`."""
+        if self.schedule["total_samples"]:
+            return int(self.schedule["total_samples"])
+        return self.trainer.max_steps * self.samples_per_step
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step over all ranks and accumulated batches."""
+        per_rank = self.data.batch_size * self.trainer.accumulate_grad_batches
+        return per_rank * self.trainer.world_size
+
+    def drawing(self, size: int) -> AbstractContextManager[None]:
+        """Return a context in which random numbers are those of the samples' positions.
+
+        Args:
+            size: of the batch, on this rank.
+        """
+        first = self.data.samples_seen + self.global_rank * size
+        positions = torch.arange(first, first + size, device=self.device)
+        return drawing(self.config["seed"], positions, self._first)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self._numbers[name] = self._numbers[name] + value if name in self._numbers else value
+
+    def _log_numbers(self) -> None:
+        """Log the step's numbers: means over its batches and over the ranks, in one reduction."""
+        if not self._numbers:
+            return
+        share = 1 / (self.trainer.accumulate_grad_batches * world_size())
+        means = all_reduce_sum(torch.stack(list(self._numbers.values()))) * share
+        for name, value in zip(self._numbers, means, strict=True):
+            self.log(name, value, prog_bar=name == "loss/total")
+        self._numbers = {}
+
+    def _check_finite(self, losses: dict[str, Tensor]) -> None:
+        if not torch.isfinite(losses["total"]):
+            bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+            raise VistokError(
+                f"loss/{bad[0]} is {losses[bad[0]].item()} at step {self.global_step}; "
+                "lower optimizer.lr, or set trainer.precision=32"
+            )
+
+    # ------------------------------------------------------------------ validation
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the model computes with its averaged weights, if it has any."""
+        with nullcontext() if self.ema is None else self.ema.averaged():
+            try:
+                yield
+            finally:
+                release(self.model)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the averaged weights and the players."""
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+        if self.objective.players:
+            checkpoint["players"] = self.objective.players_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back, and begin with a whole step."""
+        if self.ema is not None and checkpoint.get("ema"):
+            self.ema.load_state_dict(checkpoint["ema"])
+        self.objective.load_players_state(checkpoint.get("players") or {})
+        begin_with_a_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def on_fit_start(self) -> None:
+        """Bring what is not a submodule to where the model is; keep memory between steps."""
+        self.objective.players_to(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
