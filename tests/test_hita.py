@@ -145,7 +145,7 @@ def test_encoder_and_decoder_by_hand(normalised):
     """In float64; next to the official code without its teacher: docs/flexible_length.md."""
     tok = awake(small(*SHIFTED, *(NORMALIZED if normalised else []))).double()
     encoder, decoder = tok.encoder, tok.decoder
-    heads = encoder.transformer.num_heads
+    heads = encoder.transformer.blocks[0].attn.num_heads
 
     def norm(net, x):
         return F.layer_norm(x, x.shape[-1:], net.weight, net.bias)

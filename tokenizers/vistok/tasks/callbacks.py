@@ -34,7 +34,7 @@ class ReconstructionGrid(L.Callback):
             return
         samples = module.data.val_samples(self.num_images)
         conditions = module.tokenizer.conditions_of(samples)
-        evaluator = Evaluator(module.tokenizer, metrics=[])
+        evaluator = Evaluator(module.tokenizer, metrics={})
         reconstructions = evaluator.update(samples["image"], None, conditions)
         if not trainer.is_global_zero:
             return

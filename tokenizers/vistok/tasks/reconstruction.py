@@ -164,7 +164,7 @@ class Reconstruction(Task):
             "bits_per_image": results["bits_per_image"],
         }
         options = baseline_options(self.config.get("baseline"))
-        if options and trainer.is_global_zero:
+        if options:  # on every rank: they begin with the same codes and share the images
             summary.update(kmeans_baseline(self.data, self.tokenizer, **options))
         return summary
 
