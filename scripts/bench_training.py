@@ -438,7 +438,7 @@ def longest(parts: dict[str, float]) -> str:
 def is_titok(experiment: str, overrides: list[str]) -> bool:
     """Whether an experiment's tokenizer is one that `textbook` can be built in the sizes of."""
     sizes = config_of({"experiment": experiment, "overrides": overrides})["tokenizer"]
-    return sizes["_target_"].endswith(".TiTok")
+    return sizes["_target_"] == "titok"
 
 
 def main(argv: list[str]) -> int:

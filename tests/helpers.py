@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +123,11 @@ def images_of(count: int = 4, size: int | tuple[int, int] = 16, channels: int = 
 
 
 def metrics_of(run: Path) -> list[dict[str, str]]:
-    """Rows of a run's `metrics.csv`."""
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    """Rows of a run's `metrics.jsonl`, all with all names: numbers as written, "" for none."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_float=str, parse_int=str) for line in lines]
+    names = sorted({name for row in rows for name in row})
+    return [{name: row.get(name, "") for name in names} for row in rows]
 
 
 def losses_of(run: Path) -> dict[int, str]:
@@ -160,6 +162,30 @@ def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
     return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()
 
 
+def compared(prediction, target, kind="pixels", of="image", **losses):
+    """What a term sees of a prediction; `losses` are the quantizer's."""
+    from vistok.core.outputs import Prediction, QuantizerOutput, TokenizerOutput
+    from vistok.models.term import Step
+
+    scalars = {name: torch.tensor(value) for name, value in losses.items()}
+    quantizer = QuantizerOutput(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1).long(), scalars)
+    output = TokenizerOutput({of: Prediction(prediction, target, kind)}, quantizer)
+    return Step(target, output, torch.nn.Identity(), of=of)  # type: ignore[arg-type]
+
+
+def stepped(task, images, **conditions):
+    """A training forward of a task's tokenizer, as its objective sees it."""
+    from vistok.models.term import Step
+
+    output = task.tokenizer(images, task.objective.taps, **conditions)
+    return Step(images, output, task.tokenizer)
+
+
+def aligned(task, images):
+    """The alignment term of a task, after a training forward of these images."""
+    return task.objective.terms["alignment"](stepped(task, images))
+
+
 def errors_while_learning(tok, images: torch.Tensor, lr: float, steps: int) -> list[float]:
     """Train on the same images `(B, C, H, W)` in [-1, 1]; the mean squared error of each step."""
     optimizer = torch.optim.AdamW(tok.parameters(), lr)
@@ -167,7 +193,7 @@ def errors_while_learning(tok, images: torch.Tensor, lr: float, steps: int) -> l
     errors = []
     for _ in range(steps):
         output = tok(images)
-        error = (output.prediction - images).square().mean()
+        error = (output.predictions["image"].value - images).square().mean()
         optimizer.zero_grad()
         (error + 0.25 * output.quantizer.losses["commitment"]).backward()
         optimizer.step()

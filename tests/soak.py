@@ -20,8 +20,9 @@ import torch
 
 import vistok.cli
 import vistok.tasks.run
+from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.seals import read_seal
-from vistok.training import checkpoints
+from vistok.training.metrics_file import whole_rows
 
 WRITE_DELAY = 0.002  # seconds for each piece of a checkpoint
 
@@ -59,12 +60,11 @@ def last_step(run: Path) -> int:
 
 def logged_step(run: Path) -> int:
     """Last step whose loss was written."""
-    path = run / "metrics.csv"
+    path = run / "metrics.jsonl"
     if not path.exists():
         return 0
-    lines = path.read_text().splitlines()
-    place = lines[0].split(",").index("step") if lines else 0
-    return max([int(c) for r in lines[1:] for c in r.split(",")[place : place + 1] if c], default=0)
+    with open(path, "rb") as file:
+        return max((int(row["step"]) for row, _ in whole_rows(file)), default=0)
 
 
 def main(folder: Path, kills: int, words: list[str]) -> None:

@@ -14,19 +14,21 @@ from vistok.core.registry import build
 from vistok.data.datamodule import VistokDataModule
 from vistok.losses.gan.discriminators import PatchDiscriminator
 from vistok.losses.gan.players import hinge_discriminator_loss, hinge_generator_loss
+from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer
-from vistok.tasks.adversary import Adversary
+from vistok.models.term import Step
 from vistok.tasks.reconstruction import TokenizerModule
-from vistok.training.optimizers import parameter_groups
+from vistok.training.optimizers import build_optimizer, parameter_groups
 
+TERM = "loss.terms.adversarial"
 ADVERSARY = [
     "adversary=patch",
-    "adversary.discriminator.base_channels=4",
-    "adversary.discriminator.num_layers=2",
-    "adversary.weight=0.3",
-    "adversary.optimizer.lr=3e-3",
-    "adversary.optimizer.weight_decay=0.1",
-    "adversary.gradient_clip_val=0.2",
+    f"{TERM}.discriminator.base_channels=4",
+    f"{TERM}.discriminator.num_layers=2",
+    f"{TERM}.weight=0.3",
+    f"{TERM}.optimizer.lr=3e-3",
+    f"{TERM}.optimizer.weight_decay=0.1",
+    f"{TERM}.gradient_clip_val=0.2",
 ]
 
 
@@ -54,8 +56,8 @@ def starts(monkeypatch):
     kept = []
 
     def keep(self):
-        if self.adversary is not None:
-            discriminator = self.adversary.discriminator.state_dict()
+        if self.objective.players:
+            discriminator = self.objective.players["adversarial"].discriminator.state_dict()
             kept.append([copied(self.tokenizer.state_dict()), copied(discriminator)])
 
     monkeypatch.setattr(TokenizerModule, "on_train_start", keep, raising=False)
@@ -90,21 +92,28 @@ def test_logits_of_patches(size, layers, side):
 def test_each_loss_moves_its_own_player():
     torch.manual_seed(0)
     config = config_of(*TINY, *ADVERSARY)
-    adversary, tokenizer = Adversary(config["adversary"]), build_tokenizer(config)
+    tokenizer = build_tokenizer(config)
+    adversary = build_objective(config["loss"], tokenizer).players["adversarial"]
+    adversary.equip(build_optimizer)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     output = tokenizer(images)
-    adversary.loss(images, output).backward()
+    step = Step(images, output, tokenizer)
+    adversary(step).backward()
     assert all(p.grad is None for p in adversary.discriminator.parameters())
     assert all(p.grad is not None for p in tokenizer.decoder.parameters() if p.requires_grad)
     tokenizer.zero_grad()
     before = copied(adversary.discriminator.state_dict())
     for share in (0.25, 0.75):
-        adversary.learn(images, output.prediction.detach(), share, torch.enable_grad())
+        adversary.watch(step)
+        adversary.learn(share, torch.enable_grad())
+    assert not adversary.learn(1.0, torch.enable_grad())  # nothing is kept
     assert all(p.grad is None for p in tokenizer.parameters())
     found = [p.grad.clone() for p in adversary.discriminator.parameters()]
     again = adversary.discriminator.requires_grad_(True)
     again.zero_grad()
-    hinge_discriminator_loss(again(images), again(output.prediction.detach())).backward()
+    hinge_discriminator_loss(
+        again(images), again(output.predictions["image"].value.detach())
+    ).backward()
     for grad, p in zip(found, again.parameters(), strict=True):
         torch.testing.assert_close(grad, p.grad)
     assert same(before, again.state_dict())
@@ -119,28 +128,29 @@ def test_each_loss_moves_its_own_player():
 def test_a_run_is_the_loop_by_hand(words, tmp_path, starts):
     assert train([*words, "hydra.run.dir=run"]) == 0
     config = config_of(*words)
-    tokenizer, discriminator = build_tokenizer(config), build(config["adversary"]["discriminator"])
+    options = config["loss"]["terms"]["adversarial"]
+    tokenizer, discriminator = build_tokenizer(config), build(options["discriminator"])
     tokenizer.load_state_dict(starts[0][0])
     discriminator.load_state_dict(starts[0][1])
-    data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
+    data = VistokDataModule(**config["data"])
     data.setup("fit")
     first = torch.optim.AdamW(
         parameter_groups(tokenizer, config["optimizer"]["weight_decay"]),
         betas=config["optimizer"]["betas"],
     )
     second = torch.optim.AdamW(
-        parameter_groups(discriminator, 0.1), betas=config["adversary"]["optimizer"]["betas"]
+        parameter_groups(discriminator, 0.1), betas=options["optimizer"]["betas"]
     )
     expected: dict[str, list[float]] = {"total": [], "adversarial": [], "discriminator": []}
     lr = floats(tmp_path / "run", "lr")
     for step, batch in zip(range(1, 7), data.train_dataloader(), strict=False):
         images = batch["image"].float() / 127.5 - 1
         output = tokenizer(images)
-        verdict = -discriminator(output.prediction).mean()
-        total = F.mse_loss(output.prediction, images) + 0.3 * verdict
+        verdict = -discriminator(output.predictions["image"].value).mean()
+        total = F.mse_loss(output.predictions["image"].value, images) + 0.3 * verdict
         for name, loss in output.quantizer.losses.items():
             total = total + tokenizer.quantizer.loss_weights[name] * loss
-        pictures = output.prediction.detach()
+        pictures = output.predictions["image"].value.detach()
         real, fake = discriminator(images), discriminator(pictures)
         judged = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
         players = [
@@ -164,22 +174,26 @@ def test_a_run_is_the_loop_by_hand(words, tmp_path, starts):
         assert found == pytest.approx(values, rel=1e-4, abs=1e-6), name
     state = state_of(tmp_path / "run")
     for key, value in discriminator.state_dict().items():
-        torch.testing.assert_close(state["adversary"]["discriminator"][key], value)
+        torch.testing.assert_close(state["players"]["adversarial"]["discriminator"][key], value)
     assert state["global_step"] == 6  # the tokenizer's steps alone
 
 
 def test_it_waits_for_its_start(words, tmp_path, starts):
-    late = [*words, "adversary.start_samples=9", "hydra.run.dir=late"]  # in the third step of 4
+    late = [*words, f"{TERM}.start_samples=9", "hydra.run.dir=late"]  # in the third step of 4
     assert train([*late, "trainer.max_steps=3"]) == 0
-    assert same(starts[0][1], state_of(tmp_path / "late")["adversary"]["discriminator"])
-    words = [word for word in words if not word.startswith("adversary")]
+    assert same(
+        starts[0][1], state_of(tmp_path / "late")["players"]["adversarial"]["discriminator"]
+    )
+    words = [word for word in words if word not in ADVERSARY]
     assert train([*words, "trainer.max_steps=3", "hydra.run.dir=none"]) == 0
     assert losses_of(tmp_path / "late") == losses_of(tmp_path / "none")
     assert train(["resume=late", "trainer.max_steps=6"]) == 0
     verdicts = floats(tmp_path / "late", "loss/adversarial")
     assert [step for step, value in verdicts.items() if value] == [4, 5, 6]
     assert list(floats(tmp_path / "late", "loss/discriminator")) == [4, 5, 6]
-    assert not same(starts[0][1], state_of(tmp_path / "late")["adversary"]["discriminator"])
+    assert not same(
+        starts[0][1], state_of(tmp_path / "late")["players"]["adversarial"]["discriminator"]
+    )
 
 
 def test_both_optimizers_go_on_exactly(words, tmp_path):
@@ -190,8 +204,8 @@ def test_both_optimizers_go_on_exactly(words, tmp_path):
     for column in ("loss/total", "loss/discriminator"):
         assert floats(cut, column) == floats(whole, column)
     assert_same_training(cut, whole)
-    assert_same(state_of(cut)["adversary"], state_of(whole)["adversary"])
-    moments = state_of(cut)["adversary"]["optimizer"]["state"]
+    assert_same(state_of(cut)["players"], state_of(whole)["players"])
+    moments = state_of(cut)["players"]["adversarial"]["optimizer"]["state"]
     assert moments and all(int(moment["step"]) == 6 for moment in moments.values())
     summary = json.loads((cut / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["samples_seen"] == 24
@@ -211,7 +225,7 @@ def assert_as_one(two, one):
         assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5, abs=1e-6), (
             column
         )
-    states = [state_of(run)["adversary"]["discriminator"] for run in (two, one)]
+    states = [state_of(run)["players"]["adversarial"]["discriminator"] for run in (two, one)]
     for key, value in states[0].items():
         torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-4)
 
@@ -233,4 +247,4 @@ def test_two_optimizers_on_two_ranks(words, tmp_path, strategy):
 
 def test_what_has_no_adversary(fails, words):
     flow = ["tokenizer=flextok_tiny", *words, "tokenizer.decoder.predicts=velocity"]
-    fails("train", *flow, words=("adversary", "must predict images"))
+    fails("train", *flow, words=(TERM, "compares pixels", "image as velocity"))

@@ -1,12 +1,12 @@
 """The default job itself, at a small number of steps: it learns, resumes, evaluates, exports."""
 
-import csv
 import json
 
 import pytest
 import torch
 
 import vistok
+from helpers import metrics_of
 from vistok.cli import evaluate, export, train
 
 
@@ -20,8 +20,7 @@ def test_the_default_job_learns_resumes_evaluates_and_exports(tmp_path, monkeypa
     assert train([*small, *steps, *constant, f"hydra.run.dir={run}"]) == 0
 
     summary = json.loads((run / "summary.json").read_text())
-    with open(run / "metrics.csv", newline="") as file:
-        psnr = [float(row["val/psnr"]) for row in csv.DictReader(file) if row["val/psnr"]]
+    psnr = [float(row["val/psnr"]) for row in metrics_of(run) if row["val/psnr"]]
     assert psnr[-1] > psnr[0] + 0.2, "validation PSNR did not rise in forty steps"
     # A mean colour per image stays below 15 dB on these photographs.
     assert summary["val_psnr"] > 18

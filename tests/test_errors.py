@@ -19,6 +19,7 @@ import torch
 import vistok
 from helpers import ROOT, TINY, losses_of, make_photos
 from vistok.checkpoints.read import read_checkpoint
+from vistok.core.errors import CheckpointError
 
 
 @pytest.fixture
@@ -85,10 +86,15 @@ def test_mistyped_words(fails, override, expected):
         ("plugins=[no_such_module]", ("plugins", "no_such_module")),
         ("plugins=no_such_module", ("plugins", "no_such_module")),
         ("init_from=runs/nope", ("runs/nope", "no such")),
-        ("quantizer._target_=os.system", ("os.system", "registry")),
+        ("quantizer._target_=os.system", ("quantizer._target_=os.system", "registry")),
+        ("quantizer._target_=vqq", ("quantizer._target_=vqq", "did you mean 'vq'")),
+        ("quantizer._target_=titok", ("is a tokenizer, expected a quantizer",)),
+        ("tokenizer._target_=vq", ("is a quantizer, expected a tokenizer",)),
+        ("tokenizer.decoder._target_=cnn_encoder", ("is an encoder, expected a decoder",)),
+        ("tokenizer.encoder._target_=mse", ("is the class MSELoss, expected an encoder",)),
         (
             "quantizer._target_=vistok.quantizers.vq.VectorQuantiser",
-            ("did you mean 'VectorQuantizer'",),
+            ("did you mean 'vistok.quantizers.vq.VectorQuantizer'",),
         ),
         ("data.train=/no/photos", ("/no/photos", "no such folder")),
         ("data.train=null", ("data.train is not set",)),
@@ -229,7 +235,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(fails, finished_run,
             fails("evaluate", f"run={path}", words=("evil.ckpt", "refused"))
             fails("train", "init_from=evil.ckpt", *words, words=("evil.ckpt", "refused"))
             fails("export", f"run={path}", "out=out", words="evil.ckpt")
-            with pytest.raises(vistok.core.errors.CheckpointError):
+            with pytest.raises(CheckpointError):
                 vistok.load(path)
             assert not mark.exists()
     torch.load(path, weights_only=False)  # the trap itself works

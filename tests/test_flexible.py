@@ -207,7 +207,9 @@ def test_a_mask_gives_the_numbers_of_truncation(monkeypatch):
         assert torch.equal(cut.mask, masked.mask)
         quantized, mask = seen[-1]  # all tokens, whatever the length: one shape for all steps
         assert quantized.shape[1] == 4 and torch.equal(mask, masked.mask)
-        assert torch.allclose(cut.prediction, masked.prediction, atol=1e-5)
+        assert torch.allclose(
+            cut.predictions["image"].value, masked.predictions["image"].value, atol=1e-5
+        )
 
 
 def test_lengths_per_sample_mask_each_image():
@@ -275,7 +277,9 @@ def fitted(name):
     optimizer = torch.optim.AdamW(tok.parameters(), 3e-3)
     for _ in range(60):
         output = tok(images)
-        loss = (output.prediction - output.target).square().mean()
+        loss = (
+            (output.predictions["image"].value - output.predictions["image"].target).square().mean()
+        )
         optimizer.zero_grad()
         (loss + sum(output.quantizer.losses.values())).backward()
         optimizer.step()
@@ -620,7 +624,7 @@ def test_eval_forward_uses_all_tokens():
         output = tok(tok.to_model_range(images))
     assert output.mask is None
     rec = tok.detokenize(tok.tokenize(images))
-    assert torch.allclose(to_unit_range(output.prediction), rec, atol=1e-6)
+    assert torch.allclose(to_unit_range(output.predictions["image"].value), rec, atol=1e-6)
 
 
 @flexible
@@ -673,7 +677,9 @@ def test_compiling_keeps_the_numbers(name, monkeypatch):
             eager = tok(images)
         if name in FLEXIBLE:
             assert torch.equal(ours.mask, eager.mask)
-        assert torch.allclose(ours.prediction, eager.prediction, atol=1e-4)
+        assert torch.allclose(
+            ours.predictions["image"].value, eager.predictions["image"].value, atol=1e-4
+        )
     torch._dynamo.reset()
 
 
@@ -691,7 +697,9 @@ def test_activation_checkpointing_keeps_the_gradients(name):
                 module.register_forward_pre_hook(lambda m, i, c=calls, part=part: c.update([part]))
         torch.manual_seed(1)
         output = tok(tok.to_model_range(images_of(4)))
-        (output.prediction - output.target).square().mean().backward()
+        (
+            output.predictions["image"].value - output.predictions["image"].target
+        ).square().mean().backward()
         results.append([p.grad for p in tok.parameters()])
         computed.append(calls)
     assert {part.split(".")[0] for part in computed[0]} == {"encoder", "decoder"}

@@ -233,7 +233,7 @@ def test_an_image_predicted_gives_the_velocity_to_it():
 def test_sampling_arrives_at_an_image_that_is_predicted_everywhere(steps, guidance):
     net = decoder(predicts="image")
     data = torch.randn(2, 3, 16, 24)
-    net.output = lambda noisy, time, registers: data
+    net.output = lambda noisy, time, registers, taps: data
     found = net.reconstruct(torch.randn(2, 6, 12), steps=steps, guidance=guidance)
     assert torch.allclose(found, data, atol=1e-5)
 
@@ -244,7 +244,7 @@ def test_plain_guidance_of_predicted_images_arrives_at_the_guided_image(steps):
     own, null = torch.randn(2, 2, 3, 16, 24).unbind(0)
     registers = net.registers(torch.zeros(2, 6, 12))
 
-    def output(noisy, time, given):
+    def output(noisy, time, given, taps=None):
         return own if torch.equal(given, registers) else null
 
     net.output = output
@@ -513,7 +513,9 @@ def test_it_learns_and_more_tokens_help():
     optimizer = torch.optim.AdamW(tok.parameters(), 4e-3, betas=(0.9, 0.95))
     for _ in range(300):
         output = tok(x)
-        loss = (output.prediction - output.target).square().mean()
+        loss = (
+            (output.predictions["image"].value - output.predictions["image"].target).square().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tok.parameters(), 1.0)

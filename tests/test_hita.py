@@ -244,7 +244,9 @@ def test_activation_checkpointing_keeps_the_gradients():
         tok = awake(small(*options).train())
         torch.manual_seed(1)
         output = tok(tok.to_model_range(images_of(4)))
-        (output.prediction - output.target).square().mean().backward()
+        (
+            output.predictions["image"].value - output.predictions["image"].target
+        ).square().mean().backward()
         results.append([p.grad for p in tok.parameters()])
     assert sum(g is not None and bool(g.any()) for g in results[0]) > 20
     for a, b in zip(*results, strict=True):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import SIZES, TINY, awake, images_of, needs_lite0, tiny_tokenizer
+from helpers import SIZES, TINY, aligned, awake, config_of, images_of, needs_lite0, tiny_tokenizer
 from vistok.checkpoints.read import read_checkpoint
 from vistok.cli import evaluate, export, train
 from vistok.core.errors import ConfigError
@@ -133,9 +133,13 @@ def test_encoder_reads_and_flow_learns_the_latents(run, autoencoder_run):
     mean, std = tok.autoencoder.mean, tok.autoencoder.std
     maps = ((codes - mean) / std).transpose(1, 2).unflatten(2, (4, 4))
     assert torch.allclose(read[0], maps, atol=1e-4)
-    assert output.target.shape == output.prediction.shape == (6, 5, 4, 4)
+    assert (
+        output.predictions["image"].target.shape
+        == output.predictions["image"].value.shape
+        == (6, 5, 4, 4)
+    )
     # The target is noise less latents: adding the latents leaves noise alone, of deviation 1.
-    noise = output.target + maps
+    noise = output.predictions["image"].target + maps
     assert abs(noise.std().item() - 1) < 0.15 and abs(torch.corrcoef(torch.stack([noise.flatten(), maps.flatten()]))[0, 1].item()) < 0.15  # fmt: skip
 
 
@@ -166,7 +170,9 @@ def test_the_autoencoder_stays_as_it_is_and_outside_the_ema(run, autoencoder_run
         assert not any(p.requires_grad for p in tok.autoencoder.parameters())
     x = module.tokenizer.to_model_range(images_of(4))
     output = module.tokenizer(x)
-    (output.prediction - output.target).square().mean().backward()
+    (
+        output.predictions["image"].value - output.predictions["image"].target
+    ).square().mean().backward()
     reached = {n for n, p in module.tokenizer.named_parameters() if p.grad is not None}
     assert not any(n.startswith("autoencoder") for n in reached)
     assert any(n.startswith("encoder.") for n in reached)
@@ -186,14 +192,14 @@ def test_pictures_come_from_its_decoder(run):
 @needs_lite0
 def test_alignment_looks_at_images_and_teaches_the_flow(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["alignment"].update(teacher="packaged_lite0", layer=0, input_size=32)
+    alignment = config_of(*TINY, "alignment=plain")["loss"]["terms"]["alignment"]
+    config["loss"]["terms"]["alignment"] = {**alignment, "tap": "decoder.block.0"}
     module = TokenizerModule(config).train()
     awake(module.tokenizer.decoder)
     images = module.tokenizer.to_model_range(images_of(4))
-    module.tokenizer(images)
-    module.alignment(images).backward()  # the teacher takes three channels, not five
+    aligned(module, images).backward()  # the teacher takes three channels, not five
     reached = {n for n, p in module.named_parameters() if p.grad is not None and p.grad.any()}
-    for part in ("alignment.projector", "tokenizer.encoder.transformer", "tokenizer.decoder.blocks.0"):  # fmt: skip
+    for part in ("objective.terms.alignment.projector", "tokenizer.encoder.transformer", "tokenizer.decoder.blocks.0"):  # fmt: skip
         assert any(n.startswith(part) for n in reached), part
     assert not any(n.startswith("tokenizer.autoencoder") for n in reached)
 
@@ -229,11 +235,10 @@ def test_what_does_not_fit_is_told(fails, photos, latent_words, autoencoder_run,
     fails("train", *words, f"stage.autoencoder={autoencoder_run}", "tokenizer.encoder.patch_size=2", "tokenizer.decoder.patch_size=2", words=("patch_size=2", "multiple of 4 pixels"))  # fmt: skip
     fails("train", *words, f"stage.autoencoder={autoencoder_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     titok = [*words_of(photos), *SIZES["titok_tiny"], "stage=latents"]
-    fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a FlexTok")
+    fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a flextok")
 
 
 def test_it_learns_latents(autoencoder_run, latent_words):
-    from helpers import config_of
     from vistok.tasks.stages import resolve_stage
 
     torch.manual_seed(0)
@@ -247,7 +252,9 @@ def test_it_learns_latents(autoencoder_run, latent_words):
     for _ in range(300):
         output = tok(x)
         optimizer.zero_grad()
-        (output.prediction - output.target).square().mean().backward()
+        (
+            output.predictions["image"].value - output.predictions["image"].target
+        ).square().mean().backward()
         optimizer.step()
     tok.eval()
     errors = []
@@ -256,6 +263,7 @@ def test_it_learns_latents(autoencoder_run, latent_words):
         quantized = tok.quantizer(tok.encode(maps)).quantized
         for tokens in (quantized, quantized.roll(1, 0)):  # its own, and another image's
             torch.manual_seed(3)
-            prediction, target = tok.decoder(tokens, maps)
+            said = tok.decoder(tokens, maps)["image"]
+            prediction, target = said.value, said.target
             errors.append((prediction - target).square().mean().item())
     assert errors[0] < 1.8 and errors[0] < 0.9 * errors[1]  # a guess of zero has an error of 2

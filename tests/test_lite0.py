@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import vistok
-from helpers import TINY, config_of, images_of, needs_lite0
+from helpers import TINY, compared, config_of, images_of, needs_lite0
 from vistok.checkpoints.read import read_checkpoint
 from vistok.core.errors import ConfigError
-from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.losses.features import FeatureLoss
 from vistok.models.pretrained import PACKAGED, Teacher
 from vistok.nn import lite0
@@ -91,11 +90,6 @@ def test_as_a_teacher(network):
 # ---------------------------------------------------------------------- the loss
 
 
-def output(prediction, target):
-    quantizer = QuantizerOutput(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1).long())
-    return TokenizerOutput(prediction, target, quantizer)
-
-
 def test_the_loss_by_its_definition(network):
     torch.manual_seed(0)
     a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
@@ -105,15 +99,15 @@ def test_the_loss_by_its_definition(network):
             # |u - v|^2 of unit vectors is twice one minus their cosine
             expected += 2 * (1 - F.cosine_similarity(x.double(), y.double(), dim=1)).mean() / 5
     loss = FeatureLoss()
-    assert loss(output(a, b), 0).item() == pytest.approx(expected.item(), rel=1e-4)
-    assert loss(output(a, a), 0).item() == 0
+    assert loss(compared(a, b)).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss(compared(a, a)).item() == 0
 
 
 def test_the_loss_orders_what_people_would_order():
     loss = FeatureLoss()
     x = images_of(4, 64).float() / 127.5 - 1
     blurred = [F.avg_pool2d(F.pad(x, (k,) * 4, mode="reflect"), 2 * k + 1, 1) for k in (1, 3)]
-    values = [loss(output(y, x), 0).item() for y in (x, *blurred, x.roll(1, 0))]
+    values = [loss(compared(y, x)).item() for y in (x, *blurred, x.roll(1, 0))]
     assert values == sorted(values) and values[0] < values[1] and values[3] > 2 * values[1]
 
 
@@ -122,29 +116,34 @@ def test_the_loss_teaches_the_prediction_alone_and_in_float32():
     prediction = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
     target = torch.rand(1, 3, 32, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        value = loss(output(prediction, target), 0)
+        value = loss(compared(prediction, target))
     assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(loss(output(prediction, target), 0).item())
+    assert value.item() == pytest.approx(loss(compared(prediction, target)).item())
     value.backward()
     assert prediction.grad.abs().max() > 0 and target.grad is None
     network = loss.network.module
     assert not network.training and all(p.grad is None for p in network.parameters())
     assert not loss.state_dict() and not list(loss.parameters())
     grey = torch.rand(1, 1, 32, 32)
-    assert loss(output(grey, grey.clone()), 0).item() == 0
-    with pytest.raises(ConfigError, match=r"predicts pictures.*\(1, 4, 7\)"):
-        loss(output(torch.zeros(1, 4, 7), torch.zeros(1, 4)), 0)
-    with pytest.raises(ConfigError, match="predicts pictures"):
-        loss(output(torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 4, 4)), 0)
+    assert loss(compared(grey, grey.clone())).item() == 0
+
+
+WITH_TEACHER = [
+    "alignment=plain",
+    "loss.terms.alignment.tap=decoder.block.0",
+    "loss.terms.alignment.teacher.input_size=32",
+]
 
 
 def test_nobody_owns_the_network():
-    config = config_of(*TINY, "loss=mse_features", f"alignment.teacher={PACKAGED}", "alignment.layer=0", "alignment.input_size=32")  # fmt: skip
+    config = config_of(*TINY, "loss=mse_features", *WITH_TEACHER)  # fmt: skip
     module = TokenizerModule(config)
     names = [*module.state_dict(), *dict(module.named_parameters()), *module.ema.shadow]
     assert not any("network" in n or "teacher" in n or "stages" in n for n in names)
     module.double()  # but it moves along
-    assert next(module.loss.terms["features"].network.module.parameters()).dtype == torch.float64
+    assert (
+        next(module.objective.terms["features"].network.module.parameters()).dtype == torch.float64
+    )
 
 
 def test_a_run_with_both_trains_resumes_and_exports(photos, tmp_path, monkeypatch):
@@ -153,8 +152,7 @@ def test_a_run_with_both_trains_resumes_and_exports(photos, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     words = [w for w in TINY if not w.startswith("loss=")]
     words += ["data=folder", f"data.train={photos}", "data.val_fraction=0.2", "data.image_size=16"]
-    words += ["loss=mse_features", f"alignment.teacher={PACKAGED}", "alignment.layer=0"]
-    words += ["alignment.input_size=32", "hydra.run.dir=run"]
+    words += ["loss=mse_features", *WITH_TEACHER, "hydra.run.dir=run"]
     assert train(words) == 0
     assert train(["resume=run", "trainer.max_steps=6"]) == 0
     content = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")

@@ -32,7 +32,7 @@ def test_null_for_every_top_level_key(name):
     [
         ("alignment=null", "holds keys of its own; set alignment.teacher or alignment.weights"),
         ("baseline=none", "holds keys of its own; set baseline.patch_size or baseline.num_patches"),
-        ("logger=null", "there are: csv, tensorboard, wandb"),
+        ("logger=null", "there are: jsonl, tensorboard, wandb"),
         ("seed=null", "null cannot be; such as seed=0"),
         ("seed=x", "expected a number, such as 0"),
         ("compile=maybe", "expected true or false, such as false"),

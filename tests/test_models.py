@@ -29,8 +29,10 @@ def test_eval_forward_is_detokenize_of_tokenize(tokenizer):
         output = tok(model_images)
     ids = tok.tokenize(images)
     assert torch.equal(output.quantizer.indices, ids)
-    assert torch.allclose(to_unit_range(output.prediction), tok.detokenize(ids), atol=1e-6)
-    assert torch.equal(output.target, model_images) and output.mask is None
+    assert torch.allclose(
+        to_unit_range(output.predictions["image"].value), tok.detokenize(ids), atol=1e-6
+    )
+    assert torch.equal(output.predictions["image"].target, model_images) and output.mask is None
     assert ids.shape == (3, 4, 1) and ids.dtype == torch.int64 and tok.num_tokens == 4
     rec = tok.detokenize(ids)
     assert rec.shape == images.shape and rec.dtype == torch.float32
@@ -53,8 +55,8 @@ def test_sizes_channels_and_batches(tokenizer, size, channels, batch):
     assert tok.detokenize(ids).shape == images.shape
     tok.train()
     output = tok(tok.to_model_range(images))
-    output.prediction.square().mean().backward()
-    assert output.prediction.shape == images.shape
+    output.predictions["image"].value.square().mean().backward()
+    assert output.predictions["image"].value.shape == images.shape
 
 
 @pytest.mark.filterwarnings("error")
@@ -186,7 +188,7 @@ def test_a_tokenizer_with_masks_trains_and_reads_prefixes():
     output = tok(tok.to_model_range(images))
     assert output.mask.sum() == 6
     prefix = tok.detokenize(tok.tokenize(images)[:, :2])
-    assert torch.allclose(to_unit_range(output.prediction), prefix, atol=1e-5)
+    assert torch.allclose(to_unit_range(output.predictions["image"].value), prefix, atol=1e-5)
 
 
 def test_cnn_decoder_counts_masked_cells_as_zero():

@@ -20,8 +20,9 @@ from helpers import ROOT, TINY, losses_of, make_photos, metrics_of
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.read import read_checkpoint
 from vistok.cli import train
+from vistok.core import registry
 from vistok.core.errors import ConfigError
-from vistok.training.metrics_file import read_rows as _read_rows
+from vistok.training.metrics_file import MetricsFile
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_pictures(finished_run):
     assert first.crop(bottom).tobytes() != second.crop(bottom).tobytes()
 
 
-def test_metrics_csv(finished_run):
+def test_metrics_file(finished_run):
     rows = metrics_of(finished_run)
     training = [row for row in rows if row["loss/total"]]
     validation = [row for row in rows if row["val/psnr"]]
@@ -333,11 +334,16 @@ def test_resume_from_an_older_checkpoint_and_a_moved_run(whole, tmp_path):
 
 
 def test_rows_that_do_not_hold_are_dropped(tmp_path):
-    path = tmp_path / "metrics.csv"
-    assert _read_rows(path, 5) == []
-    path.write_text("a,step\n1,1\n2,2\n3,3\n4")  # the last line was cut short
-    assert [row["step"] for row in _read_rows(path, 2)] == ["1", "2"]
-    assert [row["step"] for row in _read_rows(path, 9)] == ["1", "2", "3"]
+    path = tmp_path / "metrics.jsonl"
+    rows = ['{"step": 1, "a": 1}', '{"step": 2, "a": 2}', '{"step": 2, "b": 2}', '{"step": 3}']
+    whole = "".join(row + "\n" for row in rows)
+    for torn in ("", '{"step": 3', '{"step": 3}', "\0\0\0\n"):
+        for first_step, kept in ((0, 0), (1, 1), (2, 3), (9, 4)):
+            path.write_text(whole + torn)
+            assert MetricsFile(tmp_path, first_step).experiment == path
+            assert path.read_text() == "".join(row + "\n" for row in rows[:kept])
+    path.unlink()
+    assert MetricsFile(tmp_path, 5).experiment.read_text() == ""
 
 
 def test_second_ctrl_c_stops_at_once(words, tmp_path, monkeypatch):
@@ -368,7 +374,7 @@ def test_evaluation(cli, finished_run, tmp_path):
 
     # The same numbers by hand, image by image.
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
-    data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
+    data = VistokDataModule(**config["data"])
     data.setup("validate")
     tok = vistok.load(finished_run, weights="last")
     psnrs, ids = [], []
@@ -615,7 +621,7 @@ def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path, monkeypat
     assert train([*words, f"plugins=[{name}]"]) == 0
     assert vistok.load("run").codebooks()[0].shape == (9, 2)
     assert train(["resume=run", "trainer.max_steps=3"]) == 0
-    monkeypatch.setattr("vistok.core.registry._registered", {})  # a program without the class
+    monkeypatch.delitem(registry._registered["part"], f"{name}.Mine")  # a program without it
     with pytest.raises(ConfigError, match="registry"):
         vistok.load("run")
 

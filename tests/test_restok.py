@@ -7,16 +7,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
+from helpers import (
+    SIZES,
+    TINY,
+    aligned,
+    awake,
+    config_of,
+    errors_while_learning,
+    images_of,
+    tiny_tokenizer,
+)
 from vistok.core.errors import ConfigError
 from vistok.models.build import build_tokenizer
 from vistok.models.length import LevelPolicy
+from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryAttention, RotaryBlock, attend_by_place_, rotate, rotation
 from vistok.systems.restok.hierarchy import (
     block_causal_mask,
     halved,
-    level_points,
     merge_residual,
     queued_points,
     residual_pyramid,
@@ -471,8 +480,9 @@ def teacher_words(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "vit.pth"
     name = "vit_tiny_patch16_224"
     torch.save(timm.create_model(name, pretrained=False).state_dict(), path)
-    words = [f"alignment.teacher={name}", f"alignment.weights={path}", "alignment.input_size=32"]
-    return [*words, "alignment.form=foundation"]
+    words = [f"name={name}", f"weights={path}", "input_size=32"]
+    words = [f"loss.terms.alignment.teacher.{word}" for word in words]
+    return ["alignment=restok", *words]
 
 
 def module(words, name="restok_tiny"):
@@ -489,33 +499,34 @@ def test_foundation_loss_by_hand(teacher_words):
     encoder.blocks[-1].register_forward_hook(lambda b, i, o: seen.update(sequence=o))
     decoder.embed.register_forward_hook(lambda b, i, o: seen.update(latents=o))
     images = m.tokenizer.to_model_range(images_of(4))
-    m.tokenizer(images)
-    value = m.alignment(images)
-    features = m.alignment.teacher(images)  # 2 x 2, as many as there are cells
-    summary = m.alignment.encoder_projector(seen["sequence"][:, :2].mean(1))
-    x = torch.cat([seen["latents"], m.alignment.mask_token.expand(4, 4, -1)], dim=1)
+    value = aligned(m, images)
+    features = m.objective.terms["alignment"].teacher(images)  # 2 x 2, as many as there are cells
+    summary = m.objective.terms["alignment"].encoder_projector(seen["sequence"][:, :2].mean(1))
+    x = torch.cat(
+        [seen["latents"], m.objective.terms["alignment"].mask_token.expand(4, 4, -1)], dim=1
+    )
     for block in decoder.blocks:
         x = block(x, decoder.turn)
-    cells = m.alignment.decoder_projector(x[:, 4:])
+    cells = m.objective.terms["alignment"].decoder_projector(x[:, 4:])
     first = F.cosine_similarity(summary, features.mean((2, 3)), dim=-1)
     second = F.cosine_similarity(cells, features.flatten(2).transpose(1, 2), dim=-1)
     expected = (0.75 - first).relu().mean() + (0.75 - second).relu().mean()
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
     with torch.no_grad():  # within the margin nothing is asked for
         near = features.mean((2, 3))
-        assert m.alignment._distance(near + 0.1 * near.roll(1, 1), near) == 0
+        assert m.objective.terms["alignment"]._distance(near + 0.1 * near.roll(1, 1), near) == 0
 
 
 def test_foundation_features_are_averaged_over_a_cell(teacher_words):
     """Of 6 x 6 features a cell of 2 x 2 has 3 x 3, and all of them a say."""
-    size = ["alignment.input_size=96"]
+    size = ["loss.terms.alignment.teacher.input_size=96"]
     m = module([w for w in teacher_words if "input_size" not in w] + size)
     images = m.tokenizer.to_model_range(images_of(2))
-    m.tokenizer(images)
     seen = []
-    m.alignment._distance = lambda ours, target: seen.append(target) or ours.sum()
-    m.alignment(images)
-    features = m.alignment.teacher(images)
+    term = m.objective.terms["alignment"]
+    term._distance = lambda ours, target: seen.append(target) or ours.sum()
+    aligned(m, images)
+    features = m.objective.terms["alignment"].teacher(images)
     assert features.shape[2:] == (6, 6)
     cells = [features[:, :, y : y + 3, x : x + 3].mean((2, 3)) for y in (0, 3) for x in (0, 3)]
     assert torch.allclose(seen[0], features.mean((2, 3)), atol=1e-5)
@@ -525,23 +536,19 @@ def test_foundation_features_are_averaged_over_a_cell(teacher_words):
 def test_whom_the_foundation_loss_teaches(teacher_words):
     m = module(teacher_words)
     images = m.tokenizer.to_model_range(images_of(4))
-    m.tokenizer(images)
-    m.alignment(images).backward()
+    aligned(m, images).backward()
     reached = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.any()}
-    for part in ("alignment.mask_token", "alignment.encoder_projector", "alignment.decoder_projector", "tokenizer.encoder.cnn", "tokenizer.decoder.blocks.0"):  # fmt: skip
+    for part in ("objective.terms.alignment.mask_token", "objective.terms.alignment.encoder_projector", "objective.terms.alignment.decoder_projector", "tokenizer.encoder.cnn", "tokenizer.decoder.blocks.0"):  # fmt: skip
         assert any(n.startswith(part) for n in reached), part
     for part in ("tokenizer.decoder.cnn", "tokenizer.decoder.mask_token", "tokenizer.decoder.project"):  # fmt: skip
         assert not any(n.startswith(part) for n in reached), part
     assert not any("teacher" in key for key in m.state_dict())
 
 
-def test_foundation_loss_is_at_the_cells(teacher_words):
-    with pytest.raises(ConfigError, match=r"alignment\.grid=teacher: .*form=foundation"):
-        module([*teacher_words, "alignment.grid=teacher"])
-
-
 def test_foundation_loss_is_restoks(teacher_words):
-    with pytest.raises(ConfigError, match=r"alignment\.form=foundation: is ResTok's.*GigaTok"):
+    with pytest.raises(
+        ConfigError, match=r"^loss\.terms\.alignment\._target_.*belongs to ResTok.*GigaTok"
+    ):
         module(teacher_words, "gigatok_tiny")
 
 

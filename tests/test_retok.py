@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import vistok
-from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
+from helpers import (
+    SIZES,
+    TINY,
+    aligned,
+    awake,
+    config_of,
+    errors_while_learning,
+    images_of,
+    stepped,
+    tiny_tokenizer,
+)
 from vistok.cli import train
 from vistok.core.errors import ConfigError
 from vistok.losses.alignment import length_weights
@@ -42,7 +52,7 @@ def test_lengths_reach_into_the_padding(monkeypatch):
     tok, seen = small().train(), []
     forward = tok.decoder.forward
     monkeypatch.setattr(
-        tok.decoder, "forward", lambda q, x, m=None: (seen.append(q), forward(q, x, m))[1]
+        tok.decoder, "forward", lambda q, x, m=None, **k: (seen.append(q), forward(q, x, m))[1]
     )
     images = tok.to_model_range(images_of(3))
     for _ in range(60):
@@ -133,8 +143,9 @@ def teacher_words(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "vit.pth"
     name = "vit_tiny_patch16_224"
     torch.save(timm.create_model(name, pretrained=False).state_dict(), path)
-    words = [f"alignment.teacher={name}", f"alignment.weights={path}", "alignment.input_size=32"]
-    return [*words, "alignment.layer=0"]
+    words = [f"name={name}", f"weights={path}", "input_size=32"]
+    words = [f"loss.terms.alignment.teacher.{word}" for word in words]
+    return ["alignment=retok", *words, "loss.terms.alignment.tap=decoder.block.0"]
 
 
 def module(words, name="retok_tiny"):
@@ -152,10 +163,13 @@ def test_regularisation_weighs_short_codes_more(teacher_words, per):
     m.tokenizer.decoder.transformer.blocks[0].register_forward_hook(
         lambda block, inputs, output: kept.append(output)
     )
-    output = m.tokenizer(images)
-    value = m.alignment(images, output.mask)
-    features = m.alignment.teacher(images).flatten(2).transpose(1, 2)
-    cosine = F.cosine_similarity(m.alignment.projector(kept[0]), features, dim=-1)
+    step = stepped(m, images)
+    output = step.output
+    value = m.objective.terms["alignment"](step)
+    features = m.objective.terms["alignment"].teacher(images).flatten(2).transpose(1, 2)
+    cosine = F.cosine_similarity(
+        m.objective.terms["alignment"].projector(kept[0]), features, dim=-1
+    )
     lengths = output.mask.sum(dim=1)
     expected = sum(
         (1 - (k - 1) / (N + M)) * (1 - row.mean()) for k, row in zip(lengths, cosine, strict=True)
@@ -167,9 +181,9 @@ def test_regularisation_weighs_short_codes_more(teacher_words, per):
 def test_whom_the_regularisation_teaches(teacher_words):
     m = module([*teacher_words, "tokenizer.decoder.depth=2"])
     images = m.tokenizer.to_model_range(images_of(4))
-    m.alignment(images, m.tokenizer(images).mask).backward()
+    aligned(m, images).backward()
     reached = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.any()}
-    for part in ("alignment.projector", "tokenizer.encoder", "tokenizer.decoder.transformer.blocks.0"):  # fmt: skip
+    for part in ("objective.terms.alignment.projector", "tokenizer.encoder", "tokenizer.decoder.transformer.blocks.0"):  # fmt: skip
         assert any(n.startswith(part) for n in reached), part
     for part in ("tokenizer.decoder.transformer.blocks.1", "tokenizer.decoder.cnn"):
         assert not any(n.startswith(part) for n in reached), part
@@ -183,25 +197,25 @@ def test_a_run_weighs_the_lengths_that_it_drew(teacher_words, photos, tmp_path, 
     )
     reconstruct = QFormerDecoder.reconstruct
 
-    def spy(self, quantized, mask=None):
+    def spy(self, quantized, mask=None, **more):
         if self.training:
             kept.append(quantized.shape[1])
-        return reconstruct(self, quantized, mask)
+        return reconstruct(self, quantized, mask, **more)
 
     monkeypatch.setattr(QFormerDecoder, "reconstruct", spy)
     words = [w for w in TINY if not w.startswith("tokenizer.")]
     words = ["experiment=retok_tiny", *words, *SIZES["retok_tiny"], "data=folder"]
     words += [f"data.train={photos}", "data.val_fraction=0.2", "data.image_size=16"]
-    assert train([*words, *teacher_words, "alignment.form=hierarchical"]) == 0
+    assert train([*words, *teacher_words]) == 0
     assert [m.sum(dim=1).tolist() for m in masks] == [[k] * 4 for k in kept]
     assert len(masks) == 4 and len(set(kept)) > 1
 
 
 def test_forms_of_alignment_that_do_not_fit_are_refused(teacher_words):
-    with pytest.raises(ConfigError, match=r"alignment\.form=hierarchical: .*GigaTok has one"):
-        module([*teacher_words, "alignment.form=hierarchical"], "gigatok_tiny")
-    with pytest.raises(ConfigError, match=r"alignment\.form=plane.*did you mean 'plain'"):
-        module([*teacher_words, "alignment.form=plane"])
+    with pytest.raises(
+        ConfigError, match=r"^loss\.terms\.alignment\._target_.*GigaTok has only one"
+    ):
+        module(teacher_words, "gigatok_tiny")
 
 
 # ---------------------------------------------------------------------- whole ones

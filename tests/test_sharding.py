@@ -13,12 +13,13 @@ from helpers import SIZES, TINY, losses_of, tiny_tokenizer
 from test_distributed_training import TWO, ended, floats, plan, start
 from test_pipeline import assert_same_training, state_of
 from test_sudden_death import content_of, flip
+from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.read import SHARD, read_checkpoint
 from vistok.checkpoints.resume import newest_whole
 from vistok.checkpoints.seals import check_seal, read_seal
 from vistok.cli import evaluate, export, train
 from vistok.core.errors import CheckpointError
-from vistok.training import checkpoints, sharding
+from vistok.training import sharding
 from vistok.training.optimizers import clip_by_norm
 from vistok.training.sharding import ShardWriter, pieces_of
 

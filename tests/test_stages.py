@@ -10,10 +10,19 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import CONFIGS, SIZES, TINY, config_of, images_of, metrics_of, tiny_tokenizer
+from helpers import (
+    CONFIGS,
+    SIZES,
+    TINY,
+    compared,
+    config_of,
+    images_of,
+    metrics_of,
+    stepped,
+    tiny_tokenizer,
+)
 from vistok.cli import evaluate, export, train
 from vistok.core.errors import ConfigError
-from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.losses.codes import CodeLoss
 from vistok.nn.frozen import Frozen
 from vistok.tasks.reconstruction import TokenizerModule
@@ -62,11 +71,15 @@ def test_first_stage_learns_the_codes_of_the_proxy(stages):
     proxy, module = vistok.load(proxy_run), module_of(run)
     module.train()
     images = images_of(6)
-    output = module.tokenizer(module.tokenizer.to_model_range(images))
-    assert torch.equal(output.target, proxy.tokenize(images)[..., 0])
-    assert output.prediction.shape == (6, 4, 16)
-    losses = module.loss(output, module.tokenizer.quantizer.loss_weights, 0)
-    expected = F.cross_entropy(output.prediction.reshape(24, 16), output.target.reshape(24))
+    step = stepped(module, module.tokenizer.to_model_range(images))
+    output = step.output
+    assert torch.equal(output.predictions["codes"].target, proxy.tokenize(images)[..., 0])
+    assert output.predictions["codes"].value.shape == (6, 4, 16)
+    losses = module.objective(step)
+    expected = F.cross_entropy(
+        output.predictions["codes"].value.reshape(24, 16),
+        output.predictions["codes"].target.reshape(24),
+    )
     assert losses["codes"].item() == pytest.approx(expected.item(), rel=1e-5)
     rows = [float(r["loss/codes"]) for r in metrics_of(run) if r.get("loss/codes")]
     assert rows[0] == pytest.approx(math.log(16), abs=0.3)
@@ -99,7 +112,9 @@ def test_expected_codes_are_exact_under_autocast(stages, monkeypatch):
     tok.decoder.head.register_forward_hook(lambda m, i, o: logits.append(o))
     reconstruct = tok.decoder.pixel_decoder.reconstruct
     monkeypatch.setattr(
-        tok.decoder.pixel_decoder, "reconstruct", lambda v: vectors.append(v) or reconstruct(v)
+        tok.decoder.pixel_decoder,
+        "reconstruct",
+        lambda v, **more: vectors.append(v) or reconstruct(v),
     )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         tok.decoder.reconstruct(torch.randn(2, 4, 16))
@@ -110,11 +125,10 @@ def test_expected_codes_are_exact_under_autocast(stages, monkeypatch):
 
 def gradients(module):
     module.train()
-    output = module.tokenizer(module.tokenizer.to_model_range(images_of(6)))
-    losses = module.loss(output, module.tokenizer.quantizer.loss_weights, 0)
-    losses["total"].backward()
+    step = stepped(module, module.tokenizer.to_model_range(images_of(6)))
+    module.objective(step)["total"].backward()
     named = module.tokenizer.named_parameters()
-    return {n for n, p in named if p.grad is not None and p.grad.abs().max() > 0}, output
+    return {n for n, p in named if p.grad is not None and p.grad.abs().max() > 0}, step.output
 
 
 def of(names, *prefixes):
@@ -237,7 +251,7 @@ def test_second_stage_computes_as_it_is_told(stages, photos):
         ("tokenizer.encoder.num_latent_tokens=9", "tokenizer.encoder.num_latent_tokens=4"),
         ("tokenizer.decoder.depth=3", "tokenizer.decoder.depth=1"),
         ("quantizer.codebook_size=77", "quantizer.codebook_size=16"),
-        ("quantizer=fsq", "quantizer._target_=vistok.quantizers.vq.VectorQuantizer"),
+        ("quantizer=fsq", "quantizer._target_=vq"),
         ("tokenizer.decoder.patch_size=4", "tokenizer.decoder.patch_size=8"),
         ("+tokenizer.decoder.learns=codes", "tokenizer.decoder.learns=pixels"),
     ],
@@ -270,7 +284,7 @@ def test_an_experiment_for_another_kind_of_tokenizer_is_refused(stages, photos):
     with pytest.raises(ConfigError, match=message):
         resolve_stage(config_of(*words), words)
     found = resolve_stage(config_of(*words), words[1:])  # nobody asked for it
-    assert found["tokenizer"]["_target_"].endswith(kinds[own])
+    assert found["tokenizer"]["_target_"] == own.removesuffix("_tiny")
     words[0] = f"tokenizer={other}"
     with pytest.raises(
         ConfigError, match=rf"^tokenizer={other}: stage=decoder takes tokenizer\._target_="
@@ -380,8 +394,7 @@ def test_code_loss_closed_form():
     logits = torch.zeros(2, 3, 4)
     logits[0, 0, 1] = math.log(3)
     target = torch.tensor([[1, 0, 0], [0, 0, 0]])
-    quantizer = QuantizerOutput(torch.zeros(1), torch.zeros(1))
-    loss = CodeLoss()(TokenizerOutput(logits, target, quantizer), 0)
+    loss = CodeLoss()(compared(logits, target, kind="logits", of="codes"))
     assert loss.item() == pytest.approx((math.log(2) + 5 * math.log(4)) / 6)
 
 
@@ -393,7 +406,7 @@ def test_stages_say_what_they_lack(fails, photos, proxy_run, finished_run):
     fails("train", *words, "stage=proxy", words=("stage.proxy: is missing", "2D tokenizer"))
     fails("train", *words, "stage=decoder", words=("stage.weights: is missing", "stage=proxy"))
     fails("train", *words, "stage=proxy", f"stage.proxy={finished_run}", words="must be a 2D tokenizer")  # fmt: skip
-    fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is no run of stage=proxy")  # fmt: skip
+    fails("train", *words, "stage=decoder", f"stage.weights={finished_run}", words="is not a run of stage=proxy")  # fmt: skip
     fails("train", *words, "stage=proxy", f"stage.proxy={proxy_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     fails("train", *words, "stage.frozen=[encodr]", words="stage.frozen: the tokenizer has no part encodr")  # fmt: skip
     fails("train", *words, "stage.frozen=encodr", words="the tokenizer has no part encodr")
@@ -420,15 +433,19 @@ def test_a_source_without_its_stage_is_told(key, chosen, owner):
     [
         (
             ["stage=proxy", "loss=mse"],
-            r"MSELoss compares pixels, but stage=proxy.*loss=proxy_codes",
+            r"^loss\.terms\.reconstruction\.of=image: ProxyDecoder predicts .*: codes \(logits\)",
         ),
-        (["stage.name=proxy"], r"loss\.terms\.reconstruction: MSELoss compares pixels"),
-        (["loss=proxy_codes"], r"CodeLoss compares codes, which stage=single.*use stage=proxy"),
+        (["loss=proxy_codes"], r"^loss\.terms\.codes\.of=codes: Latent.*: image \(pixels\)"),
+        (
+            ["loss=proxy_codes", "loss.terms.codes.of=image"],
+            r"^loss\.terms\.codes: CodeLoss compares logits, but .* as pixels; .*: .*mse",
+        ),
     ],
 )
-def test_a_loss_that_does_not_fit_the_stage_is_told(words, message):
+def test_a_loss_that_does_not_fit_the_stage_is_told(words, message, proxy_run):
+    words = [*words, f"stage.proxy={proxy_run}"] if "stage=proxy" in words else words
     with pytest.raises(ConfigError, match=message):
-        resolve_stage(config_of(*WORDS, *words))
+        TokenizerModule(resolve_stage(config_of(*WORDS, *words)))
 
 
 @pytest.mark.parametrize("frozen", ["['']", "['encoder.']", "[3]", "7", "[[encoder]]", "[null]"])

@@ -14,15 +14,15 @@ import torch
 
 from helpers import ROOT, TINY, losses_of
 from test_pipeline import assert_same_training, break_runs, state_of
+from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.resume import newest_whole
 from vistok.checkpoints.seals import check_seal, read_seal
 from vistok.checkpoints.write import snapshot
 from vistok.cli import train
 from vistok.core.errors import CheckpointError
-from vistok.training import checkpoints
 from vistok.training.checkpointing import CheckpointWriter
-from vistok.training.metrics_file import Rows, read_rows
+from vistok.training.metrics_file import MetricsFile
 
 
 @pytest.fixture
@@ -400,31 +400,38 @@ def test_a_run_folder_that_becomes_read_only_loses_nothing(fails, words, whole, 
     assert losses_of(Path("run")) == losses_of(whole)
 
 
-# ---------------------------------------------------------------------- metrics.csv
+# ---------------------------------------------------------------------- metrics.jsonl
+
+
+def log_rows(file, steps):
+    for step in steps:
+        file.log_metrics({"loss": step / 3}, step)
+        if step == 3:
+            file.log_metrics({"psnr": 20.0, "ssim": float("nan")}, step)
 
 
 def test_metrics_survive_a_kill_at_any_byte(tmp_path):
-    path = tmp_path / "metrics.csv"
-    rows = Rows(path, 0)
-    for step in range(1, 6):
-        rows.log_metrics({"loss": torch.tensor(step / 3)}, step)
-        if step == 3:
-            rows.log_metrics({"psnr": 20.0}, step)
-        rows.save()
+    file = MetricsFile(tmp_path, 0)
+    log_rows(file, range(1, 6))
+    path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
-    reference = [(r["step"], r["loss"], r["psnr"]) for r in read_rows(path, None)]
-    assert len(reference) == 6
-    for cut in range(len(whole)):
+    rows = whole.splitlines(keepends=True)
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 3, 4, 5]
+    for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        kept = [(r["step"], r["loss"], r["psnr"]) for r in read_rows(path, None)]
-        assert kept == reference[: len(kept)]
+        ended = whole[:cut].count(b"\n")
+        MetricsFile(tmp_path, 9).experiment  # noqa: B018 (what is asked for at the start of a run)
+        assert path.read_bytes() == b"".join(rows[:ended])
+        again = MetricsFile(tmp_path, 2)  # and the run goes on from there
+        log_rows(again, range(min(ended, 2) + 1, 6))
+        assert path.read_bytes() == whole
     path.write_bytes(whole)
-    again = Rows(path, 3)
-    again.log_metrics({"psnr": 20.0}, 3)  # the validation after the checkpoint comes again
-    for step in (4, 5):
-        again.log_metrics({"loss": torch.tensor(step / 3)}, step)
-    again.save()
+    again = MetricsFile(tmp_path, 3)
+    again.log_metrics({"ssim": 0.5, "psnr": 20.0}, 3)  # what followed the checkpoint comes again
+    log_rows(again, (4, 5))
     assert path.read_bytes() == whole
+    again.log_metrics({"psnr": 21.0}, 5)
+    assert path.read_bytes() == whole + b'{"step": 5, "psnr": 21.0}\n'
 
 
 # ---------------------------------------------------------------------- thirty kills

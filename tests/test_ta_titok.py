@@ -127,7 +127,9 @@ def test_a_text_says_what_tokens_cannot():
     for _ in range(150):
         images, text = batch(32)
         output = tok(images, text=text)
-        loss = (output.prediction - output.target).square().mean()
+        loss = (
+            (output.predictions["image"].value - output.predictions["image"].target).square().mean()
+        )
         loss = loss + 0.25 * output.quantizer.losses["commitment"]
         optimizer.zero_grad()
         loss.backward()
@@ -147,8 +149,7 @@ def test_a_text_says_what_tokens_cannot():
 
 
 def test_a_flexible_tokenizer_reads_texts_too():
-    decoder = "vistok.systems.ta_titok.decoder.TextTransformerDecoder"
-    words = [f"tokenizer.decoder._target_={decoder}", "+tokenizer.decoder.text_dim=6"]
+    words = ["tokenizer.decoder._target_=text_decoder", "+tokenizer.decoder.text_dim=6"]
     words += ["+tokenizer.decoder.num_text_tokens=3", "+tokenizer.decoder.text_dropout=0.1"]
     tok = tiny_tokenizer(*words, tokenizer="one_d_piece_tiny")
     images, text = images_of(5), torch.randn(5, 3, 6)
@@ -159,7 +160,9 @@ def test_a_flexible_tokenizer_reads_texts_too():
     _, lengths = tok.tokenize_to_target(images, psnr=target, text=text)
     for row, k in enumerate(lengths.tolist()):
         assert k == next((j + 1 for j in range(3) if quality[j][row] >= target), 4)
-    tok.train()(tok.to_model_range(images), text=text).prediction.sum().backward()
+    tok.train()(tok.to_model_range(images), text=text).predictions["image"].values[
+        "image"
+    ].value.sum().backward()
     assert tok.decoder.text_embed.weight.grad.any()
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import yaml
 
 import vistok
-from helpers import TINY, awake, config_of, images_of
+from helpers import TINY, aligned, awake, config_of, images_of, metrics_of, stepped
 from vistok.checkpoints.read import read_checkpoint
 from vistok.core.errors import ConfigError
 from vistok.models.pretrained import Teacher, feature_map
@@ -179,11 +179,19 @@ def test_a_teacher_without_a_map_is_told_in_one_line(files, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+TERM = "loss.terms.alignment"
+
+
+def alignment(files):
+    words = [f"teacher.name={VIT}", f"teacher.weights={files[VIT]}", "teacher.input_size=32"]
+    return ["alignment=plain", *(f"{TERM}.{word}" for word in words)]
+
+
 def module(files, name, *overrides):
     words = [w for w in TINY if not w.startswith("quantizer.")]
-    words += ["alignment.layer=0", "alignment.input_size=32", f"alignment.weights={files[VIT]}"]
+    words += [*alignment(files), f"{TERM}.tap=decoder.block.0"]
     torch.manual_seed(0)
-    config = config_of(f"experiment={name}", *words, f"alignment.teacher={VIT}", *overrides)
+    config = config_of(f"experiment={name}", *words, *overrides)
     built = TokenizerModule(config).train()
     awake(built.tokenizer)
     return built
@@ -197,45 +205,42 @@ def test_alignment_is_one_minus_the_cosine_at_the_same_place(files, name):
     decoder = m.tokenizer.decoder
     blocks = getattr(decoder, "transformer", decoder).blocks
     blocks[0].register_forward_hook(lambda block, inputs, output: kept.append(output))
-    m.tokenizer(images)
-    value = m.alignment(images)
+    value = aligned(m, images)
     # A 32 px input gives 2 x 2 features, as many as there are patches of 8 px in 16 px.
-    features = m.alignment.teacher(images).flatten(2).transpose(1, 2)
-    tokens = m.alignment.projector(kept[0][:, :4])
+    features = m.objective.terms["alignment"].teacher(images).flatten(2).transpose(1, 2)
+    tokens = m.objective.terms["alignment"].projector(kept[0][:, :4])
     expected = 1 - F.cosine_similarity(tokens, features, dim=-1).mean()
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_alignment_shrinks_features_by_averages(files):
     """Of 6 x 6 features a patch of 2 x 2 has 3 x 3, and all of them a say."""
-    m = module(files, "titok_tiny", "alignment.input_size=96")
+    m = module(files, "titok_tiny", f"{TERM}.teacher.input_size=96")
     images, kept = m.tokenizer.to_model_range(images_of(4)), []
     m.tokenizer.decoder.transformer.blocks[0].register_forward_hook(
         lambda block, inputs, output: kept.append(output)
     )
-    m.tokenizer(images)
-    value = m.alignment(images)
-    features = m.alignment.teacher(images)
+    value = aligned(m, images)
+    features = m.objective.terms["alignment"].teacher(images)
     assert features.shape[2:] == (6, 6)
     cells = [features[:, :, y : y + 3, x : x + 3].mean((2, 3)) for y in (0, 3) for x in (0, 3)]
-    tokens = m.alignment.projector(kept[0][:, :4])
+    tokens = m.objective.terms["alignment"].projector(kept[0][:, :4])
     expected = 1 - F.cosine_similarity(tokens, torch.stack(cells, dim=1), dim=-1).mean()
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_alignment_at_the_teachers_grid(files):
     """Patches are interpolated between their centres, in each direction by the same matrix."""
-    m = module(files, "titok_tiny", "alignment.grid=teacher", "alignment.input_size=64")
+    m = module(files, "titok_tiny", f"{TERM}.grid=teacher", f"{TERM}.teacher.input_size=64")
     images = m.tokenizer.to_model_range(images_of(4))
     kept = []
     m.tokenizer.decoder.transformer.blocks[0].register_forward_hook(
         lambda block, inputs, output: kept.append(output)
     )
-    m.tokenizer(images)
-    value = m.alignment(images)
-    features = m.alignment.teacher(images)
+    value = aligned(m, images)
+    features = m.objective.terms["alignment"].teacher(images)
     assert features.shape[2:] == (4, 4)  # of 2 x 2 patches
-    patches = m.alignment.projector(kept[0][:, :4]).unflatten(1, (2, 2))
+    patches = m.objective.terms["alignment"].projector(kept[0][:, :4]).unflatten(1, (2, 2))
     up = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     patches = torch.einsum("yi,xj,bijd->bdyx", up, up, patches)
     expected = 1 - F.cosine_similarity(patches, features, dim=1).mean()
@@ -243,42 +248,31 @@ def test_alignment_at_the_teachers_grid(files):
 
 
 def test_grids_that_there_are_not(files):
-    with pytest.raises(ConfigError, match=r"alignment\.grid=pixels: must be tokens or teacher"):
-        module(files, "titok_tiny", "alignment.grid=pixels")
+    with pytest.raises(ConfigError, match=r"^loss\.terms\.alignment\.grid=pixels: must be tokens"):
+        module(files, "titok_tiny", f"{TERM}.grid=pixels")
 
 
 @pytest.mark.parametrize("value", ["-1", "null", "true", "nan"])
 def test_a_weight_that_leads_nowhere_is_refused(files, value):
-    with pytest.raises(ConfigError, match=r"^alignment\.weight=.*: must be a number, 0 or more$"):
-        module(files, "titok_tiny", f"alignment.weight={value}")
+    with pytest.raises(ConfigError, match=r"^loss\.terms\.alignment\.weight.*"):
+        module(files, "titok_tiny", f"{TERM}.weight={value}")
 
 
-@pytest.mark.parametrize("word", ["layer=0.5", "layer=-1", "layer=null", "input_size=0"])
+@pytest.mark.parametrize("word", ["start_samples=0.5", "ramp_samples=-1", "teacher.input_size=0"])
 def test_whole_numbers_of_the_alignment(files, word):
-    with pytest.raises(ConfigError, match=rf"^alignment\.{word}: must be a whole number, "):
-        module(files, "titok_tiny", f"alignment.{word}")
+    with pytest.raises(ConfigError, match=rf"^loss\.terms\.alignment\.{word}: must be a whole"):
+        module(files, "titok_tiny", f"{TERM}.{word}")
 
 
 def test_alignment_teaches_what_lies_before_its_block(files):
     m = module(files, "titok_tiny", "tokenizer.decoder.depth=2")
     images = m.tokenizer.to_model_range(images_of(4))
-    m.tokenizer(images)
-    m.alignment(images).backward()
+    aligned(m, images).backward()
     reached = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.any()}
-    for part in ("alignment.projector", "tokenizer.encoder", "tokenizer.decoder.transformer.blocks.0"):  # fmt: skip
+    for part in ("objective.terms.alignment.projector", "tokenizer.encoder", "tokenizer.decoder.transformer.blocks.0"):  # fmt: skip
         assert any(n.startswith(part) for n in reached), part
     for part in ("tokenizer.decoder.transformer.blocks.1", "tokenizer.decoder.head"):
         assert not any(n.startswith(part) for n in reached), part
-
-
-def test_alignment_is_about_the_last_training_forward(files):
-    m = module(files, "titok_tiny")
-    images = m.tokenizer.to_model_range(images_of(4))
-    m.tokenizer(images)
-    expected = m.alignment(images)
-    m.tokenizer(images)
-    m.tokenizer.eval()(images.flip(0))  # a look in between
-    assert m.alignment(images).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_activation_checkpointing_keeps_the_gradients_of_alignment(files):
@@ -288,9 +282,10 @@ def test_activation_checkpointing_keeps_the_gradients_of_alignment(files):
         m = module(files, "titok_tiny", f"tokenizer.decoder.activation_checkpointing={flag}")
         images = m.tokenizer.to_model_range(images_of(4))
         for _ in range(2):  # the second step finds what the first one left
-            output = m.tokenizer(images)
+            step = stepped(m, images)
             m.zero_grad()
-            (m.alignment(images) + output.prediction.square().mean()).backward()
+            term = m.objective.terms["alignment"]
+            (term(step) + step.prediction.value.square().mean()).backward()
         results.append({n: p.grad for n, p in m.named_parameters()})
     for name, gradient in results[0].items():
         other = results[1][name]
@@ -303,13 +298,14 @@ def test_alignment_teaches_encoder_and_flow_of_flextok(files):
     m = module(files, "flextok_tiny", "tokenizer.decoder.depth=2")
     images = m.tokenizer.to_model_range(images_of(4))
     seen = []
-    m.alignment.teacher.module.register_forward_pre_hook(lambda t, inputs: seen.append(inputs[0]))
-    m.tokenizer(images)
-    m.alignment(images).backward()
+    m.objective.terms["alignment"].teacher.module.register_forward_pre_hook(
+        lambda t, inputs: seen.append(inputs[0])
+    )
+    aligned(m, images).backward()
     assert torch.equal(seen[0], images)
     reached = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.any()}
     parts = [
-        "alignment.projector",
+        "objective.terms.alignment.projector",
         "tokenizer.encoder.transformer",
         "tokenizer.quantizer.project_in",
     ]
@@ -326,8 +322,7 @@ def test_alignment_brings_the_flow_closer_to_the_teacher(files):
     optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-3)
     values = []
     for _ in range(25):
-        m.tokenizer(images)
-        value = m.alignment(images)
+        value = aligned(m, images)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -338,26 +333,30 @@ def test_alignment_brings_the_flow_closer_to_the_teacher(files):
 def test_nobody_owns_the_teacher(files):
     m = module(files, "titok_tiny")
     assert not any("teacher" in key for key in m.state_dict())
-    assert any(key.startswith("alignment.projector") for key in m.state_dict())
+    assert any(key.startswith("objective.terms.alignment.projector") for key in m.state_dict())
     assert not any("alignment" in key for key in m.ema.shadow)
-    held = {id(p) for p in m.alignment.teacher.module.parameters()}
+    held = {id(p) for p in m.objective.terms["alignment"].teacher.module.parameters()}
     optimizer = m.configure_optimizers()
     trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert not held & trained
-    assert {id(p) for p in m.alignment.projector.parameters()} <= trained
-    assert not any(p.requires_grad for p in m.alignment.teacher.module.parameters())
-    assert not m.alignment.teacher.module.training
+    assert {id(p) for p in m.objective.terms["alignment"].projector.parameters()} <= trained
+    assert not any(
+        p.requires_grad for p in m.objective.terms["alignment"].teacher.module.parameters()
+    )
+    assert not m.objective.terms["alignment"].teacher.module.training
 
 
 def test_no_teacher_no_alignment():
-    assert TokenizerModule(config_of(*TINY)).alignment is None
+    assert "alignment" not in TokenizerModule(config_of(*TINY)).objective.terms
 
 
 def test_a_decoder_without_blocks_is_refused(files):
-    with pytest.raises(ConfigError, match="CNNDecoder has no transformer blocks"):
-        TokenizerModule(config_of("experiment=vqgan_tiny", f"alignment.teacher={VIT}", f"alignment.weights={files[VIT]}"))  # fmt: skip
-    with pytest.raises(ConfigError, match=r"alignment\.layer=7: the decoder has blocks 0 to 0"):
-        module(files, "titok_tiny", "alignment.layer=7")
+    with pytest.raises(
+        ConfigError, match=r"^loss\.terms\.alignment\.tap=decoder\.block\.1: .*it has: "
+    ):
+        TokenizerModule(config_of("experiment=vqgan_tiny", *alignment(files)))
+    with pytest.raises(ConfigError, match=r"tap=decoder\.block\.7: .*mean 'decoder\.block\.0'"):
+        module(files, "titok_tiny", f"{TERM}.tap=decoder.block.7")
 
 
 def test_a_run_with_a_teacher_resumes_and_leaves_it_behind(files, photos, tmp_path, monkeypatch):
@@ -365,8 +364,8 @@ def test_a_run_with_a_teacher_resumes_and_leaves_it_behind(files, photos, tmp_pa
 
     monkeypatch.chdir(tmp_path)
     words = [*TINY, "data=folder", f"data.train={photos}", "data.val_fraction=0.2"]
-    words += ["data.image_size=16", f"alignment.teacher={VIT}", f"alignment.weights={files[VIT]}"]
-    words += ["alignment.layer=0", "alignment.input_size=32", "hydra.run.dir=run"]
+    words += ["data.image_size=16", *alignment(files), f"{TERM}.tap=decoder.block.0"]
+    words += ["hydra.run.dir=run"]
     assert train(words) == 0
     assert train(["resume=run", "trainer.max_steps=6"]) == 0
     content = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
@@ -374,10 +373,7 @@ def test_a_run_with_a_teacher_resumes_and_leaves_it_behind(files, photos, tmp_pa
     assert any("projector" in key for key in content["state_dict"])
     tok = vistok.load("run")
     assert not any("projector" in key for key in tok.state_dict())
-    import csv
-
-    with open("run/metrics.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r.get("loss/alignment")]
+    rows = [row for row in metrics_of(tmp_path / "run") if row["loss/alignment"]]
     assert len(rows) >= 6
     total = float(rows[0]["loss/total"])
     parts = float(rows[0]["loss/reconstruction"]) + 0.5 * float(rows[0]["loss/alignment"])

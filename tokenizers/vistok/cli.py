@@ -106,9 +106,11 @@ def _train(argv: list[str]) -> None:
                 f"folder; add {key}=runs/<name>"
             )
     if resume and resume != "auto":
+        from vistok.checkpoints.resume import stored_config
+
         rest = [o for o in overrides if not o.startswith("resume=")]
         run, checkpoint = _run_of(Path(resume))
-        config = c.apply_overrides(c.load_run_config(run), rest)
+        config = c.apply_overrides(c.closed(stored_config(run)), rest)
         _run_training(c.to_container(config), run, checkpoint)
         return
     # Composed once here for errors that people can read, then again by Hydra, which owns

@@ -116,13 +116,15 @@ It is read back with vistok.load("exported/my_tokenizer"); the codebooks need sa
 
 def import_help() -> None:
     """`import_weights.py --help`."""
+    from vistok.core.registry import registered
+
     print(
-        """Make an export of weights that others released, under our names.
+        f"""Make an export of weights that others released, under our names.
 
 usage: import_weights.py source=titok weights=FILE out=exported/titok_l32
 
 keys
-  source        maskgit_vqgan, titok, one_d_piece, ta_titok, flextok, gigatok, retok or restok
+  source        {", ".join(registered("importer"))}
   weights       a .safetensors, .bin or .pth file; it is read without running code
   out           folder to write
   image_size    for maskgit_vqgan and restok, whose weights take any (published: 256)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.checkpoints.migrate import migrate_checkpoint, migrate_config
 from vistok.checkpoints.seals import check_seal, checkpoint_files, is_checkpoint
 from vistok.core.errors import CheckpointError, ConfigError
 
 
 def read_checkpoint(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
-    """The content of a checkpoint: tensors and plain containers only.
+    """The content of a checkpoint in today's form: tensors and plain containers only.
 
     Args:
         path: a file, or the folder of a sharded checkpoint, which is put together.
@@ -45,7 +46,7 @@ def read_parts(
     for name in without:
         for content in contents:
             content.pop(name, None)
-    return _joined(contents, join)
+    return migrate_checkpoint(_joined(contents, join), path)
 
 
 #: Marks a piece of a tensor in the file of a rank: {SHARD: rows, "first": number of the first}.
@@ -138,4 +139,4 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for part in ("tokenizer", "quantizer"):
         if not isinstance(config, dict) or part not in config:
             raise CheckpointError(f"{folder}/config.json: has no '{part}'")
-    return config, state
+    return migrate_config(config, folder / "config.json"), state

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from vistok.checkpoints.migrate import migrate_config
 from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.seals import check_seal, read_seal, seal_of
+from vistok.core.configuration import load_run_config, to_container
 from vistok.core.console import say
 from vistok.core.errors import CheckpointError
 from vistok.core.ranks import is_first_process
+
+
+def stored_config(run: Path) -> dict[str, Any]:
+    """Return the config that a run folder keeps, in today's form.
+
+    Raises:
+        CheckpointError: if there is no such run, or a newer vistok wrote it.
+    """
+    return migrate_config(to_container(load_run_config(run)), run / "config.yaml")
 
 
 def newest_whole(run: Path) -> Path | None:

@@ -36,7 +36,8 @@ def user_config_dirs() -> list[Path]:
 def options(group: str, extra_dirs: Iterable[Path] = ()) -> list[str]:
     """Names that can be chosen in a config group, for example "experiment"."""
     folders = [config_dir(), *user_config_dirs(), *extra_dirs]
-    names = {p.stem for folder in folders for p in (folder / group).glob("*.yaml")}
+    paths = (path for folder in folders for path in (folder / group).glob("[!_]*.yaml"))
+    names = {path.stem for path in paths}  # those with an underscore are parts of others
     return sorted(names)
 
 
@@ -266,6 +267,12 @@ def load_run_config(run: Path) -> DictConfig:
         raise CheckpointError(f"{run}: {what}{hint}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
+    return config
+
+
+def closed(container: dict[str, Any]) -> DictConfig:
+    """Return a config of plain containers that takes overrides of the keys it has."""
+    config = OmegaConf.create(container)
     OmegaConf.set_struct(config, True)
     return config
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
-
-from torch import nn
+from typing import Any, TypeVar, overload
 
 from vistok.core.errors import ArgumentError, ConfigError, as_written, nearest
 from vistok.core.values import is_number, is_whole
 
-_LAYERS = ("quantizers", "models", "losses", "systems")
+T = TypeVar("T", bound=Callable[..., Any])
 
-_registered: dict[str, type[nn.Module]] = {}
+#: Kinds of registered things, each with names of its own; an error says them with their article.
+_ARTICLES = {"part": "a part", "importer": "an importer", "stage": "a stage", "task": "a task"}
+
+#: Where things of a kind register themselves when their modules are imported: floors that need
+#: torch alone, but for tasks.
+_FLOORS = dict.fromkeys(_ARTICLES, ("quantizers", "models", "losses", "systems"))
+_FLOORS["task"] = ("tasks",)
+
+_registered: dict[str, dict[str, Any]] = {kind: {} for kind in _ARTICLES}
+
+#: Names by import path; code of one's own that was given no name has its path for a name.
+_names: dict[str, dict[str, str]] = {kind: {} for kind in _ARTICLES}
+
+_imported: set[str] = set()  # floors
 
 #: Arguments that count or measure something, whatever part has them: the least of them is 1.
 _COUNTS = {
@@ -55,47 +67,124 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def register(cls: type[nn.Module]) -> type[nn.Module]:
-    """Let configs name a class of your own by its import path; usable as a decorator.
-
-    Only for code of your own: a config never causes an import outside vistok.
-    """
-    _registered[f"{cls.__module__}.{cls.__qualname__}"] = cls
-    return cls
+@overload
+def register(given: str, kind: str = "part") -> Callable[[T], T]: ...
 
 
-def resolve(target: str) -> type[nn.Module]:
-    """The class that a config's `_target_` names.
+@overload
+def register(given: T) -> T: ...
+
+
+def register(given: Any, kind: str = "part") -> Any:
+    """Let configs name a class, or the command line a function; usable as a decorator.
+
+    `@register("titok")` gives a short name. `@register` alone is for a class of your own, which
+    configs then name by its import path; a config never causes an import outside vistok.
+
+    Args:
+        given: a name, or the class itself.
+        kind: "part" for the classes that a config builds, "importer" for functions that convert
+            released weights, "stage" or "task". Each kind has names of its own.
 
     Raises:
-        ConfigError: unless it is a module class of vistok's layers, or a registered one.
+        ConfigError: if the name is taken, or the class has another one.
     """
-    target = str(target)
-    if target in _registered:
-        return _registered[target]
-    module_name, _, class_name = target.rpartition(".")
-    parts = module_name.split(".")
-    if len(parts) < 3 or parts[0] != "vistok" or parts[1] not in _LAYERS:
+    if not isinstance(given, str):
+        return _add(given, _path(given), kind)
+    if not given.isidentifier():
+        raise ConfigError(f"register: {given!r} must be a name, of letters, digits and underscores")
+    return lambda item: _add(item, given, kind)
+
+
+def _path(item: Any) -> str:
+    return f"{item.__module__}.{item.__qualname__}"
+
+
+def _add(item: Any, name: str, kind: str) -> Any:
+    items, names, path = _registered[kind], _names[kind], _path(item)
+    if kind == "part" and not isinstance(item, type):
+        raise ConfigError(f"register: {path} must be a class; configs build nothing else")
+    if name in items and _path(items[name]) != path:
         raise ConfigError(
-            f"_target_={target}: not a class of vistok's registry "
-            f"(vistok.{{{','.join(_LAYERS)}}}.*, or registered with vistok.register)"
+            f"register: '{name}' is {_path(items[name])} already; choose another name for {path}"
         )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"_target_={target}: there is no module {module_name}") from error
-    cls = getattr(module, class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module_name):
-        known = [
-            name
-            for name, value in vars(module).items()
-            if isinstance(value, type) and value.__module__ == module_name
-        ]
-        raise ConfigError(
-            f"_target_={target}: {module_name} defines no such module class"
-            f"{nearest(class_name, known)}"
-        )
-    return cls
+    before = names.get(path, name)
+    if before != name:
+        if items[before] is item:
+            raise ConfigError(f"register: {path} has the name '{before}' already")
+        del items[before]  # defined anew under another name, as happens in a notebook
+    items[name], names[path] = item, name
+    return item
+
+
+def registered(kind: str = "part") -> dict[str, Any]:
+    """Return everything of a kind by name, in the order of the names."""
+    _discover(kind)
+    return dict(sorted(_registered[kind].items()))
+
+
+def _discover(kind: str) -> None:
+    """Import every module that may register something of a kind, once."""
+    for floor in _FLOORS[kind]:
+        if floor not in _imported:
+            package = importlib.import_module(f"vistok.{floor}")
+            for module in pkgutil.walk_packages(package.__path__, f"vistok.{floor}."):
+                importlib.import_module(module.name)
+            _imported.add(floor)
+
+
+def resolve(target: Any, kind: str = "part", key: str = "_target_") -> Any:
+    """Return what a name stands for, or the import path of something registered.
+
+    Args:
+        target: such as "titok", or "vistok.systems.titok.model.TiTok".
+        kind: see `register`.
+        key: what named it, for messages.
+
+    Raises:
+        ConfigError: if nothing of that kind has the name; it gives the nearest one.
+    """
+    if (found := _find(target, kind)) is None:
+        _discover(kind)
+        found = _find(target, kind)
+    if found is None:
+        raise ConfigError(f"{key}={as_written(target)}: {_unknown(str(target), kind)}")
+    return found
+
+
+def _find(target: Any, kind: str) -> Any:
+    if not isinstance(target, str):
+        return None
+    return _registered[kind].get(_names[kind].get(target, target))
+
+
+def _unknown(target: str, kind: str) -> str:
+    for other, article in _ARTICLES.items():
+        if _find(target, other) is not None:
+            return f"is {article}, expected {_ARTICLES[kind]}"
+    items = _registered[kind]
+    if kind != "part":
+        return f"no such {kind}{nearest(target, items)}; there are: {', '.join(sorted(items))}"
+    same = {path.rpartition(".")[2]: name for path, name in _names[kind].items()}
+    if name := same.get(target.rpartition(".")[2]):  # its class has moved
+        hint = f" (did you mean '{name}'?)"
+    else:
+        hint = nearest(target, _names[kind] if "." in target else items)
+    hint = hint or "; if it is your own, import its module first (plugins=[...])"
+    return f"not in vistok's registry{hint}"
+
+
+def with_names(config: Any) -> Any:
+    """Return a config in which the paths of registered classes are replaced by their names."""
+    _discover("part")
+    if isinstance(config, Mapping):
+        named = {key: with_names(value) for key, value in config.items()}
+        if isinstance(target := named.get("_target_"), str):
+            named["_target_"] = _names["part"].get(target, target)
+        return named
+    if isinstance(config, (list, tuple)):
+        return [with_names(value) for value in config]
+    return config
 
 
 def build(config: Any, key: str = "", /, **given: Any) -> Any:
@@ -119,7 +208,7 @@ def _build(config: Any, key: str, given: Mapping[str, Any]) -> Any:
         values = {k: _build(v, _inner(key, k), {}) for k, v in config.items() if k != "_target_"}
         if "_target_" not in config:
             return values
-        cls = resolve(config["_target_"])
+        cls = resolve(config["_target_"], key=_inner(key, "_target_"))
         try:
             return cls(**values, **given)
         except ArgumentError as error:
@@ -148,8 +237,10 @@ def _check_arguments(config: Any, key: str, but: Collection[str] = ()) -> None:
             _check_arguments(value, f"{key}[{i}]", but)
     if not isinstance(config, Mapping):
         return
-    target = config.get("_target_")
-    parameters = inspect.signature(resolve(target)).parameters if target else {}
+    parameters: Mapping[str, inspect.Parameter] = {}
+    if "_target_" in config:
+        cls = resolve(config["_target_"], key=_inner(key, "_target_"))
+        parameters = inspect.signature(cls).parameters
     for name, value in config.items():
         _check_arguments(value, _inner(key, name), but)
         if name in but:

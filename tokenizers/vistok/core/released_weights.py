@@ -30,11 +30,16 @@ class Published:
     Args:
         tensors: by their published names.
         metadata: what a safetensors file says of itself.
+        source: the name of the importer that reads them, for errors.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str] | None = None,
+        source: str = "",
     ) -> None:
+        self.source = source
         self.left = dict(tensors)
         self.metadata = dict(metadata or {})
 
@@ -54,7 +59,7 @@ class Published:
             CheckpointError: if there is none.
         """
         if name not in self.left:
-            raise CheckpointError(f"weights: '{name}' is missing; are they what source= says?")
+            raise self._misfit(f"'{name}' is missing")
         return self.left[name].shape
 
     def move(self, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -78,16 +83,18 @@ class Published:
             CheckpointError: naming the first tensor that has no place.
         """
         for name in self.left:
-            raise CheckpointError(
-                f"weights: '{name}' has no place (nor have {len(self.left) - 1} more); are they "
-                "what source= says?"
-            )
+            raise self._misfit(f"'{name}' has no place (and {len(self.left) - 1} more)")
+
+    def _misfit(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"the file does not look like weights of source={self.source}: {found}"
+        )
 
 
 def vector_quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:
     """Config of a quantizer with the codebook `codes` `(K, d)`, for latents of width `dim`."""
     return {
-        "_target_": "vistok.quantizers.vq.VectorQuantizer",
+        "_target_": "vq",
         "dim": dim,
         "codebook_size": len(codes),
         "codebook_dim": codes.shape[1],

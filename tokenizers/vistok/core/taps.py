@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -57,3 +57,8 @@ class Taps:
 
 #: For whoever asks for nothing.
 NO_TAPS = Taps()
+
+
+def inside(part: str, shapes: Mapping[str, Tap]) -> dict[str, Tap]:
+    """Return the taps of a part under the names that they have in the whole."""
+    return {f"{part}.{name}": tap for name, tap in shapes.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from vistok.core import ranks as distributed
 from vistok.core.errors import DataError, VistokError
 from vistok.data.decode import DecodeError, decode
 from vistok.data.fields import Field
+from vistok.data.loader_internals import has_workers, share_by_need, stop_workers
 from vistok.data.memory import BatchMemory
 from vistok.data.order import Order, SampleRandom
 from vistok.data.skipped import Skip
@@ -335,11 +335,11 @@ class ImageLoader(DataLoader):
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Any:
-        if self.num_workers and self._iterator is None:
+        if self.num_workers and not has_workers(self):
             self._lend_memory()
         batches: Any = super().__iter__()
         if self.num_workers:
-            batches._worker_queue_idx_cycle = _least_busy(weakref.proxy(batches))
+            share_by_need(batches)
         try:
             while True:
                 begun = time.perf_counter()
@@ -354,8 +354,7 @@ class ImageLoader(DataLoader):
             # The traceback would keep the iterator until some collection of cycles, which stops
             # its workers only by killing them, and that raises an error wherever we are then.
             if self.num_workers:
-                batches._shutdown_workers()
-                self._iterator = None
+                stop_workers(self, batches)
             raise
 
     def _lend_memory(self) -> None:
@@ -374,17 +373,3 @@ class ImageLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take nothing; see `state_dict`."""
-
-
-def _least_busy(batches: Any) -> Iterator[int]:
-    """Which worker gets the next batch: the one with the fewest to be done.
-
-    In torch they take turns, so that all go at the pace of the slowest one. The order in which
-    batches come does not depend on it. The attributes are torch's own; if they are called otherwise
-    some day, workers take turns again.
-    """
-    while True:
-        waiting = [0] * batches._num_workers
-        for worker, *arrived in batches._task_info.values():
-            waiting[worker] += not arrived
-        yield waiting.index(min(waiting))

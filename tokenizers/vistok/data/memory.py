@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from vistok.core.torch_internals import shared_bytes
+
 _PAGE = 4096
 
 _MEMORIES: weakref.WeakValueDictionary[str, BatchMemory] = weakref.WeakValueDictionary()
@@ -90,5 +92,4 @@ def _free(taken: Tensor, slot: int, process: int) -> None:
 
 def _shared(shape: tuple[int, ...]) -> Tensor:
     """Bytes that other processes see, too."""
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)  # pyright: ignore
+    return shared_bytes(math.prod(shape)).view(shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.core.errors import ConfigError, nearest
+from vistok.core.torch_internals import resize_bicubic_into
 from vistok.data.crops import CROPS, Cut, Size, random_box, text
 from vistok.data.decode import Reduction
 
@@ -55,10 +56,7 @@ def take(
     if pixels.shape[2] != tall:
         pixels = pixels.contiguous(memory_format=_LAST)
         if out is not None and tall == size[0]:
-            # `F.interpolate` cannot be told where to put its result.
-            torch.ops.aten._upsample_bicubic2d_aa.out(
-                pixels, size, False, None, None, out=_pixels(out)
-            )
+            resize_bicubic_into(pixels, _pixels(out))
             return None
         pixels = _bicubic(pixels, (tall, size[1]))
     if tall != size[0]:

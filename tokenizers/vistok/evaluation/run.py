@@ -141,7 +141,6 @@ def data_config(
     if values.get("val") and not values.get("train"):
         values["train"] = values["val"]  # evaluation alone needs no training images
     values["eval_batch_size"] = batch_size
-    values.pop("_target_", None)
     return {str(k): v for k, v in values.items()}
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 import vistok
 from vistok.checkpoints.find import find_checkpoint, run_folder
 from vistok.checkpoints.load import load
+from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.registry import resolve
 from vistok.models.tokenizer import Tokenizer
-
-FORMAT = 1
 
 #: Larger implicit codebooks are not written out; `config.json` says how to compute them.
 LARGEST_TABLE = 2**20
@@ -167,8 +167,8 @@ def run_metrics(checkpoint: Path) -> dict[str, Any]:
 def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     """`README.md` of an export."""
     io = description["io"]
-    name = description["tokenizer"]["_target_"].rpartition(".")[2]
-    quantizer = description["quantizer"]["_target_"].rpartition(".")[2]
+    name = resolve(description["tokenizer"]["_target_"]).__name__
+    quantizer = resolve(description["quantizer"]["_target_"]).__name__
     rows = [
         f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |"
         for k, v in metrics.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,33 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vistok.checkpoints.load import load_weights
-from vistok.core.errors import CheckpointError, ConfigError, nearest
-from vistok.core.released_weights import Published, Released
+from vistok.core.errors import CheckpointError
+from vistok.core.registry import resolve
+from vistok.core.released_weights import Published
 from vistok.export.exporter import check_out, place_export
 from vistok.models.build import build_tokenizer
-from vistok.systems.flextok.weights import flextok
-from vistok.systems.gigatok import gigatok
-from vistok.systems.maskgit import maskgit_vqgan
-from vistok.systems.one_d_piece import one_d_piece
-from vistok.systems.restok.weights import restok
-from vistok.systems.retok import retok
-from vistok.systems.ta_titok.weights import ta_titok
-from vistok.systems.titok.weights import titok
-
-#: What `source=` may name.
-SOURCES: dict[str, Callable[[Published, int | None], Released]] = {
-    converter.__name__: converter
-    for converter in (
-        maskgit_vqgan,
-        titok,
-        one_d_piece,
-        ta_titok,
-        flextok,
-        gigatok,
-        retok,
-        restok,
-    )
-}
 
 _FRESH = ("quantizer.stats.", "quantizer.usage.", "quantizer.initialized", "encoder.latent_means")
 
@@ -54,7 +31,7 @@ def import_weights(
     """Write released weights as an export, which `vistok.load`, `stage.*` and `init_from` take.
 
     Args:
-        source: whose they are; one of `SOURCES`.
+        source: whose they are: the name of a registered importer, such as "titok".
         weights: a `.safetensors` file, or one of `torch.save`, which is read without running code;
             of a training checkpoint the averaged weights are taken, if it has some.
         out: folder to write; it appears whole or not at all.
@@ -68,13 +45,11 @@ def import_weights(
         ConfigError: for a source that is not known, or an `out` that is there already.
         CheckpointError: if the file cannot be read, or holds other weights.
     """
-    if source not in SOURCES:
-        known = ", ".join(SOURCES)
-        raise ConfigError(f"source={source}: must be one of {known}{nearest(source, SOURCES)}")
+    convert = resolve(source, kind="importer", key="source")
     check_out(out, overwrite)
-    published = _read(weights)
+    published = _read(weights, source)
     try:
-        released = SOURCES[source](published, image_size)
+        released = convert(published, image_size)
         published.finish()
     except CheckpointError as error:
         raise CheckpointError(f"{weights}: {error}") from error
@@ -100,14 +75,14 @@ def import_weights(
     return out
 
 
-def _read(path: Path) -> Published:
+def _read(path: Path, source: str) -> Published:
     if not path.is_file():
         raise CheckpointError(f"weights={path}: no such file")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
-            return Published(load_file(path), metadata)
+            return Published(load_file(path), metadata, source)
         with torch.serialization.safe_globals([Namespace]):  # a training checkpoint's arguments
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -120,5 +95,5 @@ def _read(path: Path) -> Published:
     if isinstance(content, dict):
         content = content.get("ema", content.get("model", content))
     if isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values()):
-        return Published(content)
+        return Published(content, source=source)
     raise CheckpointError(f"weights={path}: holds no plain state_dict (names and tensors)")

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vistok.core.errors import ConfigError
-from vistok.core.outputs import TokenizerOutput
+from vistok.core.registry import register
+from vistok.models.term import Step, Term
 from vistok.nn.frozen import Frozen
 from vistok.nn.lite0 import Lite0
 
 
-class FeatureLoss(nn.Module):
+@register("features")
+class FeatureLoss(Term):
     """Distance between the features of a small ImageNet network for prediction and target.
 
     At five depths (strides 2 to 32) the feature vectors are brought to unit length; the loss is
@@ -22,7 +23,6 @@ class FeatureLoss(nn.Module):
     manner of LPIPS (Zhang et al. 2018, https://arxiv.org/abs/1801.03924), but without weights
     fitted to human judgements, and so no LPIPS: values are comparable among themselves only.
 
-    Needs a decoder that predicts pictures; a flow's velocity is none, though it has their shape.
     The network is frozen and in no checkpoint.
 
     Args:
@@ -33,18 +33,15 @@ class FeatureLoss(nn.Module):
         ConfigError: if the weights are not at hand; the message says how to get them.
     """
 
+    accepts = ("pixels",)
+
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         self.network = Frozen(Lite0(weights))
 
-    def forward(self, output: TokenizerOutput, step: int) -> Tensor:
-        """Scalar float32."""
-        prediction, target = output.prediction, output.target
-        if prediction.ndim != 4 or prediction.shape[1] not in (1, 3, 4):
-            raise ConfigError(
-                "loss: the feature loss needs a decoder that predicts pictures, found a prediction "
-                f"of shape {tuple(prediction.shape)}"
-            )
+    def forward(self, step: Step) -> Tensor:
+        """Return a float32 scalar."""
+        prediction, target = step.prediction.value, step.prediction.target
         # In float32: near the end of training the two differ by less than bf16 can hold.
         with torch.autocast(prediction.device.type, enabled=False):
             with torch.no_grad():

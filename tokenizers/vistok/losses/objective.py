@@ -1,44 +1,241 @@
-"""The training loss: named terms and their weights."""
+"""The objective: one table of named terms, and the one place where their weighted sum is formed."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from vistok.core.errors import ConfigError
-from vistok.core.outputs import TokenizerOutput
+from vistok.core.errors import ArgumentError, ConfigError, nearest
+from vistok.core.registry import build, register, registered, resolve
+from vistok.core.values import check_number, check_whole
+from vistok.models.term import MakeOptimizer, Player, Step, Term, check_taps
+from vistok.models.tokenizer import Tokenizer
 
 
-class CompositeLoss(nn.Module):
-    """Weighted sum of named terms and of the quantizer's own losses.
+@dataclass(frozen=True)
+class Entry:
+    """How a term counts.
 
-    The terms' weights live in the loss config. The quantizer's weights live in the quantizer
-    config, so that exchanging the quantizer exchanges them too. A loss without a weight is an
-    error, never a silent drop. Perceptual and adversarial terms are more entries in `terms`.
-
-    Args:
-        terms: name to module; each maps `(TokenizerOutput, step)` to a scalar.
-        weights: name to weight, for exactly these names.
+    Attributes:
+        weight: of the term in the sum.
+        of: name of the prediction that it compares.
+        start_samples: position in the data from which it counts.
+        ramp_samples: samples over which its weight rises from 0, linearly; 0 for at once.
     """
 
-    def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float]) -> None:
-        super().__init__()
-        if set(terms) != set(weights):
-            odd = ", ".join(sorted(set(terms) ^ set(weights)))
-            raise ConfigError(f"loss.weights: names must equal those of loss.terms; check {odd}")
-        self.terms = nn.ModuleDict(terms)
-        self.weights = {name: float(weight) for name, weight in weights.items()}
+    weight: float
+    of: str = "image"
+    start_samples: int = 0
+    ramp_samples: int = 0
 
-    def forward(
-        self, output: TokenizerOutput, quantizer_weights: dict[str, float], step: int
-    ) -> dict[str, Tensor]:
-        """All terms unweighted under their names, and their weighted sum as "total"."""
-        losses = {name: term(output, step) for name, term in self.terms.items()}
-        total = sum(self.weights[name] * loss for name, loss in losses.items())
-        for name, loss in output.quantizer.losses.items():
-            if name not in quantizer_weights:
-                raise ConfigError(f"quantizer loss '{name}' has no weight")
-            if name in losses:
-                raise ConfigError(f"loss.terms.{name}: the quantizer has a loss of that name")
+    def counts(self, samples_seen: int) -> bool:
+        """Return whether the term has started."""
+        return samples_seen >= self.start_samples
+
+    def weight_at(self, samples_seen: int) -> float:
+        """Return the weight at a position in the data."""
+        if not self.counts(samples_seen):
+            return 0.0
+        if not self.ramp_samples:
+            return self.weight
+        return self.weight * min(1.0, (samples_seen - self.start_samples) / self.ramp_samples)
+
+
+class Objective(nn.Module):
+    """Weighted sum of named terms; the quantizer's own losses are entries of the same table.
+
+    Every loss of a quantizer comes with a weight in the quantizer's config, so that exchanging the
+    quantizer exchanges them too; an entry with `_target_: quantizer_loss` under the loss's name
+    overrides it, with a start and a ramp. A loss without a weight is an error, never a silent drop.
+
+    Args:
+        terms: name to term or player.
+        entries: name to how it counts, for exactly these names.
+        quantizer: name to how a quantizer's loss counts.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, Term | Player],
+        entries: Mapping[str, Entry],
+        quantizer: Mapping[str, Entry],
+    ) -> None:
+        super().__init__()
+        self.order = list(terms)
+        self.terms = nn.ModuleDict({k: v for k, v in terms.items() if isinstance(v, Term)})
+        self.players = {k: v for k, v in terms.items() if isinstance(v, Player)}
+        self.entries = dict(entries)
+        self.quantizer = dict(quantizer)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the features that some term reads."""
+        members = [*self.terms.values(), *self.players.values()]
+        return tuple(sorted({name for member in members for name in member.taps}))  # type: ignore
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return all losses unweighted under their names, and their weighted sum as "total"."""
+        losses: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        for name in self.order:
+            entry = self.entries[name]
+            member = self.players.get(name) or self.terms[name]
+            losses[name] = self._loss(member, entry, replace(step, of=entry.of))
+            weights[name] = entry.weight_at(step.samples_seen)
+        for name, loss in step.output.quantizer.losses.items():
+            if name not in self.quantizer:
+                raise ConfigError(f"the quantizer's loss '{name}' has no weight")
             losses[name] = loss
-            total = total + quantizer_weights[name] * loss
+            weights[name] = self.quantizer[name].weight_at(step.samples_seen)
+        total = sum(weights[name] * loss for name, loss in losses.items())
         return {**losses, "total": total}  # type: ignore[dict-item]
+
+    def _loss(self, member: Any, entry: Entry, step: Step) -> Tensor:
+        if entry.counts(step.samples_seen):
+            return member(step)
+        if isinstance(member, Player):
+            if step.samples_seen >= entry.start_samples - member.warmup_samples:
+                member.watch(step)
+        elif any(p.requires_grad for p in member.parameters()):
+            return member(step)  # DDP wants every parameter in every step's graph
+        return step.images.new_zeros(())
+
+    # ------------------------------------------------------------------ the players
+
+    def equip(self, make_optimizer: MakeOptimizer) -> None:
+        """Give every player its optimizer."""
+        for player in self.players.values():
+            player.equip(make_optimizer)
+
+    def learn(self, share: float, context: AbstractContextManager[Any]) -> dict[str, Tensor]:
+        """Let the players learn from the batch, whose graph is gone; return scalars to log."""
+        scalars: dict[str, Tensor] = {}
+        for player in self.players.values():
+            scalars |= player.learn(share, context)
+        return scalars
+
+    def step(self, factor: float) -> None:
+        """Move the players, with `factor` times their learning rates."""
+        for player in self.players.values():
+            player.step(factor)
+
+    def players_to(self, device: torch.device) -> None:
+        """Move the players to a device; as they are not modules, nobody else does."""
+        for player in self.players.values():
+            player.to(device)
+
+    def players_state(self) -> dict[str, Any]:
+        """Return weights and moments of the players by name."""
+        return {name: player.state_dict() for name, player in self.players.items()}
+
+    def load_players_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `players_state` returned; a player that is new starts as it is."""
+        for name, player in self.players.items():
+            if name in state:
+                player.load_state_dict(state[name])
+
+
+@register("quantizer_loss")
+class QuantizerLoss(Term):
+    """One of the quantizer's own losses, by the name of its entry: to override weight and start."""
+
+    def forward(self, step: Step) -> Tensor:
+        """Raise: the objective reads these losses from the quantizer's output."""
+        raise AssertionError("the objective reads the quantizer's losses itself")
+
+
+_COMMON = ("weight", "of", "start_samples", "ramp_samples")
+
+
+def build_objective(
+    config: Mapping[str, Any], tokenizer: Tokenizer, key: str = "loss"
+) -> Objective:
+    """Build the objective of a run.
+
+    Args:
+        config: `terms`: name to `_target_`, `weight`, `of`, `start_samples`, `ramp_samples`, and
+            the term's own arguments; null for an entry that is not wanted.
+        tokenizer: what is trained; every term is checked against its heads and taps.
+        key: where the config lies in the run's, for messages.
+
+    Raises:
+        ConfigError: naming the key that is wrong.
+    """
+    quantizer = {
+        name: Entry(float(weight)) for name, weight in tokenizer.quantizer.loss_weights.items()
+    }
+    terms: dict[str, Term | Player] = {}
+    entries: dict[str, Entry] = {}
+    for name, options in (config.get("terms") or {}).items():
+        if options is None:
+            continue
+        here = f"{key}.terms.{name}"
+        if not isinstance(options, Mapping) or "_target_" not in options:
+            raise ConfigError(f"{here}: expected a mapping with a _target_")
+        cls = resolve(options["_target_"], key=f"{here}._target_")
+        if cls is QuantizerLoss:
+            if name not in quantizer:
+                known = ", ".join(quantizer) or "none"
+                raise ConfigError(f"{here}: the quantizer has no such loss; it has: {known}")
+            quantizer[name] = _entry(options, here, quantizer[name].weight)
+            continue
+        if name in quantizer:
+            raise ConfigError(f"{here}: the quantizer has a loss of that name")
+        entries[name] = _entry(options, here)
+        own = {k: v for k, v in options.items() if k not in _COMMON}
+        given = {"tokenizer": tokenizer} if "tokenizer" in inspect.signature(cls).parameters else {}
+        # A player's weights must not move the random numbers that the tokenizer's training draws.
+        with torch.random.fork_rng(devices=[], enabled=issubclass(cls, Player)):
+            built = build(own, here, **given)
+        if not isinstance(built, (Term, Player)):
+            raise ConfigError(f"{here}._target_={options['_target_']}: not a term of the objective")
+        _check_fit(built, entries[name], tokenizer, here)
+        terms[name] = built
+    return Objective(terms, entries, quantizer)
+
+
+def _entry(options: Mapping[str, Any], key: str, weight: float | None = None) -> Entry:
+    """Return the common options of a term, checked."""
+    values = {name: options[name] for name in _COMMON if options.get(name) is not None}
+    if "weight" not in values:
+        if weight is None:
+            raise ConfigError(f"{key}.weight is missing: how much the term counts, such as 1.0")
+        values["weight"] = weight
+    try:
+        check_number("weight", values["weight"], 0)
+        for name in ("start_samples", "ramp_samples"):
+            check_whole(name, values.get(name, 0), 0)
+    except ArgumentError as error:
+        raise ConfigError(f"{key}.{error}") from error
+    return Entry(**values)
+
+
+def _check_fit(member: Term | Player, entry: Entry, tokenizer: Tokenizer, key: str) -> None:
+    """Raise if a term cannot compare the prediction that it names, or a tap does not exist."""
+    heads, decoder = tokenizer.decoder.heads, type(tokenizer.decoder).__name__
+    if member.accepts and entry.of not in heads:
+        known = ", ".join(f"{name} ({kind})" for name, kind in heads.items())
+        raise ConfigError(
+            f"{key}.of={entry.of}: {decoder} predicts no such thing{nearest(entry.of, heads)}; "
+            f"it predicts: {known}"
+        )
+    if member.accepts and heads[entry.of] not in member.accepts:
+        fitting = [
+            name
+            for name, cls in registered().items()
+            if isinstance(cls, type) and heads[entry.of] in getattr(cls, "accepts", ())
+        ]
+        raise ConfigError(
+            f"{key}: {type(member).__name__} compares {' or '.join(member.accepts)}, but {decoder} "
+            f"predicts {entry.of} as {heads[entry.of]}; terms for these are: {', '.join(fitting)}"
+        )
+    try:
+        check_taps(tokenizer, member.taps)
+    except ArgumentError as error:
+        raise ConfigError(f"{key}.{error}") from error

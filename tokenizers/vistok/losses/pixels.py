@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vistok.core.errors import ConfigError
-from vistok.core.outputs import TokenizerOutput
+from vistok.core.errors import ArgumentError
 from vistok.core.ranks import all_reduce_mean_with_grad
+from vistok.core.registry import register
+from vistok.models.term import Step, Term
 
 
-class MSELoss(nn.Module):
+class _Pointwise(Term):
+    """A term that compares value and target point by point."""
+
+    accepts = ("pixels", "velocity", "features")
+
+    def errors(self, step: Step) -> Tensor:
+        """Return value minus target, float32."""
+        prediction = step.prediction
+        return prediction.value.float() - prediction.target.float()
+
+
+@register("mse")
+class MSELoss(_Pointwise):
     """Mean squared error between prediction and target."""
 
-    def forward(self, output: TokenizerOutput, step: int) -> Tensor:
-        """Scalar float32."""
-        return F.mse_loss(output.prediction.float(), output.target.float())
+    def forward(self, step: Step) -> Tensor:
+        """Return a float32 scalar."""
+        return step.prediction.mean(self.errors(step).square())
 
 
-class LogMSELoss(nn.Module):
+@register("log_mse")
+class LogMSELoss(_Pointwise):
     """Logarithm of the mean squared error: of each image's, averaged, or of the batch's.
 
     Of the images' it is PSNR, up to sign and scale, as it is reported: the mean of the images'
@@ -36,21 +49,23 @@ class LogMSELoss(nn.Module):
     def __init__(self, floor: float = 1e-4, per: str = "sample") -> None:
         super().__init__()
         if per not in ("sample", "batch"):
-            raise ConfigError(f"loss.terms.reconstruction.per={per}: must be sample or batch")
+            raise ArgumentError(f"per={per}: must be sample or batch")
         self.floor = floor
         self.per = per
 
-    def forward(self, output: TokenizerOutput, step: int) -> Tensor:
-        """Scalar float32, in nats."""
-        error = (output.prediction.float() - output.target.float()).square()
+    def forward(self, step: Step) -> Tensor:
+        """Return a float32 scalar, in nats."""
+        error = self.errors(step).square()
         if self.per == "batch":  # of all ranks: a mean of logarithms is another number
-            return (all_reduce_mean_with_grad(error.mean()) + self.floor).log()
-        return (error.flatten(1).mean(dim=1) + self.floor).log().mean()
+            mean = step.prediction.mean(error)
+            return (all_reduce_mean_with_grad(mean) + self.floor).log()
+        return step.prediction.mean((error.flatten(1).mean(dim=1) + self.floor).log())
 
 
-class L1Loss(nn.Module):
+@register("l1")
+class L1Loss(_Pointwise):
     """Mean absolute error between prediction and target."""
 
-    def forward(self, output: TokenizerOutput, step: int) -> Tensor:
-        """Scalar float32."""
-        return F.l1_loss(output.prediction.float(), output.target.float())
+    def forward(self, step: Step) -> Tensor:
+        """Return a float32 scalar."""
+        return step.prediction.mean(self.errors(step).abs())

@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from vistok.core.errors import ConfigError, as_written
-from vistok.core.registry import _FOLLOWING, _check_arguments, build
+from vistok.core.registry import _FOLLOWING, _check_arguments, build, resolve
 from vistok.core.values import check_whole
+from vistok.models.decoder import Decoder
+from vistok.models.encoder import Encoder
 from vistok.models.tokenizer import Tokenizer
+from vistok.quantizers.base import Quantizer
+
+#: What the keys of a tokenizer's config hold, each in the words of an error.
+_CONTRACTS: dict[str, tuple[str, type]] = {
+    "tokenizer": ("a tokenizer", Tokenizer),
+    "encoder": ("an encoder", Encoder),
+    "decoder": ("a decoder", Decoder),
+    "quantizer": ("a quantizer", Quantizer),
+}
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
@@ -19,12 +30,20 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     for key, part in described.items():
         if not isinstance(part, Mapping):
             raise ConfigError(f"{key}={as_written(part)}: expected a mapping with a _target_")
+        _check_contract(key, part.get("_target_"))
     parts = {key: value for key, value in config["tokenizer"].items() if key != "latent_dim"}
     # First what others follow from in the configs: latent_dim itself may follow from a width.
     _check_arguments(parts, "tokenizer", but=_FOLLOWING)
     check_whole("tokenizer.latent_dim", config["tokenizer"].get("latent_dim", 1), 1)
     quantizer = build(config["quantizer"], "quantizer")
-    tokenizer = build(parts, "tokenizer", quantizer=quantizer)
-    if not isinstance(tokenizer, Tokenizer):
-        raise ConfigError(f"tokenizer._target_={parts.get('_target_')}: not a Tokenizer")
-    return tokenizer
+    return build(parts, "tokenizer", quantizer=quantizer)
+
+
+def _check_contract(key: str, target: Any) -> None:
+    """Refuse a name of something else, such as a quantizer for a tokenizer."""
+    cls = resolve(target, key=f"{key}._target_")
+    expected, contract = _CONTRACTS[key.rpartition(".")[2]]
+    if not issubclass(cls, contract):
+        found = (words for words, other in _CONTRACTS.values() if issubclass(cls, other))
+        what = next(found, f"the class {cls.__name__}")
+        raise ConfigError(f"{key}._target_={target}: is {what}, expected {expected}")

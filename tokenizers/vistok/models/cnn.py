@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.conv import (
@@ -25,6 +27,7 @@ from vistok.nn.conv import (
 from vistok.nn.data_init import least_squares, pixels, start_block_, start_conv_, start_upsampling_
 
 
+@register("cnn_encoder")
 class CNNEncoder(Encoder):
     """Residual blocks with a halving between levels; one latent per cell of the last grid.
 
@@ -66,6 +69,8 @@ class CNNEncoder(Encoder):
         self.num_tokens = grid[0] * grid[1]
         self.stem = stem
         self.conv_in = nn.Conv2d(channels * stem * stem, base_channels, 3, padding=1)
+        self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         layers: list[nn.Module] = []
         width = base_channels
         for level, multiplier in enumerate(channel_multipliers):
@@ -75,6 +80,7 @@ class CNNEncoder(Encoder):
                 width = base_channels * multiplier
                 if last and attention and level_attention:
                     layers.append(SpatialAttention(width))
+            self.ends[len(layers) - 1] = level
             if not last:
                 layers.append(Downsample(width))
         layers.append(ResBlock(width, width))
@@ -86,11 +92,20 @@ class CNNEncoder(Encoder):
         self.dim = width if latent_dim is None else latent_dim
         self.conv_out = None if latent_dim is None else nn.Conv2d(width, latent_dim, 3, padding=1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
-        x = F.silu(self.norm_out(self.layers(self.conv_in(_fold(images, self.stem)))))
+        x = self.conv_in(_fold(images, self.stem))
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number in self.ends:
+                offer_level(taps, self.ends[number], x)
+        x = F.silu(self.norm_out(x))
         x = x if self.conv_out is None else self.conv_out(x)
         return x.flatten(2).transpose(1, 2)
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the levels."""
+        return level_taps(self.widths, self.grid)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -108,6 +123,25 @@ class CNNEncoder(Encoder):
             start_conv_(self.conv_out, F.silu(self.norm_out(x)))
 
 
+def level_taps(widths: Sequence[int], coarsest: tuple[int, int]) -> dict[str, Tap]:
+    """Return the taps `level.{i}` of a CNN, each grid half of the one before.
+
+    Args:
+        widths: channels of each level, 0 the finest.
+        coarsest: rows and columns of the last level.
+    """
+    rows, columns = coarsest
+    scales = [2 ** (len(widths) - 1 - level) for level in range(len(widths))]
+    grids = [(rows * scale, columns * scale) for scale in scales]
+    return {f"level.{i}": Tap(*level) for i, level in enumerate(zip(widths, grids, strict=True))}
+
+
+def offer_level(taps: Taps, level: int, maps: Tensor) -> None:
+    """Offer the cells of maps `(B, C, rows, columns)` as `level.{i}`, `(B, cells, C)`."""
+    if taps.wants(f"level.{level}"):
+        taps.offer(f"level.{level}", maps.flatten(2).transpose(1, 2))
+
+
 def _fold(images: Tensor, side: int) -> Tensor:
     """Squares of `side` pixels of `(B, C, H, W)` as channels: `(B, C * side ** 2, ...)`."""
     if len(images):
@@ -119,6 +153,7 @@ def _fold(images: Tensor, side: int) -> Tensor:
 _ROWS = 20000  # pixels that the last layer is fitted to
 
 
+@register("cnn_decoder")
 class CNNDecoder(Decoder):
     """Residual blocks with a doubling between levels; the mirror of `CNNEncoder`.
 
@@ -159,7 +194,9 @@ class CNNDecoder(Decoder):
             raise ArgumentError(f"upsample={upsample}: must be nearest or depth_to_space")
         self.dim = latent_dim
         self.stem = stem
-        width = base_channels * channel_multipliers[-1]
+        self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.ends: dict[int, int] = {}  # levels by the indices of their last layers
+        width = self.widths[-1]
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
         layers: list[nn.Module] = [ResBlock(width, width)]
         if attention:
@@ -169,29 +206,42 @@ class CNNDecoder(Decoder):
             if adaptive_norm:
                 layers.append(AdaptiveGroupNorm(width, latent_dim))
             for _ in range(num_res_blocks):
-                layers.append(ResBlock(width, base_channels * channel_multipliers[level]))
-                width = base_channels * channel_multipliers[level]
+                layers.append(ResBlock(width, self.widths[level]))
+                width = self.widths[level]
                 if attention and level_attention and level == len(channel_multipliers) - 1:
                     layers.append(SpatialAttention(width))
+            self.ends[len(layers) - 1] = level
             if level:
                 layers.append((Upsample if upsample == "nearest" else DepthToSpace)(width))
         self.layers = nn.Sequential(*layers)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, channels * stem * stem, 3, padding=1)
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]
-        return F.pixel_shuffle(self.conv_out(self.features(quantized)), self.stem)
+        return F.pixel_shuffle(self.conv_out(self.features(quantized, taps)), self.stem)
 
-    def features(self, quantized: Tensor) -> Tensor:
+    def features(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """What the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
         latents = quantized.transpose(1, 2).unflatten(2, self.grid)
         x = self.conv_in(latents)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
+            if number in self.ends:
+                offer_level(taps, self.ends[number], x)
         return F.silu(self.norm_out(x))
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the levels."""
+        return level_taps(self.widths, self.grid)
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vistok.core.outputs import Prediction
+from vistok.core.taps import NO_TAPS, Tap, Taps
+
 
 class Decoder(nn.Module, ABC):
     """Maps quantized latents `(B, N, D)` back to images.
@@ -27,12 +30,19 @@ class Decoder(nn.Module, ABC):
     conditions: tuple[str, ...] = ()
 
     @abstractmethod
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
+        """Return images `(B, C, H, W)` near [-1, 1] (unclamped) from `(B, N, D)`.
 
         Args:
             quantized: vectors of the tokens.
             mask: `(B, N)` bool; tokens marked False are as if they were not there.
+            taps: offered the features that `tap_shapes` names.
             sampling: arguments named in `sampling` or `conditions`.
         """
 
@@ -43,15 +53,37 @@ class Decoder(nn.Module, ABC):
             ConfigError: of decoders that sample.
         """
 
-    def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, **conditions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Prediction and target of a training step.
+    @property
+    def heads(self) -> dict[str, str]:
+        """Kinds of the predictions that `forward` returns, by name; see `Prediction`."""
+        return {"image": "pixels"}
 
-        Pixels by default. A decoder that learns something else (codes of a proxy tokenizer, the
-        velocity of a flow) overrides this, so that one loss and one trainer serve all.
+    def forward(
+        self,
+        quantized: Tensor,
+        images: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **conditions: Tensor,
+    ) -> dict[str, Prediction]:
+        """Return the predictions of a training step, one for each of `heads`.
+
+        By default the image's pixels. A decoder that learns something else (codes of a proxy
+        tokenizer, the velocity of a flow), or more than that, overrides this and `heads`.
+
+        Args:
+            quantized: `(B, N, D)`, vectors of the tokens.
+            images: `(B, C, H, W)` in [-1, 1], what was encoded.
+            mask: `(B, N)` bool; tokens marked False are as if they were not there.
+            taps: collects features on the way; `tap_shapes` names them.
+            conditions: the arguments named in `conditions`.
         """
-        return self.reconstruct(quantized, mask, **conditions), images
+        pictures = self.reconstruct(quantized, mask, taps, **conditions)
+        return {"image": Prediction(pictures, images, "pixels")}
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return the features that every forward offers; named as those of an encoder."""
+        return {}
 
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Set weights from data, once, before training; by default nothing.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
-from vistok.core.outputs import TokenizerOutput
+from vistok.core.registry import register
 from vistok.models.arguments import as_budgets, as_numbers, as_tensor, in_words
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -19,6 +19,7 @@ from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
 
 
+@register("flexible_tokenizer")
 class FlexibleTokenizer(Tokenizer):
     """A tokenizer whose decoder learns to work from the first k tokens, for every k of 1 to N.
 
@@ -66,23 +67,20 @@ class FlexibleTokenizer(Tokenizer):
         batch, length, _ = latents.shape
         return prefix_mask(self.length(batch, length, latents.device), length)
 
-    def forward(self, images: Tensor, **conditions: Tensor) -> TokenizerOutput:
-        """Training forward; where the whole batch keeps the same k, the tail is cut off.
+    def keep(
+        self, latents: Tensor, quantized: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Choose the first k tokens; where the whole batch keeps the same k, cut the tail off.
 
         `torch.compile` wants shapes that stay, so there a mask hides the tail instead: the same
         numbers, at the price of the full length.
         """
         if not self.training or self.length.per == "sample" or torch.compiler.is_compiling():
-            return super().forward(images, **conditions)
-        signal = self.to_signal(images)
-        latents = self.encode(signal)
-        output = self.quantize(latents)
+            return super().keep(latents, quantized)
         batch, length, _ = latents.shape
         kept = self.length(batch, length)  # on the host: a shape depends on it
-        cut = output.quantized[:, : int(kept[0])] if batch else output.quantized
-        prediction, target = self.decoder(cut, signal, **conditions)
-        mask = prefix_mask(kept, length).to(latents.device)
-        return TokenizerOutput(prediction, target, output, mask)
+        cut = quantized[:, : int(kept[0])] if batch else quantized
+        return cut, None, prefix_mask(kept, length).to(latents.device)
 
     # ------------------------------------------------------------------ what users call
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.registry import register
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.quantizers.base import Quantizer
@@ -14,6 +15,7 @@ from vistok.quantizers.token_bridge import TokenBridge
 from vistok.quantizers.vq import VectorQuantizer
 
 
+@register("latent_space")
 class LatentSpace(nn.Module):
     """A frozen autoencoder: images to maps of latents of mean 0 and deviation 1, and back.
 

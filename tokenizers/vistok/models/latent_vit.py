@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -20,6 +22,7 @@ from vistok.nn.patches import pad_edges, patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("latent_vit_encoder")
 class LatentTransformerEncoder(Encoder):
     """Patches and K learned latent tokens through one transformer; the latents are kept.
 
@@ -108,19 +111,26 @@ class LatentTransformerEncoder(Encoder):
         mask = prefix_causal_mask(prefix, num_latent_tokens) if causal else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`."""
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`; `block.{i}` are the patches."""
         x = self.patch_embed(patchify(images, self.patch_size)) + self.patch_positions
         latents = (self.latent_tokens + self.latent_positions).expand(len(x), -1, -1)
         parts = [x, latents.to(x.dtype)]
         if self.class_token is not None:
             parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
         x = self.norm_in(torch.cat(parts, dim=1))
-        latents = self.transformer(x, self.mask, keep=slice(-self.num_tokens, None))
+        start = 0 if self.class_token is None else 1
+        patches = slice(start, start + len(self.patch_positions))
+        latents = slice(-self.num_tokens, None)
+        latents = self.transformer(x, self.mask, keep=latents, taps=taps, places=patches)
         latents = self.norm_out(latents)
         if self.legacy_reshape:
             latents = latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
         return latents - self.latent_means
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks."""
+        return _block_taps(self.transformer, Tap(self.dim, self.patch_grid))
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -143,6 +153,10 @@ class LatentTransformerEncoder(Encoder):
         self.latent_means += latents.mean(dim=0)
 
 
+def _block_taps(transformer: Transformer, tap: Tap) -> dict[str, Tap]:
+    return {f"block.{number}": tap for number in range(len(transformer.blocks))}
+
+
 def prefix_causal_mask(prefix: int, length: int) -> Tensor:
     """`(prefix + length,)` squared bool, True = visible: a full prefix, then a causal tail."""
     total = prefix + length
@@ -151,6 +165,7 @@ def prefix_causal_mask(prefix: int, length: int) -> Tensor:
     return (columns < prefix) | ((rows >= prefix) & (columns <= rows))
 
 
+@register("latent_vit_decoder")
 class LatentTransformerDecoder(Decoder):
     """Mask tokens and latent tokens through one transformer; the mask tokens become patches.
 
@@ -227,9 +242,15 @@ class LatentTransformerDecoder(Decoder):
         points = spread_points(num_latent_tokens, self.grid, nested)
         self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
-        return self.paint(self.features(quantized, mask))
+        return self.paint(self.features(quantized, mask, taps=taps))
 
     def paint(self, features: Tensor) -> Tensor:
         """Images `(B, C, H, W)` of what `features` returns."""
@@ -240,7 +261,11 @@ class LatentTransformerDecoder(Decoder):
         )
 
     def features(
-        self, quantized: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        taps: Taps = NO_TAPS,
     ) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order.
 
@@ -248,6 +273,7 @@ class LatentTransformerDecoder(Decoder):
             quantized: `(B, n, D)`.
             mask: `(B, n)` bool; tokens marked False are not seen.
             context: `(B, T, W)`, further tokens at the end of the sequence.
+            taps: offered `block.{i}`, the patches.
         """
         batch, length, _ = quantized.shape
         latents = self.embed(quantized) + self.latent_positions[:length]
@@ -264,7 +290,12 @@ class LatentTransformerDecoder(Decoder):
             visible = mask.new_ones(batch, x.shape[1])
             visible[:, before : before + length] = mask
             visible = visible[:, None, None, :]
-        return self.norm_out(self.transformer(self.norm_in(x), visible, keep=self._patches))
+        x, patches = self.norm_in(x), self._patches
+        return self.norm_out(self.transformer(x, visible, patches, taps, patches))
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks."""
+        return _block_taps(self.transformer, Tap(self.embed.out_features, self.grid))
 
     @property
     def _patches(self) -> slice:

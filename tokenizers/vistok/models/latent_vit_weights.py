@@ -65,7 +65,7 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
 
     grid = math.isqrt(len(positions["decoder"]) - 1)
     encoder = {
-        "_target_": "vistok.models.latent_vit.LatentTransformerEncoder",
+        "_target_": "latent_vit_encoder",
         **common,
         **_sizes(state, "encoder"),
         "patch_size": patch_size,
@@ -79,7 +79,7 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
     }
     add_head = _two_stage_head if two_stages else _pixel_head
     add_head(published, decoder, state)
-    if target.endswith("TATiTok"):
+    if target == "ta_titok":
         _add_text(published, decoder, state)
     tokenizer = {
         "_target_": target,
@@ -132,7 +132,7 @@ def _two_stage_head(
     state["decoder.code_vectors.weight"] = vectors
     state |= inside("decoder.pixel_decoder", pixel_state)
     decoder |= {
-        "_target_": "vistok.models.proxy_decoder.ProxyDecoder",
+        "_target_": "proxy_decoder",
         "num_codes": len(vectors),
         "code_dim": vectors.shape[1],
         "pixel_decoder": pixels,
@@ -143,7 +143,7 @@ def _two_stage_head(
 def _pixel_head(published: Published, decoder: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Patches of pixels and a convolution over their seams, from [0, 1] to [-1, 1]."""
     decoder |= {
-        "_target_": "vistok.models.latent_vit.LatentTransformerDecoder",
+        "_target_": "latent_vit_decoder",
         "borders": "black",  # zeros in [0, 1]
     }
     state["decoder.head.weight"] = 2 * published.take("decoder.ffn.0.weight")[:, :, 0, 0]
@@ -162,7 +162,7 @@ def _add_text(published: Published, decoder: dict[str, Any], state: dict[str, Te
     # There is none: without a caption these weights are outside of what they were trained on.
     state["decoder.no_text"] = torch.zeros(1, 1, positions.shape[1])
     decoder |= {
-        "_target_": "vistok.systems.ta_titok.decoder.TextTransformerDecoder",
+        "_target_": "text_decoder",
         "num_text_tokens": len(positions),
         "text_dim": state["decoder.text_embed.weight"].shape[1],
     }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, nearest
+from vistok.core.registry import register
 from vistok.core.sample_random import integers, shared_integer, uniform
 from vistok.core.values import check_number, check_whole
 
@@ -15,6 +16,7 @@ _DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up", "full")
 _OFFICIAL = {"pow2": "powers_of_two", "uniform_pow2": "rounded_up"}
 
 
+@register("length")
 class LengthPolicy(nn.Module):
     """Draws the number of tokens k that the decoder gets, 1 to N.
 
@@ -72,6 +74,7 @@ class LengthPolicy(nn.Module):
         return [num_tokens] if self.distribution == "full" else list(range(1, num_tokens + 1))
 
 
+@register("levels")
 class LevelPolicy(nn.Module):
     """All N tokens most of the time, else the first levels of a hierarchy: ResTok's drop.
 

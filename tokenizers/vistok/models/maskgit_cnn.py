@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps
+from vistok.models.cnn import level_taps, offer_level
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.conv import OutputSkipBlock, Upsample, group_norm
 
 
+@register("maskgit_encoder")
 class MaskGITEncoder(Encoder):
     """Residual blocks with an average over 2x2 cells between levels; no attention.
 
@@ -60,26 +64,38 @@ class MaskGITEncoder(Encoder):
         self.num_tokens = grid[0] * grid[1]
         self.dim = latent_dim
         self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1, bias=False)
+        self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         layers: list[nn.Module] = []
         width = base_channels
-        for level, multiplier in enumerate(channel_multipliers):
+        for level in range(len(channel_multipliers)):
             if level:
                 layers.append(nn.AvgPool2d(2))
             for _ in range(num_res_blocks):
-                layers.append(OutputSkipBlock(width, base_channels * multiplier))
-                width = base_channels * multiplier
+                layers.append(OutputSkipBlock(width, self.widths[level]))
+                width = self.widths[level]
+            self.ends[len(layers) - 1] = level
         layers += [OutputSkipBlock(width, width) for _ in range(num_res_blocks)]
         self.layers = nn.Sequential(*layers)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, latent_dim, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
         images = ((images + 1) / 2 - self.mean) / self.std  # the weights know images in [0, 1]
-        x = self.layers(self.conv_in(images))
+        x = self.conv_in(images)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number in self.ends:
+                offer_level(taps, self.ends[number], x)
         return self.conv_out(F.silu(self.norm_out(x))).flatten(2).transpose(1, 2)
 
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the levels."""
+        return level_taps(self.widths, self.grid)
 
+
+@register("maskgit_decoder")
 class MaskGITDecoder(Decoder):
     """Residual blocks with a doubling between levels; the mirror of `MaskGITEncoder`.
 
@@ -106,26 +122,43 @@ class MaskGITDecoder(Decoder):
         super().__init__()
         self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
         self.dim = latent_dim
-        width = base_channels * channel_multipliers[-1]
+        self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.ends: dict[int, int] = {}  # levels by the indices of their last layers
+        width = self.widths[-1]
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
         layers: list[nn.Module] = [OutputSkipBlock(width, width) for _ in range(num_res_blocks)]
         for level in reversed(range(len(channel_multipliers))):
             for _ in range(num_res_blocks):
-                layers.append(OutputSkipBlock(width, base_channels * channel_multipliers[level]))
-                width = base_channels * channel_multipliers[level]
+                layers.append(OutputSkipBlock(width, self.widths[level]))
+                width = self.widths[level]
+            self.ends[len(layers) - 1] = level
             if level:
                 layers.append(Upsample(width))
         self.layers = nn.Sequential(*layers)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]
         x = self.conv_in(quantized.transpose(1, 2).unflatten(2, self.grid))
-        x = self.conv_out(F.silu(self.norm_out(self.layers(x))))
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number in self.ends:
+                offer_level(taps, self.ends[number], x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
         return 2 * x - 1  # the weights know images in [0, 1]
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the levels."""
+        return level_taps(self.widths, self.grid)
 
     @property
     def last_layer(self) -> Tensor:

@@ -29,7 +29,7 @@ def maskgit_encoder(
         if ".down." in theirs and theirs.endswith(".block.0")
     ]
     config = {
-        "_target_": "vistok.models.maskgit_cnn.MaskGITEncoder",
+        "_target_": "maskgit_encoder",
         "image_size": image_size,
         "channels": state["conv_in.weight"].shape[1],
         "base_channels": widths[0],
@@ -61,7 +61,7 @@ def maskgit_decoder(
         if ".up." in theirs and theirs.endswith(".block.0")
     ][::-1]
     config = {
-        "_target_": "vistok.models.maskgit_cnn.MaskGITDecoder",
+        "_target_": "maskgit_decoder",
         "image_size": image_size,
         "channels": len(state["conv_out.weight"]),
         "latent_dim": state["conv_in.weight"].shape[1],

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError, nearest
+from vistok.core.registry import register
 from vistok.nn.lite0 import Lite0
 
 #: The teacher whose weights come with a package, so that no download is needed.
 PACKAGED = "packaged_lite0"
 
 
+@register("pretrained")
 class Teacher(nn.Module):
     """Images to a feature map of a pretrained network.
 

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError
+from vistok.core.outputs import Prediction
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.decoder import Decoder
 from vistok.models.latent_vit import LatentTransformerDecoder
 from vistok.nn.blocks import init_transformer_
 from vistok.nn.frozen import Frozen
 
 
+@register("proxy_decoder")
 class ProxyDecoder(LatentTransformerDecoder):
     """Predicts a code of a 2D tokenizer for each of its cells, and decodes them as it does.
 
@@ -92,13 +96,19 @@ class ProxyDecoder(LatentTransformerDecoder):
         #: Images `(B, C, H, W)` to target codes `(B, cells)`; only stage 1 has and needs one.
         self.proxy: Frozen | None = None
 
-    def logits(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def logits(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """Logits `(B, cells, num_codes)` of the first n <= K tokens, `(B, n, D)`."""
-        return self.head(self.features(quantized, mask))
+        return self.head(self.features(quantized, mask, taps=taps))
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
-        logits = self.logits(quantized, mask)
+        logits = self.logits(quantized, mask, taps)
         if self.learns == "codes":
             vectors = self.code_vectors(logits.argmax(dim=-1))
         else:
@@ -106,19 +116,30 @@ class ProxyDecoder(LatentTransformerDecoder):
             with torch.autocast(logits.device.type, enabled=False):
                 vectors = logits.float().softmax(dim=-1) @ self.code_vectors.weight.float()
                 vectors = vectors.to(self.code_vectors.weight.dtype)
-        return self.pixel_decoder.reconstruct(vectors)
+        return self.pixel_decoder.reconstruct(vectors, taps=taps.inside("pixel_decoder"))
 
-    def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Stage 1: logits and the proxy's codes `(B, cells)`; stage 2: pictures and images."""
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, in stage 2 also those of the 2D tokenizer's decoder."""
+        pixels = self.pixel_decoder.tap_shapes() if self.learns == "pixels" else {}
+        return super().tap_shapes() | inside("pixel_decoder", pixels)
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """In stage 1 the logits of "codes", in stage 2 the pixels of an "image"."""
+        return {"codes": "logits"} if self.learns == "codes" else {"image": "pixels"}
+
+    def forward(  # type: ignore[override]
+        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS
+    ) -> dict[str, Prediction]:
+        """Predict the proxy's codes `(B, cells)` in stage 1, pictures in stage 2."""
         if self.learns == "pixels":
-            return self.reconstruct(quantized, mask), images
+            return super().forward(quantized, images, mask, taps)
         if self.proxy is None:
             raise ConfigError(
                 "tokenizer.decoder: learning codes needs stage=proxy stage.proxy=<run>"
             )
-        return self.logits(quantized, mask), self.proxy(images)
+        logits = self.logits(quantized, mask, taps)
+        return {"codes": Prediction(logits, self.proxy(images), "logits")}
 
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Nothing: codes are no linear map of the features."""

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -18,6 +20,7 @@ from vistok.nn.positions import grid_points, position_table
 from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
 
 
+@register("qformer_encoder")
 class QFormerEncoder(Encoder):
     """Image to a grid of features by a CNN, and these to a 1D code by a Q-Former.
 
@@ -74,27 +77,33 @@ class QFormerEncoder(Encoder):
             token_positions(num_latent_tokens, width, cnn.grid, padding_start)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, D)`, the padding thrown away."""
-        return self.padded(images)[:, : self.num_tokens]
+        return self.padded(images, taps)[:, : self.num_tokens]
 
-    def padded(self, images: Tensor) -> Tensor:
+    def padded(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """The latents `(B, K + M, D)`: the code, and behind it the M repeated queries."""
-        return self.project(self.latents(images))
+        return self.project(self.latents(images, taps))
 
-    def latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """What is projected to the code: `(B, K + M, W)`."""
-        x = self.embed(self.cells(images))
+        x = self.embed(self.cells(images, taps.inside("cnn")))
         memory = x if self.norm_first else self.norm_in(x)
         queries = self.queries(memory)
         if self.padding_start is not None:
             queries = torch.cat([queries, queries[:, self.padding_start :]], dim=1)
-        x = self.transformer(queries, memory, self.latent_positions, self.grid_positions)
-        return self.norm_out(x)
+        positions = (self.latent_positions, self.grid_positions)
+        return self.norm_out(self.transformer(queries, memory, *positions, taps=taps))
 
-    def cells(self, images: Tensor) -> Tensor:
-        """What is embedded for the Q-Former to read: `(B, cells, D)`."""
-        grid = self.conv_out(self.cnn(images).transpose(1, 2).unflatten(2, self.cnn.grid))
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, which are the queries, and those of the CNN."""
+        tap = Tap(self.embed.out_features)
+        blocks = {f"block.{number}": tap for number in range(len(self.transformer.blocks))}
+        return blocks | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """What is embedded for the Q-Former to read: `(B, cells, D)`; taps are the CNN's."""
+        grid = self.conv_out(self.cnn(images, taps).transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = grid.flatten(2).transpose(1, 2)
         return self.norm_in(cells) if self.norm_first else cells
 
@@ -117,6 +126,7 @@ class QFormerEncoder(Encoder):
         start_at_components_(self.project, latents.flatten(0, 1), self.dim)
 
 
+@register("qformer_decoder")
 class QFormerDecoder(Decoder):
     """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
 
@@ -170,22 +180,34 @@ class QFormerDecoder(Decoder):
         )
         self.num_tokens = len(self.latent_positions)  # with the padding
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens `(B, n, D)`; the first is needed."""
-        return self.cnn.reconstruct(self.cells(quantized, mask))
+        cells = self.cells(quantized, mask, taps)
+        return self.cnn.reconstruct(cells, taps=taps.inside("cnn"))
 
-    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, which are the cells, and those of the CNN."""
+        tap = Tap(self.embed.out_features, self.grid)
+        blocks = {f"block.{number}": tap for number in range(len(self.transformer.blocks))}
+        return blocks | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)`, raster order."""
-        return self.conv_out(self.maps(quantized, mask)).flatten(2).transpose(1, 2)
+        return self.conv_out(self.maps(quantized, mask, taps)).flatten(2).transpose(1, 2)
 
-    def maps(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def maps(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """What the Q-Former makes of the code: `(B, W, rows, columns)`."""
         norm, embed = self.norm_in, self.embed
         memory = embed(norm(quantized)) if self.norm_first else norm(embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
-        x = self.transformer(
-            queries, memory, self.grid_positions, self.latent_positions[: memory.shape[1]], mask
-        )
+        positions = (self.grid_positions, self.latent_positions[: memory.shape[1]])
+        x = self.transformer(queries, memory, *positions, mask, taps)
         return self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:

@@ -50,20 +50,20 @@ def _gigatok(published: Published, image_size: int | None, model: dict[str, Any]
         **model,
         **size,
         "encoder": {
-            "_target_": "vistok.models.qformer.QFormerEncoder",
+            "_target_": "qformer_encoder",
             "dim": dim,
             "cnn": {
-                "_target_": "vistok.models.cnn.CNNEncoder",
+                "_target_": "cnn_encoder",
                 **cnn,
                 **_cnn(published, "encoder", state),
             },
             **encoder,
         },
         "decoder": {
-            "_target_": "vistok.models.qformer.QFormerDecoder",
+            "_target_": "qformer_decoder",
             "latent_dim": dim,
             "cnn": {
-                "_target_": "vistok.models.cnn.CNNDecoder",
+                "_target_": "cnn_decoder",
                 "latent_dim": dim,
                 "upsample": "depth_to_space",
                 "adaptive_norm": True,

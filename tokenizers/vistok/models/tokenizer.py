@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import as_pair
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -18,6 +20,7 @@ from vistok.models.packing import Alphabet, pack, unpack
 from vistok.quantizers.base import Quantizer
 
 
+@register("tokenizer")
 class Tokenizer(nn.Module):
     """Images to integers and back.
 
@@ -63,27 +66,62 @@ class Tokenizer(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    def forward(self, images: Tensor, **conditions: Tensor) -> TokenizerOutput:
-        """Training forward.
+    def forward(
+        self, images: Tensor, taps: Iterable[str] = (), **conditions: Tensor
+    ) -> TokenizerOutput:
+        """Compute a training step's predictions.
 
         Args:
             images: `(B, C, H, W)` in [-1, 1].
-            conditions: what the decoder is given besides tokens; see `conditions_of`.
+            taps: names of features to collect on the way; `tap_shapes` has them all.
+            conditions: what the decoder is given in addition to tokens; see `conditions_of`.
         """
+        collected = Taps(taps)
         signal = self.to_signal(images)
-        latents = self.encode(signal)
+        latents = self.encode(signal, collected.inside("encoder"))
+        collected.offer("latents", latents)
         # Dropped after quantizing, as in the published methods: the quantizer sees all tokens.
-        quantizer_output = self.quantize(latents)
-        mask = self.sample_mask(latents)
-        prediction, target = self.decoder(quantizer_output.quantized, signal, mask, **conditions)
-        return TokenizerOutput(prediction, target, quantizer_output, mask)
+        output = self.quantize(latents)
+        collected.offer("codes", output.quantized)
+        kept, mask, shown = self.keep(latents, output.quantized)
+        predictions = self.decoder(
+            kept, signal, mask, taps=collected.inside("decoder"), **conditions
+        )
+        return TokenizerOutput(predictions, output, shown, collected.features)
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return the shapes of all features that `taps` may name.
+
+        "latents" and "codes" are what the quantizer gets and returns.
+        """
+        own = Tap(self.encoder.dim, self.encoder.grid)
+        shapes = {"latents": own, "codes": own}
+        for part, module in (("encoder", self.encoder), ("decoder", self.decoder)):
+            shapes |= {f"{part}.{name}": tap for name, tap in module.tap_shapes().items()}
+        return shapes
 
     def conditions_of(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the decoder is given besides tokens (a text, if it reads one), out of a batch."""
         return {name: batch[name] for name in self.decoder.conditions if name in batch}
 
+    def keep(
+        self, latents: Tensor, quantized: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Choose the tokens that the decoder gets in a training step.
+
+        Args:
+            latents: `(B, N, D)`.
+            quantized: `(B, N, D)`.
+
+        Returns:
+            The tokens for the decoder `(B, n, D)`, the mask for it `(B, n)` or None, and the mask
+            `(B, N)` of those kept, or None for all.
+        """
+        mask = self.sample_mask(latents)
+        return quantized, mask, mask
+
     def sample_mask(self, latents: Tensor) -> Tensor | None:
-        """Which tokens `(B, N)` the decoder gets in this step; None for all of them."""
+        """Return which tokens `(B, N)` the decoder gets in this step; None for all of them."""
         return None
 
     def freeze(self, *parts: str) -> None:
@@ -145,12 +183,12 @@ class Tokenizer(nn.Module):
             self.quantizer.usage.update(output.indices)
         return output
 
-    def encode(self, signal: Tensor) -> Tensor:
-        """What `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`.
+    def encode(self, signal: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """Encode what `to_signal` returns, `(B, C, H, W)`, to latents `(B, N, D)`.
 
         In training there may be more of them, behind those of the code.
         """
-        return self.encoder(signal)
+        return self.encoder(signal, taps=taps)
 
     def decode(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
         """Quantized latents `(B, N, D)` to what `to_images` takes, `(B, C, H, W)`, unclamped.

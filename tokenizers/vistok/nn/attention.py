@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vistok.core.errors import ArgumentError, nearest
+from vistok.core.torch_internals import version_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -128,7 +129,7 @@ def in_blocks(mask: Tensor, length: int) -> BlockMask:
     """
     if mask.ndim > 2 or torch.compiler.is_compiling():
         return _new_blocks(mask, length)
-    state = (None if mask.is_inference() else mask._version, length)
+    state = (None if mask.is_inference() else version_of(mask), length)
     known = _BLOCKS.get(mask)
     if known is None or known[0] != state:
         with torch.inference_mode(False):  # a later training step may need them

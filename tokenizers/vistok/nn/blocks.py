@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.nn.attention import Mask, attend, check_kind, mask_for
 
 
@@ -176,24 +177,37 @@ class Transformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, block) for _ in range(depth))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, keep: slice | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        keep: slice | None = None,
+        taps: Taps = NO_TAPS,
+        places: slice | None = None,
+    ) -> Tensor:
         """Map `(B, L, W)` to `(B, L, W)`.
 
         Args:
             x: the sequence.
             mask: dense, as in `Attention`.
             keep: the tokens that are read afterwards, and returned; the last block computes no
-                others. None for all.
+                others, unless those that are tapped are others. None for all.
+            taps: offered the tokens in `places` behind block i, as `block.{i}`.
+            places: where the tapped tokens lie in the sequence; None for all of it.
         """
         seen = None if mask is None else mask_for(self.attention, mask, x, self.num_heads)
-        for number, block in enumerate(self.blocks, start=1):
-            last = keep is not None and number == len(self.blocks)
-            args = (x, mask, keep) if last else (x, seen)
+        last = len(self.blocks) - 1
+        narrow = keep is not None and (keep == places or not taps.wants(f"block.{last}"))
+        for number, block in enumerate(self.blocks):
+            args = (x, mask, keep) if narrow and number == last else (x, seen)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(*args)
-        return x
+            if taps.wants(f"block.{number}"):
+                whole = places is None or (narrow and number == last)
+                taps.offer(f"block.{number}", x if whole else x[:, places])
+        return x if keep is None or narrow else x[:, keep]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.nn.attention import attend
 from vistok.nn.positions import level_points, position_table
 
@@ -110,14 +111,16 @@ class QFormer(nn.Module):
         positions: Tensor,
         memory_positions: Tensor,
         mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
     ) -> Tensor:
-        """As a block."""
-        for block in self.blocks:
+        """Map queries as a block does; taps are offered them behind block i, as `block.{i}`."""
+        for number, block in enumerate(self.blocks):
             inputs = (x, memory, positions, memory_positions, mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(*inputs)
+            taps.offer(f"block.{number}", x)
         return x
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.sample_random import uniform
 from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer, token_mean
@@ -20,6 +21,7 @@ from vistok.quantizers.scalar import (
 )
 
 
+@register("binary")
 class BinaryLatents(Quantizer):
     """Binary latents: each of d logits is one bit, a token is the sum of the vectors of its 1s.
 

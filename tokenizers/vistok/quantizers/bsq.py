@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistok.core.registry import register
 from vistok.quantizers.lfq import LFQ
 
 
+@register("bsq")
 class BSQ(LFQ):
     """Binary spherical quantization.
 

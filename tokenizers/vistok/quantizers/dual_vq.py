@@ -13,6 +13,7 @@ from torch import Tensor
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.values import check_whole
 from vistok.quantizers.composite import sample_depths
 from vistok.quantizers.multi_scale_vq import MultiScale, MultiScaleVQ
@@ -21,6 +22,7 @@ from vistok.quantizers.residual_vq import ResidualVQ
 from vistok.quantizers.vq import VectorQuantizer
 
 
+@register("shared_index_vq")
 class SharedIndexVQ(VectorQuantizer):
     """Two codebooks, semantic S and pixel P, that share one index: TokenFlow.
 
@@ -92,6 +94,7 @@ class SharedIndexVQ(VectorQuantizer):
         return [self._unscale(self._table())]
 
 
+@register("multi_scale_shared_index_vq")
 class MultiScaleSharedIndexVQ(MultiScale):
     """TokenFlow as published: `SharedIndexVQ` over the scales of `MultiScale`, without φ.
 
@@ -156,6 +159,7 @@ class MultiScaleSharedIndexVQ(MultiScale):
         )
 
 
+@register("dual_token")
 class DualToken(Product):
     """Two residual codes per token, one for pixels and one for semantics, with own indices.
 
@@ -203,6 +207,7 @@ class DualToken(Product):
         super().__init__(dim, branches)
 
 
+@register("image_folder")
 class ImageFolder(Product):
     """P branches, each a multi-scale residual over its share of the channels, folded together.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.sample_random import integers, uniform
 from vistok.core.values import check_number, check_whole
 from vistok.quantizers.base import Quantizer, token_mean
@@ -27,6 +28,7 @@ from vistok.quantizers.scalar import (
 _TILE = 64
 
 
+@register("fsq")
 class FSQ(Quantizer):
     """Finite scalar quantization (FSQ), with its symmetric and its iFSQ form.
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.estimators import squared_errors
 from vistok.quantizers.search import best_codes
 from vistok.quantizers.soft_assignment import entropy_penalty, picked_codes, soft_straight_through
 
 
+@register("ibq")
 class IBQ(Quantizer):
     """Picks the code with the largest dot product and trains all codes through a softmax.
 

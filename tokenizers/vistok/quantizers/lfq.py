@@ -12,6 +12,7 @@ from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_mean_with_grad
+from vistok.core.registry import register
 from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.scalar import (
@@ -34,6 +35,7 @@ BLOCK = 2**20
 """Elements of a table of partial code probabilities that are alive at a time (4 MB)."""
 
 
+@register("lfq")
 class LFQ(Quantizer):
     """Lookup-free quantization with the exact, factorised entropy.
 
@@ -170,6 +172,7 @@ class LFQ(Quantizer):
         return points.flatten(0, 1) * (4 * self.scale / self.temperature)
 
 
+@register("group_lfq")
 class GroupLFQ(LFQ):
     """Group-wise lookup-free quantization (GQ) of WeTok.
 

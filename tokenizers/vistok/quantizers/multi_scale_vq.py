@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.quantizers import estimators
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.composite import Composite, assign_codes, keep_active, sample_depths
@@ -23,6 +24,7 @@ from vistok.quantizers.vq import VectorQuantizer
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
+@register("multi_scale")
 class MultiScale(Composite):
     """Residual quantization over a pyramid of grids with one codebook for all scales.
 
@@ -268,6 +270,7 @@ class MultiScale(Composite):
         return grid
 
 
+@register("multi_scale_vq")
 class MultiScaleVQ(MultiScale):
     """Multi-scale residual quantization with one learned codebook: VAR's tokenizer.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.values import check_number, check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.product_vq import Product
@@ -19,6 +20,7 @@ from vistok.quantizers.vq import VectorQuantizer
 _BLOCK_SCORES = 1 << 20  # scores computed at a time; 4 MiB of float32
 
 
+@register("perturb")
 class Perturb(Quantizer):
     """Replaces some codes of some training images by near ones: RobustTok.
 

@@ -13,12 +13,14 @@ from torch import Tensor
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.composite import Composite, mean_over
 from vistok.quantizers.vq import VectorQuantizer
 
 
+@register("product")
 class Product(Composite):
     """Splits the channels of the code space over several quantizers and joins their outputs.
 
@@ -104,6 +106,7 @@ class Product(Composite):
         return self.books[0].index_mask(mask, grid)
 
 
+@register("product_vq")
 class ProductVQ(Product):
     """G independent codebooks over G slices of each latent: a vocabulary of K^G per token.
 

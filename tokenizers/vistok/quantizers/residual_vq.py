@@ -12,6 +12,7 @@ from torch import Tensor
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.core.values import check_number, check_whole
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.composite import (
@@ -24,6 +25,7 @@ from vistok.quantizers.composite import (
 from vistok.quantizers.vq import VectorQuantizer
 
 
+@register("residual_vq")
 class ResidualVQ(Composite):
     """Sum of Q codes per token, found greedily, coarse to fine.
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.composite import mean_over
 
 
+@register("segments")
 class Segments(Quantizer):
     """The first L_1 tokens of a sequence by one quantizer, the next L_2 by another, and so on.
 

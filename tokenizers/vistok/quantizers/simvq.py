@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.core.registry import register
 from vistok.quantizers.soft_assignment import mapped_codes
 from vistok.quantizers.vq import VectorQuantizer
 
 
+@register("simvq")
 class SimVQ(VectorQuantizer):
     """Vector quantization with the codebook E = C·Wᵀ + b, C frozen.
 

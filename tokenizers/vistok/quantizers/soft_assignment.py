@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from vistok.core.ranks import all_reduce_mean_with_grad, all_reduce_sum, world_size
+from vistok.core.torch_internals import softmax_backward_
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.search import code_bias
 
@@ -227,8 +228,7 @@ class _SoftmaxBackward:
 
     def add(self, block: slice, p: Tensor, dp: Tensor) -> None:
         """Overwrites `dp`."""
-        # p·(dp − Σ p·dp) in one pass
-        dlogits = torch.ops.aten._softmax_backward_data.out(dp, p, 1, p.dtype, grad_input=dp)
+        dlogits = softmax_backward_(dp, p)
         if self.d_z is not None:
             out = self.d_z[block]
             torch.addmm(out, dlogits, self.codebook, beta=0, alpha=self.scale, out=out)

@@ -11,11 +11,13 @@ from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_mean_with_grad
+from vistok.core.registry import register
 from vistok.core.values import check_whole
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.scalar import check_positive, straight_through, token_weights
 
 
+@register("token_bridge")
 class TokenBridge(Quantizer):
     """Dimension-wise quantization of latents that are roughly normal.
 

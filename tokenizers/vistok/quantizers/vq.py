@@ -12,6 +12,7 @@ from vistok.core.errors import ConfigError, nearest
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_gather_rows
+from vistok.core.registry import register
 from vistok.core.sample_random import integers
 from vistok.quantizers import estimators
 from vistok.quantizers.base import Quantizer, token_mean
@@ -37,6 +38,7 @@ _CHOICES = {
 _ROWS = 8192  # codes that are normalised at a time
 
 
+@register("vq")
 class VectorQuantizer(Quantizer):
     """Replaces each latent by the nearest row of a codebook.
 

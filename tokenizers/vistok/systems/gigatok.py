@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.models.qformer_weights import _gigatok
 from vistok.models.tokenizer import Tokenizer
 
 
+@register("gigatok")
 class GigaTok(Tokenizer):
     """A CNN, a Q-Former to a 1D code, a Q-Former back to a grid, and a CNN.
 
@@ -27,6 +29,7 @@ class GigaTok(Tokenizer):
     token_order = "unordered"
 
 
+@register("gigatok", kind="importer")
 def gigatok(published: Published, image_size: int | None) -> Released:
     """GigaTok (https://arxiv.org/abs/2504.08736) with a codebook and a Q-Former."""
-    return _gigatok(published, image_size, {"_target_": "vistok.systems.gigatok.GigaTok"})
+    return _gigatok(published, image_size, {"_target_": "gigatok"})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, inside, vector_quantizer
 from vistok.models.maskgit_cnn_weights import maskgit_decoder, maskgit_encoder
 
 
+@register("maskgit_vqgan", kind="importer")
 def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
     """The VQGAN of MaskGIT (https://arxiv.org/abs/2202.04200), the proxy of TiTok's stages."""
     size = image_size or 256  # convolutions take any
@@ -13,7 +15,7 @@ def maskgit_vqgan(published: Published, image_size: int | None) -> Released:
     encoder, encoder_state = maskgit_encoder(published, "encoder", size)
     decoder, decoder_state = maskgit_decoder(published, "decoder", size)
     tokenizer = {
-        "_target_": "vistok.systems.vqgan.VQGAN",
+        "_target_": "vqgan",
         "image_size": size,
         "channels": encoder["channels"],
         "encoder": encoder,

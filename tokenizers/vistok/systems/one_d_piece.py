@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.latent_vit_weights import _titok
 
 
+@register("one_d_piece")
 class OneDPiece(FlexibleTokenizer):
     """TiTok trained with tail token drop, so that the first tokens carry the most.
 
@@ -21,11 +23,12 @@ class OneDPiece(FlexibleTokenizer):
     """
 
 
+@register("one_d_piece", kind="importer")
 def one_d_piece(published: Published, image_size: int | None) -> Released:
     """One-D-Piece (https://arxiv.org/abs/2501.10064)."""
-    released = _titok(published, image_size, "vistok.systems.one_d_piece.OneDPiece")
+    released = _titok(published, image_size, "one_d_piece")
     released.tokenizer["length"] = {
-        "_target_": "vistok.models.length.LengthPolicy",
+        "_target_": "length",
         "distribution": "uniform",
         "per": "batch",
     }

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.models.decoder import Decoder
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.length import LengthPolicy, LevelPolicy
@@ -16,6 +18,7 @@ from vistok.models.qformer_weights import _gigatok
 from vistok.quantizers.base import Quantizer
 
 
+@register("retok")
 class ReTok(FlexibleTokenizer):
     """GigaTok with nested dropout over a code that is padded with copies of its later queries.
 
@@ -66,17 +69,20 @@ class ReTok(FlexibleTokenizer):
                 f"and its padding are {total}; must be the encoder's {encoder.padding_start}"
             )
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to `(B, N, D)`, in training to `(B, N + M, D)`."""
-        return self.encoder.padded(images) if self.training else self.encoder(images)
+    def encode(self, signal: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """Encode images `(B, C, H, W)` in [-1, 1] to `(B, N, D)`, in training `(B, N + M, D)`."""
+        if self.training:
+            return self.encoder.padded(signal, taps=taps)
+        return self.encoder(signal, taps=taps)
 
 
+@register("retok", kind="importer")
 def retok(published: Published, image_size: int | None) -> Released:
     """ReTok (https://arxiv.org/abs/2601.01535)."""
     length = {
-        "_target_": "vistok.models.length.LengthPolicy",
+        "_target_": "length",
         "distribution": "uniform",
         "per": "batch",
     }
-    model = {"_target_": "vistok.systems.retok.ReTok", "length": length}
+    model = {"_target_": "retok", "length": length}
     return _gigatok(published, image_size, model)

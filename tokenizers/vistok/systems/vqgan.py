@@ -1,8 +1,10 @@
 """VQGAN: an image as a 2D grid of tokens."""
 
+from vistok.core.registry import register
 from vistok.models.tokenizer import Tokenizer
 
 
+@register("vqgan")
 class VQGAN(Tokenizer):
     """A convolutional encoder and decoder around a codebook; one token per cell of the grid.
 

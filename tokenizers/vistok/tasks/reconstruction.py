@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError, VistokError
-from vistok.core.outputs import TokenizerOutput
 from vistok.core.ranks import all_reduce_sum, average_gradients, world_size
-from vistok.core.registry import build
 from vistok.core.sample_random import drawing
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.evaluator import Evaluator
+from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer
+from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
-from vistok.tasks.adversary import Adversary, build_adversary
-from vistok.tasks.alignment import build_alignment
 from vistok.tasks.stages import prepare_stage
 from vistok.training.ema import EMA
+from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
 from vistok.training.memory import keep_freed_memory
 from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate, warmup_cosine
 from vistok.training.sharding import ShardedStrategy, is_sharded, release, shard, whole_parameters
@@ -45,10 +44,8 @@ class TokenizerModule(L.LightningModule):
         self.tokenizer = build_tokenizer(config)
         prepare_stage(self.tokenizer, config)
         check_fields(self.tokenizer, config["data"].get("fields") or ())
-        self.loss = build(config["loss"], "loss")
-        self.alignment = build_alignment(self.tokenizer, config.get("alignment"))
-        self.adversary = build_adversary(config.get("adversary"))
-        self._played: tuple[Tensor, Tensor] | None = None  # images and pictures for the adversary
+        self.objective = build_objective(config["loss"], self.tokenizer)
+        self.objective.equip(build_optimizer)
         self.schedule = config["optimizer"]
         decay = config["ema"]["decay"]
         self.ema = EMA(self.tokenizer, decay) if decay else None
@@ -68,8 +65,9 @@ class TokenizerModule(L.LightningModule):
             return
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         shard(self.tokenizer, strategy.mesh, dtype)
-        if self.alignment is not None:
-            shard(self.alignment, strategy.mesh)
+        for term in self.objective.terms.values():
+            if any(True for _ in term.parameters()):
+                shard(term, strategy.mesh)
         self._step_function = self.tokenizer.__call__  # FSDP's hooks hang on the call
         if self.ema is not None:
             self.ema.reset()
@@ -80,16 +78,9 @@ class TokenizerModule(L.LightningModule):
         """Loss of a batch of uint8 images, normalised on the device."""
         images = batch["image"].float().div_(127.5).sub_(1)
         with self._drawing(images):
-            output = self._step_function(images, **self.tokenizer.conditions_of(batch))
-        losses = self.loss(output, self.tokenizer.quantizer.loss_weights, self.global_step)
-        if self.alignment is not None:
-            losses["alignment"] = self.alignment(images, output.mask)
-            losses["total"] = (
-                losses["total"] + self.config["alignment"]["weight"] * losses["alignment"]
-            )
-        if self.adversary is not None:
-            self._play(self.adversary, images, output, losses)
-        total = losses["total"]
+            conditions = self.tokenizer.conditions_of(batch)
+            output = self._step_function(images, self.objective.taps, **conditions)
+        losses = self.objective(Step(images, output, self.tokenizer, self._first))
         self._check_finite(losses)
         for name, value in losses.items():
             self._add(f"loss/{name}", value)
@@ -99,34 +90,18 @@ class TokenizerModule(L.LightningModule):
         self.data.advance(len(images) * self.trainer.world_size)
         self.log("samples_seen", float(self.data.samples_seen))
         self.log("step", float(self.global_step + 1))  # the loggers' x axis: steps done
-        return total
-
-    def _play(
-        self,
-        adversary: Adversary,
-        images: Tensor,
-        output: TokenizerOutput,
-        losses: dict[str, Tensor],
-    ) -> None:
-        """Add the adversary's verdict to the losses; its own turn is `on_after_backward`."""
-        losses["adversarial"] = losses["total"].new_zeros(())
-        if adversary.plays(self._first):
-            losses["adversarial"] = adversary.loss(images, output)
-            losses["total"] = losses["total"] + adversary.weight * losses["adversarial"]
-            self._played = images, output.prediction.detach()
+        return losses["total"]
 
     def on_after_backward(self) -> None:
-        """The adversary learns from the batch, whose graph is gone by now."""
-        if self.adversary is not None and self._played is not None:
-            share = 1 / self.trainer.accumulate_grad_batches
-            context = self.trainer.precision_plugin.train_step_context()
-            loss = self.adversary.learn(*self._played, share, context)
-            self._add("loss/discriminator", loss)
-            self._played = None
+        """Let the players learn from the batch, whose graph is gone by now."""
+        share = 1 / self.trainer.accumulate_grad_batches
+        context = self.trainer.precision_plugin.train_step_context()
+        for name, value in self.objective.learn(share, context).items():
+            self._add(f"loss/{name}", value)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Keep `log_every_n_steps` in time: Lightning's count gains one in some resumes."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        set_logged_step(self.trainer, self.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step from the samples seen; end the reduction."""
@@ -140,8 +115,7 @@ class TokenizerModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then whatever happens once per step: codebook statistics and the EMA."""
         super().optimizer_step(*args, **kwargs)
-        if self.adversary is not None and self.adversary.plays(self._first):
-            self.adversary.step(self.lr_factor)
+        self.objective.step(self.lr_factor)
         self._log_numbers()
         if "quantizer" not in self.tokenizer.frozen:
             optimizer = self.trainer.optimizers[0]
@@ -167,8 +141,8 @@ class TokenizerModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what is trainable."""
         s = self.schedule
-        trained = [part for part in (self.tokenizer, self.alignment) if part is not None]
-        return build_optimizer(torch.nn.ModuleList(trained), s["lr"], s["betas"], s["weight_decay"])
+        trained = torch.nn.ModuleList([self.tokenizer, self.objective])
+        return build_optimizer(trained, s["lr"], s["betas"], s["weight_decay"])
 
     @property
     def data(self) -> VistokDataModule:
@@ -263,31 +237,22 @@ class TokenizerModule(L.LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the averaged weights and the adversary."""
+        """Add the averaged weights and the players."""
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
-        if self.adversary is not None:
-            checkpoint["adversary"] = self.adversary.state_dict()
+        if self.objective.players:
+            checkpoint["players"] = self.objective.players_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back, and begin with a whole step."""
         if self.ema is not None and checkpoint.get("ema"):
             self.ema.load_state_dict(checkpoint["ema"])
-        if self.adversary is not None and "adversary" in checkpoint:
-            self.adversary.load_state_dict(checkpoint["adversary"])
-        # Lightning counts batches: those of its epoch, at whose end it steps with what it has, and
-        # all of them, by which it validates. Checkpoints lie between steps, so count these.
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        for name, ready in (("current", 0), ("total", done)):
-            shift = ready - batches[name]["ready"]
-            batches[name] = {key: count + shift for key, count in batches[name].items()}
-        batches["is_last_batch"] = False
+        self.objective.load_players_state(checkpoint.get("players") or {})
+        begin_with_a_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_fit_start(self) -> None:
         """Bring what is no submodule to where the tokenizer is; keep memory between steps."""
-        if self.adversary is not None:
-            self.adversary.to(self.device)
+        self.objective.players_to(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
 

@@ -25,6 +25,7 @@ from rich.table import Table
 import vistok
 from vistok.checkpoints.find import find_checkpoint_or_export
 from vistok.checkpoints.load import load, load_weights
+from vistok.checkpoints.migrate import in_todays_form
 from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.resume import finished_steps
 from vistok.core import ranks as distributed
@@ -80,10 +81,11 @@ def _train(
 ) -> dict[str, Any]:
     started = time.time()
     quiet_libraries()
+    config = in_todays_form(config)
     if resume is None or words is not None:
         config = resolve_stage(config, words or ())
     L.seed_everything(config["seed"], verbose=False)
-    data = VistokDataModule(**{k: v for k, v in config["data"].items() if k != "_target_"})
+    data = VistokDataModule(**config["data"])
     module = TokenizerModule(config)  # before the data: a wrong size shows at once
     if config["init_from"]:
         find_checkpoint_or_export(config["init_from"])  # as soon as possible too
@@ -114,8 +116,9 @@ def _train(
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
     trainer = build_trainer(config, folder, first_step, stop, checkpoints)
-    if module.adversary is not None and trainer.precision == "16-mixed":
-        raise ConfigError("trainer.precision=16: an adversary takes bf16 or 32")
+    if module.objective.players and trainer.precision == "16-mixed":
+        names = ", ".join(module.objective.players)
+        raise ConfigError(f"trainer.precision=16: loss.terms.{names} takes bf16 or 32")
     set_batches(config, data, trainer)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     baseline_options(config.get("baseline"))  # and not at the end

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from vistok.checkpoints.migrate import migrate_checkpoint
 from vistok.checkpoints.write import (
     BEST,
     LAST,
@@ -27,6 +28,7 @@ from vistok.checkpoints.write import (
 )
 from vistok.core.errors import CheckpointError
 from vistok.core.ranks import max_of_all
+from vistok.training.metrics_file import MetricsFile
 
 
 class CheckpointWriter(TorchCheckpointIO):
@@ -57,6 +59,10 @@ class CheckpointWriter(TorchCheckpointIO):
         if not self.background:
             self.join()
         self.stall = time.perf_counter() - started
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return the content of a file, of an older version too."""
+        return migrate_checkpoint(super().load_checkpoint(path, *args, **options), path)
 
     def _start(self, checkpoint: dict, target: Path) -> None:
         if self.background:
@@ -146,8 +152,8 @@ class Checkpoints(Checkpoint):
         self._step = trainer.global_step
         if self._step % self.every == 0:
             for logger in trainer.loggers:
-                if hasattr(logger, "log_early"):
-                    logger.log_early(trainer)  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(logger, MetricsFile):
+                    logger.log_early(trainer)
             self.save(trainer)
 
     def on_validation_batch_end(self, *args: Any) -> None:

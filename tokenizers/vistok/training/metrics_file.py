@@ -1,126 +1,118 @@
-"""`metrics.csv`: every logged number, in a file that survives a kill at any moment."""
+"""`metrics.jsonl`: every logged number, in a file that survives a kill at any moment.
+
+Each row is a line of JSON, which is appended once and never touched again, so that a kill can cut
+the last line short and nothing else. Lightning's CSVLogger deletes the file when a run goes on in
+its folder, and writes all of it anew, in place, when a further column appears.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
+import json
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from vistok.core.files import replacing
 from vistok.core.ranks import is_first_process
+from vistok.training.lightning_internals import row_to_log
 
 
-class ContinuedCSVLogger(CSVLogger):
-    """`metrics.csv` in the run folder; a resumed run goes on below the rows that still hold.
+class MetricsFile(Logger):
+    """Lightning's way to `metrics.jsonl`; a resumed run goes on below the rows that still hold.
 
-    Lightning's own logger deletes the file when a run starts in the same folder, and rewrites it
-    in place when a new column appears.
+    A row that is logged again (same step, same names) is left out: a resume repeats the validation
+    that followed its checkpoint.
+
+    Args:
+        folder: of the run.
+        first_step: rows of later steps are dropped, for they come again.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        super().__init__(str(folder.parent), name=folder.name, version="")
+        super().__init__()
+        self.path = folder / "metrics.jsonl"
         self.first_step = first_step
+        self._begun = False
+        self._latest = -1  # step of the last row
+        self._written: set[frozenset[str]] = set()  # names in each row of that step
+
+    @property
+    def name(self) -> None:
+        """None: the folder is enough."""
+
+    @property
+    def version(self) -> None:
+        """None: the folder is enough."""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `config.yaml` has them."""
 
     @property
-    def experiment(self) -> Any:
-        """The writer, which begins with the earlier rows (on rank 0)."""
-        if self._experiment is None and is_first_process():
-            path = Path(self.log_dir) / "metrics.csv"
-            self._experiment = Rows(path, self.first_step)  # pyright: ignore
-        return super().experiment
+    def experiment(self) -> Path:
+        """The file; Lightning asks for it when a run starts, which is when old rows go (rank 0)."""
+        if not self._begun and is_first_process():
+            self._begun = True
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab+") as file:
+                file.seek(0)
+                end = 0
+                for row, after in whole_rows(file):
+                    if row["step"] > self.first_step:
+                        break
+                    self._is_new(row)
+                    end = after
+                file.truncate(end)
+        return self.path
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row, unless it is there."""
+        path, row = self.experiment, {"step": step or 0, **metrics}
+        if self._is_new(row):
+            with open(path, "ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+
+    def _is_new(self, row: dict[str, float]) -> bool:
+        """Take note of a row; rows come in the order of their steps."""
+        if row["step"] != self._latest:
+            self._latest, self._written = int(row["step"]), set()
+        names = frozenset(row)
+        new = names not in self._written
+        self._written.add(names)
+        return new
 
     @rank_zero_only
     def log_early(self, trainer: L.Trainer) -> None:
-        """Write the row of the step that just ended, which Lightning does after the callbacks.
+        """Write the row of the step that just ended, and wait until it is on the disk.
 
-        A checkpoint must not be there before the row of its step: a resume would never write it.
+        Lightning logs behind the callbacks. A checkpoint must not be there before the row of its
+        step: a resume would never write it.
         """
-        connector = trainer._logger_connector
-        if connector.should_update_logs:
-            row = {name: float(value) for name, value in connector.metrics["log"].items()}
+        if row := row_to_log(trainer):
             step = int(row.pop("step", trainer.global_step))
-            self.experiment.log_metrics(row, step)
-            self.experiment.save()
+            self.log_metrics(row, step)
+        with open(self.experiment, "ab") as file:
+            os.fsync(file.fileno())
 
 
-class Rows:
-    """Rows on disk and those to be written.
-
-    A row that is logged again (same step, same columns) is left out: a resume repeats the
-    validation that followed its checkpoint.
-
-    Args:
-        path: of the file.
-        first_step: rows of later steps are dropped, for they come again.
-    """
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        self.columns: list[str] = []
-        self.metrics: list[dict[str, Any]] = []  # not yet in the file
-        self.known: set[tuple[int, frozenset[str]]] = set()
-        rows = read_rows(path, first_step)
-        for row in rows:
-            values = {name: value for name, value in row.items() if value not in ("", None)}
-            self.known.add((int(row["step"]), frozenset(values)))
-        if rows:
-            self.columns = sorted(rows[0])
-            self._rewrite(rows)
-        else:
-            path.unlink(missing_ok=True)
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Take a row."""
-        row = {name: getattr(value, "item", lambda v=value: v)() for name, value in metrics.items()}
-        row["step"] = 0 if step is None else step
-        key = row["step"], frozenset(row)
-        if key not in self.known:
-            self.known.add(key)
-            self.metrics.append(row)
-
-    def log_hparams(self, params: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def save(self) -> None:
-        """Append the new rows, or write all anew if there are new columns."""
-        if not self.metrics:
+def whole_rows(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, float], int]]:
+    """Return the rows of a `metrics.jsonl`, each with the place of its end, up to any torn line."""
+    end = 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
             return
-        columns = sorted({*self.columns, *(name for row in self.metrics for name in row)})
-        if columns != self.columns:
-            rows = read_rows(self.path, None)
-            self.columns = columns
-            self._rewrite([*rows, *self.metrics])
-        else:
-            with open(self.path, "a", newline="") as file:
-                file.write(self._text(self.metrics))
-        self.metrics = []
-
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as file:
-            file.write((",".join(self.columns) + "\n" + self._text(rows)).encode())
-
-    def _text(self, rows: list[dict[str, Any]]) -> str:
-        text = io.StringIO(newline="")
-        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
-        return text.getvalue()
-
-
-def read_rows(path: Path, last_step: int | None) -> list[dict[str, Any]]:
-    """Rows up to a step; a row that was cut short when the run ended is left out."""
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        text = file.read()
-    whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    kept = [r for r in rows if (r.get("step") or "").isdecimal() and None not in r.values()]
-    return [r for r in kept if last_step is None or int(r["step"]) <= last_step]
+        if not line.endswith(b"\n") or not isinstance(row, dict) or "step" not in row:
+            return
+        end += len(line)
+        yield row, end

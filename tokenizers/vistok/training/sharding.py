@@ -45,6 +45,7 @@ from vistok.nn.blocks import Block
 from vistok.nn.qformer import QFormerBlock
 from vistok.nn.rotary import RotaryBlock
 from vistok.training.checkpointing import CheckpointWriter
+from vistok.training.lightning_internals import spread_over_all_ranks
 
 #: Modules that are gathered one by one: those that a network repeats.
 BLOCKS = (Block, QFormerBlock, RotaryBlock)
@@ -64,8 +65,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Spread over all ranks."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
+        spread_over_all_ranks(self)
         super().setup_environment()
 
     @property

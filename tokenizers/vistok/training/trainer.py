@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from vistok.core import ranks as distributed
 from vistok.core.console import say
 from vistok.core.errors import ConfigError, nearest
+from vistok.core.torch_internals import cpu_has_bf16_units
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.callbacks import (
     CodebookWatch,
@@ -27,7 +28,8 @@ from vistok.training.callbacks import (
     ValidationLine,
 )
 from vistok.training.checkpointing import Checkpoints
-from vistok.training.metrics_file import ContinuedCSVLogger
+from vistok.training.lightning_internals import leave_signals_alone
+from vistok.training.metrics_file import MetricsFile
 from vistok.training.sharding import ShardedStrategy
 from vistok.training.stopping import StopAfterStep
 
@@ -115,11 +117,7 @@ def build_trainer(
             checkpoints,
         ],
     )
-    # Lightning's handlers of SIGTERM (and of SIGUSR1 under SLURM) run collectives and save inside
-    # the handler, which hangs if another collective is under way; and each batch pays a broadcast
-    # and a wait for the GPU. `StopAfterStep` does their work, scripts/slurm.sh the requeueing.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    leave_signals_alone(trainer)  # `StopAfterStep` does that, scripts/slurm.sh the requeueing
     return trainer
 
 
@@ -182,9 +180,7 @@ def precision(name: Any, accelerator: str) -> str:
         return PRECISIONS[name]
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    has_units = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return "bf16-mixed" if has_units else "32-true"
+    return "bf16-mixed" if cpu_has_bf16_units() else "32-true"
 
 
 @contextmanager
@@ -208,8 +204,8 @@ def float32_products(name: Any) -> Iterator[None]:
 
 
 def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list[Logger]:
-    """CSV always, and wandb or TensorBoard if chosen."""
-    loggers: list[Logger] = [ContinuedCSVLogger(folder, first_step)]
+    """The run folder's `metrics.jsonl` always, and wandb or TensorBoard if chosen."""
+    loggers: list[Logger] = [MetricsFile(folder, first_step)]
     kind = config["logger"]["name"]
     if kind == "tensorboard":
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))

@@ -6,9 +6,11 @@ import itertools
 
 from torch import Tensor, nn
 
+from vistok.core.registry import register
 from vistok.nn.conv import group_norm
 
 
+@register("patch_discriminator")
 class PatchDiscriminator(nn.Module):
     """Convolutions of stride 2 down to one logit for each overlapping patch (PatchGAN).
 

@@ -13,7 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import as_pair, grid_of
+from vistok.core.outputs import Prediction
+from vistok.core.registry import register
 from vistok.core.sample_random import normal, uniform
+from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number, check_whole
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import ModulatedBlock, attend_by_position_, init_transformer_
@@ -23,6 +26,7 @@ from vistok.nn.patches import patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("flow_decoder")
 class FlowDecoder(Decoder):
     """Predicts the velocity of a noisy image from the tokens; sampling walks from noise.
 
@@ -142,21 +146,29 @@ class FlowDecoder(Decoder):
 
     # ------------------------------------------------------------------ training
 
-    def forward(
-        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the head says at a random time of each image's path, and what it should say.
+    @property
+    def heads(self) -> dict[str, str]:
+        """The image at a random time of its path, or the velocity there; see `predicts`."""
+        return {"image": "pixels" if self.predicts == "image" else "velocity"}
 
-        That is the velocity, noise - image, or the image; see `predicts`.
-        """
+    def forward(  # type: ignore[override]
+        self, quantized: Tensor, images: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS
+    ) -> dict[str, Prediction]:
+        """Predict the velocity, noise - image, or the image at a random time of each path."""
         registers = self.registers(quantized, mask)
         if self.training and self.null_probability:
             drop = uniform((len(images), 1, 1), images.device) < self.null_probability
             registers = torch.where(drop, self.null.to(registers.dtype), registers)
         time = torch.sigmoid(normal((len(images),), images.device))
         noise = normal(images.shape, images.device).to(images.dtype)
-        output = self.output(mix(images, noise, time), time, registers)
-        return output, images if self.predicts == "image" else noise - images
+        output = self.output(mix(images, noise, time), time, registers, taps)
+        target = images if self.predicts == "image" else noise - images
+        return {"image": Prediction(output, target, self.heads["image"])}
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks; sampling offers them at each step, with the registers."""
+        tap = Tap(self.embed.out_features, self.grid)
+        return {f"block.{number}": tap for number in range(len(self.blocks))}
 
     def registers(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """Registers `(B, N, W)` of the first n <= N tokens `(B, n, D)`; missing ones dropped."""
@@ -171,21 +183,27 @@ class FlowDecoder(Decoder):
             x = torch.cat([x, dropped.expand(batch, self.num_tokens - length, -1)], dim=1)
         return x
 
-    def output(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
+    def output(
+        self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
+    ) -> Tensor:
         """What the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
-        patches = self.head(self.features(noisy, time, registers))
+        patches = self.head(self.features(noisy, time, registers, taps))
         return unpatchify(patches, self.grid, self.patch_size)
 
-    def velocity(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
+    def velocity(
+        self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
+    ) -> Tensor:
         """Velocity `(B, C, H, W)` at images `(B, C, H, W)` and times `(B,)` in (0, 1]."""
-        output = self.output(noisy, time, registers)
+        output = self.output(noisy, time, registers, taps)
         if self.predicts == "velocity":
             return output
         # However close to the data: an Euler step is never longer than its time, so an error of
         # the image stays as large as it is, and the last step lands on the image itself.
         return (noisy - output.float()) / time.view(-1, 1, 1, 1)
 
-    def features(self, noisy: Tensor, time: Tensor, registers: Tensor) -> Tensor:
+    def features(
+        self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
+    ) -> Tensor:
         """What the head sees: `(B, rows * columns, W)`, raster order."""
         dtype = self.patch_embed.weight.dtype
         # The walk is float32, also where the weights are not.
@@ -195,11 +213,12 @@ class FlowDecoder(Decoder):
         times = time_features(time, self.time_dim, self.slowest_time)
         condition = self.time_embed(times.to(dtype))
         x = torch.cat([patches.to(registers.dtype), registers], dim=1)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, condition, count, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, condition, count)
+            taps.offer(f"block.{number}", self.patch_tokens(x))
         shift, scale = self.modulate_out(nn.functional.silu(condition))[:, None].chunk(2, dim=-1)
         return self.norm_out(self.patch_tokens(x)) * (1 + scale) + shift
 
@@ -230,6 +249,7 @@ class FlowDecoder(Decoder):
         self,
         quantized: Tensor,
         mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
         steps: int | None = None,
         guidance: float | None = None,
         seed: int | Tensor | None = None,
@@ -239,6 +259,7 @@ class FlowDecoder(Decoder):
         Args:
             quantized: vectors of the tokens.
             mask: `(B, n)` bool; tokens marked False count as dropped.
+            taps: offered the patches of each step, so that those of the last one stay.
             steps: Euler steps; 1 gives what the network expects on average, best by PSNR.
             guidance: 1 for none.
             seed: of the noise. One number gives every image the same noise, so that an image
@@ -252,7 +273,7 @@ class FlowDecoder(Decoder):
         guide = Guidance(guidance, self.apg)
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
-            v = self.velocity(x, time, registers).float()
+            v = self.velocity(x, time, registers, taps).float()
             if guidance == 1:
                 return v
             return guide(v, self.velocity(x, time, null).float())

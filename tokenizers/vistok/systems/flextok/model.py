@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vistok.core.registry import register
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.flexible import FlexibleTokenizer
@@ -15,6 +16,7 @@ from vistok.models.length import LengthPolicy
 from vistok.quantizers.base import Quantizer
 
 
+@register("flextok")
 class FlexTok(FlexibleTokenizer):
     """Causal registers, FSQ, nested dropout per image and a rectified-flow decoder.
 

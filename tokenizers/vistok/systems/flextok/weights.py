@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import CheckpointError, ConfigError, as_written
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, inside
 from vistok.core.values import is_number
 
@@ -31,6 +32,7 @@ _KINDS = {
 }
 
 
+@register("flextok", kind="importer")
 def flextok(published: Published, image_size: int | None) -> Released:
     """FlexTok (https://arxiv.org/abs/2502.13967); three numbers are in its file's own config."""
     said = _said(published.metadata)
@@ -61,19 +63,19 @@ def flextok(published: Published, image_size: int | None) -> Released:
     for part in ("encoder", "decoder"):
         autoencoder[part] |= {"image_size": side, "channels": 3}
     tokenizer = {
-        "_target_": "vistok.systems.flextok.model.FlexTok",
+        "_target_": "flextok",
         "image_size": side,
         "channels": 3,
         "encoder": encoder,
         "decoder": {**decoder, "image_size": encoder["image_size"]},
         "autoencoder": autoencoder,
         "length": {
-            "_target_": "vistok.models.length.LengthPolicy",
+            "_target_": "length",
             "distribution": "uniform",
             "per": "sample",
         },
     }
-    quantizer = {"_target_": "vistok.quantizers.fsq.FSQ", "dim": width, "levels": list(levels)}
+    quantizer = {"_target_": "fsq", "dim": width, "levels": list(levels)}
     return Released(tokenizer, quantizer, state)
 
 
@@ -138,7 +140,7 @@ def _encoder(published: Published, channels: int, state: dict[str, Tensor]) -> d
     depth = _blocks(published, "encoder.trunk.blocks", "encoder.transformer.blocks", state)
     state |= published.move({"encoder.head.proj": "quantizer.project_in"})
     return {
-        "_target_": "vistok.models.latent_vit.LatentTransformerEncoder",
+        "_target_": "latent_vit_encoder",
         **patches,
         **_sizes(count, width, depth),
         "class_token": False,
@@ -180,7 +182,7 @@ def _decoder(
                 state[f"decoder.blocks.{n}.modulations.{i}.{kind}"] = part
     depth = _blocks(published, "decoder.trunk.blocks", "decoder.blocks", state)
     return {
-        "_target_": "vistok.systems.flextok.decoder.FlowDecoder",
+        "_target_": "flow_decoder",
         **patches,
         **_sizes(count, width, depth),
         "latent_dim": latent_dim,
@@ -243,17 +245,17 @@ def _autoencoder(published: Published) -> tuple[dict[str, Any], dict[str, Tensor
     weight = state["decoder.conv_in.weight"]
     state["decoder.conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], 1)
     encoder["_target_"], decoder["_target_"] = (
-        "vistok.models.cnn.CNNEncoder",
-        "vistok.models.cnn.CNNDecoder",
+        "cnn_encoder",
+        "cnn_decoder",
     )
     quantizer = {
-        "_target_": "vistok.quantizers.token_bridge.TokenBridge",
+        "_target_": "token_bridge",
         "dim": both,
         "codebook_dim": channels,
         "post_training": True,
     }
     config = {
-        "_target_": "vistok.models.latent_space.LatentSpace",
+        "_target_": "latent_space",
         "encoder": {**encoder, "latent_dim": both},
         "quantizer": quantizer,
         "decoder": {**decoder, "latent_dim": both},

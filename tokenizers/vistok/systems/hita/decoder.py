@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import Transformer, init_transformer_
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("hita_decoder")
 class HitaDecoder(Decoder):
     """Causal attention over `[holistic | patches]`; the CNN gets the outputs `shift` places early.
 
@@ -83,20 +86,38 @@ class HitaDecoder(Decoder):
         self.mask: Tensor
         self.register_buffer("mask", mask, persistent=False)
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from `(B, H + cells, D)`; masked tokens count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]
-        return self.cnn.reconstruct(self.cells(quantized))
+        return self.cnn.reconstruct(self.cells(quantized, taps), taps=taps.inside("cnn"))
 
-    def cells(self, quantized: Tensor) -> Tensor:
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks, which are the outputs that the CNN gets, and of the CNN."""
+        tap = Tap(self.embed.out_features, self.grid)
+        blocks = {f"block.{number}": tap for number in range(len(self.transformer.blocks))}
+        return blocks | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """What the CNN gets: `(B, rows * columns, W)`, raster order."""
         x = self.norm_in(self.embed(quantized) + self.positions)
-        return self.norm_out(self.patch_tokens(self.transformer(x, self.mask)))
+        x = self.transformer(x, self.mask, taps=taps, places=self._cells)
+        return self.norm_out(self.patch_tokens(x))
+
+    @property
+    def _cells(self) -> slice:
+        """Where they lie in the sequence."""
+        return slice(self.first, self.first + self.grid[0] * self.grid[1])
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:
         """The cells `(B, rows * columns, W)` in the sequence behind any block."""
-        return sequence[:, self.first : self.first + self.grid[0] * self.grid[1]]
+        return sequence[:, self._cells]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
 from vistok.nn.blocks import Transformer, attend_by_position_, init_transformer_
@@ -12,6 +14,7 @@ from vistok.nn.data_init import start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 
+@register("hita_encoder")
 class HitaEncoder(Encoder):
     """`[holistic queries | patches]` through full, then through causal attention; all are kept.
 
@@ -91,12 +94,23 @@ class HitaEncoder(Encoder):
         self.mask: Tensor
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, H + cells, D)`, holistic tokens first."""
-        patches = self.patches(self.cnn(images)) + self.patch_positions
+        patches = self.patches(self.cnn(images, taps.inside("cnn"))) + self.patch_positions
         queries = self.queries.expand(len(patches), -1, -1).to(patches.dtype)
-        x = self.transformer(self.norm_in(torch.cat([queries, patches], dim=1)))
-        return self.norm_out(self.causal(self.norm_causal(x), self.mask)) - self.latent_means
+        x, places = torch.cat([queries, patches], dim=1), slice(self.num_holistic_tokens, None)
+        x = self.norm_causal(self.transformer(self.norm_in(x), taps=taps, places=places))
+        x = self.causal(x, self.mask, taps=taps.inside("causal"), places=places)
+        return self.norm_out(x) - self.latent_means
+
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the full blocks, of the causal ones (`causal.block.{i}`), of the CNN."""
+        tap = Tap(self.dim, self.cnn.grid)
+        full, causal = (
+            {f"block.{number}": tap for number in range(len(stack.blocks))}
+            for stack in (self.transformer, self.causal)
+        )
+        return full | inside("causal", causal) | inside("cnn", self.cnn.tap_shapes())
 
     def patches(self, features: Tensor) -> Tensor:
         """The embedding `(B, cells, W)` of the CNN's features `(B, cells, D)`."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vistok.core.errors import ArgumentError, ConfigError
+from vistok.core.registry import register
 from vistok.models.decoder import Decoder
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
@@ -15,6 +16,7 @@ from vistok.quantizers.segments import Segments
 from vistok.systems.hita.encoder import HitaEncoder
 
 
+@register("hita")
 class Hita(Tokenizer):
     """Holistic tokens, then a grid of patch tokens, and a decoder that can't do without either.
 

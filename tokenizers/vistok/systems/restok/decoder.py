@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
@@ -18,6 +20,7 @@ from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
 from vistok.systems.restok.hierarchy import LevelLinear, queued_points
 
 
+@register("restok_decoder")
 class ResTokDecoder(Decoder):
     """`[latents | mask tokens]` with full attention; the mask tokens become the CNN's grid.
 
@@ -77,14 +80,29 @@ class ResTokDecoder(Decoder):
         self.turn: Tensor
         self.register_buffer("turn", rotation(points, width // num_heads), persistent=False)
 
-    def reconstruct(self, quantized: Tensor, mask: Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        **sampling: Any,
+    ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens, `(B, n, D)`."""
-        return self.cnn.reconstruct(self.cells(quantized, mask))
+        cells = self.cells(quantized, mask, taps)
+        return self.cnn.reconstruct(cells, taps=taps.inside("cnn"))
 
-    def cells(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks and of the CNN, and the latents before the blocks."""
+        width = self.embed.out_features
+        tap = Tap(width, self.grid)
+        blocks = {f"block.{number}": tap for number in range(len(self.blocks))}
+        return blocks | {"latents": Tap(width)} | inside("cnn", self.cnn.tap_shapes())
+
+    def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
         """What the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
         latents = self.embed(self.filled(quantized, mask))
-        return self.project(self.norm_out(self.paint(latents, self.mask_token)))
+        taps.offer("latents", latents)
+        return self.project(self.norm_out(self.paint(latents, self.mask_token, taps)))
 
     def filled(self, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
         """All K tokens `(B, K, D)`, the missing ones replaced."""
@@ -95,16 +113,17 @@ class ResTokDecoder(Decoder):
         kept = torch.where(mask[..., None], quantized, dropped)
         return torch.cat([kept, dropped.expand(batch, self.num_tokens - length, -1)], dim=1)
 
-    def paint(self, latents: Tensor, mask_token: Tensor) -> Tensor:
+    def paint(self, latents: Tensor, mask_token: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Cells `(B, rows * columns, W)` that start as `mask_token` `(1, 1, W)`, by all blocks."""
         tokens = mask_token.to(latents.dtype)
         cells = self.grid[0] * self.grid[1]
         x = self.norm_in(torch.cat([latents, tokens.expand(len(latents), cells, -1)], dim=1))
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, self.turn)
+            taps.offer(f"block.{number}", self.patch_tokens(x))
         return self.patch_tokens(x)
 
     def patch_tokens(self, sequence: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError
+from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
 from vistok.models.maskgit_cnn import MaskGITEncoder
@@ -29,6 +31,7 @@ from vistok.systems.restok.hierarchy import (
 )
 
 
+@register("restok_encoder")
 class ResTokEncoder(Encoder):
     """Image to a grid of features by a CNN, and these to levels of latents by a transformer.
 
@@ -119,13 +122,25 @@ class ResTokEncoder(Encoder):
             self.register_buffer(f"turn{merges}", turn, persistent=False)
             self.register_buffer(f"mask{merges}", block_causal_mask(sizes), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, D)`."""
-        return self.project(self.latents(images))
+        return self.project(self.latents(images, taps))
 
-    def latents(self, images: Tensor) -> Tensor:
+    def tap_shapes(self) -> dict[str, Tap]:
+        """Return those of the blocks and of the CNN, and the coarsest tokens behind all blocks.
+
+        Behind a block are the finest image tokens: once merged, what the coarser ones leave.
+        """
+        width = self.embed.out_features
+        tap = Tap(width, self.grids[0])
+        blocks = {f"block.{number}": tap for number in range(len(self.blocks))}
+        coarsest = {"coarsest": Tap(width, self.grids[-1])}
+        return blocks | coarsest | inside("cnn", self.cnn.tap_shapes())
+
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """What the projections see: `(B, K, W)`."""
-        features = self.embed(self.cnn(images))
+        features = self.embed(self.cnn(images, taps.inside("cnn")))
+        cells = features.shape[1]
         x, merges = self.norm_in(self.sequence(features)), 0
         for number, block in enumerate(self.blocks):
             mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x, self.num_heads)
@@ -140,6 +155,8 @@ class ResTokEncoder(Encoder):
                 x = block(*inputs, between)
             if between is not None and self.released:
                 x = self.name_coarsest(x, merges)
+            taps.offer(f"block.{number}", x[:, -cells - self.num_tokens : -self.num_tokens])
+        taps.offer("coarsest", self.coarsest(x))
         x = self.norm_out(x[:, -self.num_tokens :])
         if self.legacy_reshape:
             x = x.reshape(len(x), x.shape[2], self.num_tokens).transpose(1, 2)

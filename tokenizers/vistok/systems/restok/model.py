@@ -1,8 +1,10 @@
 """ResTok: levels of tokens that hold residuals, whole levels of which may be missing."""
 
+from vistok.core.registry import register
 from vistok.models.flexible import FlexibleTokenizer
 
 
+@register("restok")
 class ResTok(FlexibleTokenizer):
     """A hierarchy of latents, each level about what the coarser ones have left unsaid.
 

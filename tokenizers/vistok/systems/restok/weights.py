@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, inside, vector_quantizer
 from vistok.models.maskgit_cnn_weights import maskgit_decoder, maskgit_encoder
 
@@ -15,6 +16,7 @@ from vistok.models.maskgit_cnn_weights import maskgit_decoder, maskgit_encoder
 _OF_TRAINING = ("foundation_model.", "vf_proj", "decoder.feat_mask_token")
 
 
+@register("restok", kind="importer")
 def restok(published: Published, image_size: int | None) -> Released:
     """ResTok (https://arxiv.org/abs/2601.03955)."""
     size = image_size or 256  # nothing in it has a size
@@ -29,13 +31,13 @@ def restok(published: Published, image_size: int | None) -> Released:
     count = 2 ** (len(encoder_state["latent_levels"]) - 1)  # levels of 1, 1, 2, 4, ... tokens
     channels = encoder["cnn"]["channels"]
     tokenizer = {
-        "_target_": "vistok.systems.restok.model.ResTok",
+        "_target_": "restok",
         "image_size": size,
         "channels": channels,
         "encoder": encoder | {"num_latent_tokens": count, "dim": codes.shape[1]},
         "decoder": decoder | {"num_latent_tokens": count, "latent_dim": codes.shape[1]},
         "length": {
-            "_target_": "vistok.models.length.LevelPolicy",
+            "_target_": "levels",
             "shortest": min(4, count),
             "full_probability": 0.8,
         },
@@ -59,7 +61,7 @@ def _encoder(published: Published, image_size: int) -> tuple[dict[str, Any], dic
     sizes = _sizes(state)
     stages = len(state["image_levels"])
     config = {
-        "_target_": "vistok.systems.restok.encoder.ResTokEncoder",
+        "_target_": "restok_encoder",
         "cnn": cnn | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         **sizes,
         "merge_layers": [n * sizes["depth"] // stages - 1 for n in range(1, stages)],
@@ -83,7 +85,7 @@ def _decoder(published: Published, image_size: int) -> tuple[dict[str, Any], dic
     state["project.bias"] = published.take("decoder.ffn.bias")
     state["dropped"] = published.take("decoder.latent_mask_token")
     state["mask_token"] = published.take("decoder.mask_token")
-    target = "vistok.systems.restok.decoder.ResTokDecoder"
+    target = "restok_decoder"
     return {"_target_": target, "cnn": cnn, **_sizes(state), "released": True}, state
 
 

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.registry import register
 from vistok.core.sample_random import uniform
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.core.values import check_number
 from vistok.models.latent_vit import LatentTransformerDecoder
 
 
+@register("text_decoder")
 class TextTransformerDecoder(LatentTransformerDecoder):
     """TiTok's decoder with text tokens at the end of its sequence.
 
@@ -91,22 +94,31 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         self.no_text = nn.Parameter(torch.randn(1, 1, width) * 0.02)
 
     def reconstruct(  # type: ignore[override]
-        self, quantized: Tensor, mask: Tensor | None = None, text: Tensor | None = None
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Images `(B, C, H, W)` from the first n <= K tokens `(B, n, D)` and a text.
 
         Args:
             quantized: vectors of the tokens.
             mask: `(B, n)` bool; tokens marked False are not seen.
+            taps: offered `block.{i}`, the patches.
             text: `(B, T, text_dim)` features; None for no text.
         """
-        return self.paint(self.features(quantized, mask, text))
+        return self.paint(self.features(quantized, mask, text, taps))
 
     def features(
-        self, quantized: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+        self,
+        quantized: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        taps: Taps = NO_TAPS,
     ) -> Tensor:
         """As in TiTok's decoder; `context` are text features `(B, T, text_dim)`, or None."""
-        return super().features(quantized, mask, self.text_tokens(context, len(quantized)))
+        return super().features(quantized, mask, self.text_tokens(context, len(quantized)), taps)
 
     def text_tokens(self, text: Tensor | None, batch: int) -> Tensor:
         """Tokens `(B, T, W)` of text features, in training with some of the texts left out.

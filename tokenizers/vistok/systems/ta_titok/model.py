@@ -1,8 +1,10 @@
 """TA-TiTok: TiTok whose decoder reads the caption."""
 
+from vistok.core.registry import register
 from vistok.models.tokenizer import Tokenizer
 
 
+@register("ta_titok")
 class TATiTok(Tokenizer):
     """Single-stage TiTok with text tokens in the decoder: ids need not say what a text says.
 

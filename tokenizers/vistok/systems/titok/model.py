@@ -1,8 +1,10 @@
 """TiTok: an image as a short 1D sequence of tokens."""
 
+from vistok.core.registry import register
 from vistok.models.tokenizer import Tokenizer
 
 
+@register("titok")
 class TiTok(Tokenizer):
     """Single-stage TiTok: a ViT encoder with latent tokens, a codebook, a ViT decoder to pixels.
 

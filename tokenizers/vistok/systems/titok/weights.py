@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.models.latent_vit_weights import _titok
 
 
+@register("titok", kind="importer")
 def titok(published: Published, image_size: int | None) -> Released:
     """TiTok (https://arxiv.org/abs/2406.07550) with a codebook, of two stages or of one."""
-    return _titok(published, image_size, "vistok.systems.titok.model.TiTok")
+    return _titok(published, image_size, "titok")
