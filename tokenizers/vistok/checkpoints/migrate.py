@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.checkpoints.old_forms import say_forms
+from vistok.checkpoints.old_grids import keep_grids
 from vistok.core.errors import CheckpointError, as_written
 from vistok.core.registry import registered, with_names
 from vistok.core.values import is_whole
@@ -131,7 +132,7 @@ def _untuned(config: Any) -> None:
 
 #: Steps from form 1 to 2, in their order; each changes the config in place. They see parts by the
 #: import paths of that time.
-_FROM_1: list[Callable[[dict[str, Any]], None]] = [_one_objective, say_forms, _untuned]
+_FROM_1: list[Callable[[dict[str, Any]], None]] = [keep_grids, say_forms, _one_objective, _untuned]
 
 
 def _terms_of_one_objective(content: dict[str, Any]) -> None:

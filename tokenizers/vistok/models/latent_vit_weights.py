@@ -43,6 +43,7 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
     patches = published.take("encoder.patch_embed.weight")
     width, channels, patch_size = patches.shape[:3]
     positions = {side: published.take(f"{side}.positional_embedding") for side in _SIDES}
+    # Published images are squares: a table has a position per patch, and one of a class token.
     side = math.isqrt(len(positions["encoder"]) - 1) * patch_size
     if image_size not in (None, side):
         raise ConfigError(f"image_size={image_size}: these weights have positions for {side} px")

@@ -137,7 +137,7 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
     """Return the last features `(B, D, h, w)` of a timm model for normalized `(B, 3, H, W)`.
 
     Raises:
-        ValueError: if they do not lie on a grid: the model's own, else a square one.
+        ValueError: if they do not lie on a grid as fine as timm says.
     """
     found = model.forward_features(images)  # type: ignore[operator]
     dim = getattr(model, "num_features", None)
@@ -147,13 +147,11 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
             return features
     if isinstance(found, Tensor) and found.ndim == 3:  # (B, N, D): class tokens, then patches
         features = found[:, getattr(model, "num_prefix_tokens", 0) :].transpose(1, 2)
-        count = features.shape[2]
-        side = math.isqrt(count)
-        own = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        grid = own if own and math.prod(own) == count else (side, side)
+        stride = model.feature_info[-1]["reduction"]  # type: ignore[index,union-attr]
+        rows, columns = (math.ceil(side / stride) for side in images.shape[2:])
         # A single one may be a class token of which timm does not tell.
-        if features.shape[1] == dim and count > 1 and math.prod(grid) == count:
-            return features.unflatten(2, grid)
+        if features.shape[1] == dim and features.shape[2] == rows * columns > 1:
+            return features.unflatten(2, (rows, columns))
     what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise ValueError(f"found {what}, which is not a grid of features")
 

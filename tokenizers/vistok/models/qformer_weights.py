@@ -39,6 +39,7 @@ def _gigatok(published: Published, image_size: int | None, model: dict[str, Any]
         }
     )
     cells = len(state["encoder.grid_positions"])
+    # Published images are squares: the table has a position per cell.
     side = math.isqrt(cells) * 2 ** (published.count("encoder.conv_blocks") - 1)
     if image_size not in (None, side):
         raise ConfigError(f"image_size={image_size}: these weights have positions for {side} px")

@@ -109,11 +109,10 @@ class Reconstruction(Task):
         self.evaluator = Evaluator(self.tokenizer)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Measure the averaged weights on a batch."""
+        """Measure the tokenizer on a batch; `AveragedWeights` has put its averages in place."""
         assert self.evaluator is not None
-        with self.averaged():
-            conditions = self.tokenizer.conditions_of(batch)
-            self.evaluator.update(batch["image"], batch["valid"], conditions)
+        conditions = self.tokenizer.conditions_of(batch)
+        self.evaluator.update(batch["image"], batch["valid"], conditions)
 
     def on_validation_epoch_end(self) -> None:
         """Log the results as `val/...`."""

@@ -195,6 +195,7 @@ def _patches(
     state |= published.move({f"{part}.patches.patch_proj": f"{part}.patch_embed"})
     positions = published.take(f"{part}.positions.posembs")[0]
     state[f"{part}.patch_positions"] = positions.flatten(1).T
+    # A patch is a square, folded into channels.
     patch_size = math.isqrt(state[f"{part}.patch_embed.weight"].shape[1] // channels)
     side = positions.shape[1] * patch_size
     return {"image_size": side, "channels": channels, "patch_size": patch_size}

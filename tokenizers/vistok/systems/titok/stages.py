@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import cell_side
 from vistok.core.registry import register
 from vistok.models.proxy_decoder import ProxyDecoder
 from vistok.models.stage import Source, Stage
@@ -42,14 +43,12 @@ class LearnCodes(Stage):
                 "stage=proxy: needs a tokenizer with a latent_vit_decoder, found "
                 f"{tokenizer['decoder'].get('_target_')}"
             )
-        sides = {size // count for size, count in zip(proxy.image_size, grid, strict=True)}
-        if len(sides) != 1:
-            raise self.refuse(source, f"its cells must be squares, found a grid of {grid}")
+        side = cell_side(proxy.image_size, grid, f"stage.proxy={source.path}")
         kept = {key: value for key, value in tokenizer["decoder"].items() if key != "border"}
         decoder = {
             **kept,
             "_target_": "proxy_decoder",
-            "patch_size": sides.pop(),
+            "patch_size": side,
             "num_codes": proxy.quantizer.codebook_sizes[0],
             "code_dim": proxy.decoder.dim,
             "pixel_decoder": copy.deepcopy(source.config["tokenizer"]["decoder"]),
