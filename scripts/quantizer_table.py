@@ -15,7 +15,7 @@ from vistok.quantizers.base import Quantizer  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 PAGE = ROOT / "docs" / "quantizers.md"
-WIDTH, TOKENS = 256, 256  # the latents that the numbers are for
+WIDTH, GRID = 256, (16, 16)  # the latents that the numbers are for
 
 HEADER = f"""# Quantizers
 
@@ -24,9 +24,13 @@ not edit. Choose one with `quantizer=<name>`; every key of its file can be set o
 for example `quantizer=vq quantizer.codebook_size=8192`. The file says when to use it and what it
 costs, the class says how it works.
 
-Numbers are for {TOKENS} latents of width {WIDTH}. *Ids* and *bits* are per latent; multi-scale
-quantizers have more ids than latents. *State* is the number of learned values and of other saved
-ones (statistics, EMA codebooks), with the projections to and from the code width.
+Quantizers with scales (`var`, `image_folder`, `token_flow_multi_scale`) work on the grid that the
+encoder names: rows and columns of a 2D tokenizer, square or not, and a line for a 1D code.
+`quantizer.grid=[rows,columns]` lays the tokens out in another way.
+
+Numbers are for {GRID[0]} x {GRID[1]} latents of width {WIDTH}. *Ids* and *bits* are per latent;
+multi-scale quantizers have more ids than latents. *State* is the number of learned values and of
+other saved ones (statistics, EMA codebooks), with the projections to and from the code width.
 
 | `quantizer=` | What it is | Class | Paper | Ids | Bits | State |
 |---|---|---|---|---|---|---|
@@ -48,7 +52,7 @@ def _row(path: Path) -> str:
         r"https?://[^\s,;)]*[^\s,;).]", doc
     )
     links = ", ".join(f"[{paper.rsplit('/', 1)[-1]}]({paper})" for paper in dict.fromkeys(papers))
-    longer = quantizer.num_index_tokens(TOKENS) / TOKENS
+    longer = quantizer.num_index_tokens(math.prod(GRID), GRID) / math.prod(GRID)
     learned = sum(each.numel() for each in quantizer.parameters())
     saved = sum(each.numel() for each in quantizer.state_dict().values()) - learned
     cells = [

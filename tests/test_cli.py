@@ -48,6 +48,13 @@ def test_help_is_light(script, word):
     assert word in result.stdout
 
 
+def test_help_of_the_importer_names_every_source(cli):
+    """It asks the registry, so it waits for torch."""
+    code, lines, out = cli("import_weights", "--help")
+    assert code == 0 and not lines
+    assert len(registered("importer")) >= 8 and ", ".join(registered("importer")) in out
+
+
 @pytest.mark.parametrize("words", [["--help"], ["list", "experiments"]], ids=" ".join)
 def test_help_may_be_cut_short(words):
     """As by `vistok --help | head`."""

@@ -290,7 +290,7 @@ def test_every_pair_trains_saves_and_loads(tokenizer, quantizer, tmp_path):
     tok.eval()
     fresh = images_of(30)[20:22]
     ids = tok.tokenize(fresh)
-    count = tok.quantizer.num_index_tokens(tok.encoder.num_tokens)
+    count = tok.num_tokens
     assert ids.shape == (2, count, len(tok.quantizer.codebook_sizes))
     with torch.no_grad():
         output = tok(tok.to_model_range(fresh))

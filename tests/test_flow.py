@@ -13,6 +13,7 @@ from vistok.nn.blocks import Attention, ModulatedBlock, SwiGLU
 from vistok.nn.flow import Guidance, integrate, mix, time_features
 from vistok.nn.patches import unpatchify
 from vistok.systems.flextok.decoder import FlowDecoder
+from vistok.systems.flextok.encoder import FlexTokEncoder
 
 
 def decoder(**options):
@@ -53,9 +54,9 @@ def test_content_decides_how_much_of_the_latents_differs_between_images():
 # ---------------------------------------------------------------------- who sees whom
 
 
-def encoder(causal, block="flextok"):
+def encoder(causal, kind=FlexTokEncoder):
     torch.manual_seed(0)
-    return LatentTransformerEncoder(16, 3, 8, 5, 16, 2, 2, causal=causal, block=block).eval()
+    return kind(16, 3, 8, 5, 16, 2, 2, causal=causal).eval()
 
 
 def moved(net, change):
@@ -67,21 +68,21 @@ def moved(net, change):
     return ~torch.isclose(net(images), before, atol=1e-6).all(dim=2).all(dim=0)
 
 
-@pytest.mark.parametrize("block", ["flextok", "vit"])
+@pytest.mark.parametrize("kind", [FlexTokEncoder, LatentTransformerEncoder])
 @pytest.mark.parametrize("j", [0, 2, 4])
-def test_a_causal_register_moves_itself_and_later_ones_only(j, block):
+def test_a_causal_register_moves_itself_and_later_ones_only(j, kind):
     def change(net):
         net.latent_tokens[0, j] += 5 * torch.randn(16)
 
-    assert moved(encoder(True, block), change).tolist() == [i >= j for i in range(5)]
-    assert moved(encoder(False, block), change).all()
+    assert moved(encoder(True, kind), change).tolist() == [i >= j for i in range(5)]
+    assert moved(encoder(False, kind), change).all()
 
 
-@pytest.mark.parametrize("norm_in", [True, False])
-def test_what_the_first_block_sees(norm_in):
-    """Patches at their places and registers, as they are or normalised."""
+@pytest.mark.parametrize("kind", [FlexTokEncoder, LatentTransformerEncoder])
+def test_what_the_first_block_sees(kind):
+    """Patches at their places and registers, as they are (FlexTok) or normalised."""
     torch.manual_seed(0)
-    net = LatentTransformerEncoder(16, 3, 8, 5, 16, 1, 2, class_token=False, norm_in=norm_in)
+    net = kind(16, 3, 8, 5, 16, 1, 2, class_token=False)
     images, seen = torch.randn(2, 3, 16, 16), []
     net.transformer.register_forward_hook(lambda m, i, o: seen.append(i[0]))
     net(images)
@@ -90,7 +91,9 @@ def test_what_the_first_block_sees(norm_in):
     patches = net.patch_embed(patches) + net.patch_positions
     registers = (net.latent_tokens + net.latent_positions).expand(2, -1, -1)
     sequence = torch.cat([patches, registers], dim=1)
-    assert torch.allclose(seen[0], normed(sequence) if norm_in else sequence, atol=1e-5)
+    assert torch.allclose(
+        seen[0], sequence if kind is FlexTokEncoder else normed(sequence), atol=1e-5
+    )
 
 
 def test_registers_see_every_patch():
@@ -264,7 +267,7 @@ def test_patches_and_time_on_their_way_to_the_head():
     patches = torch.stack([p.movedim(1, 3).flatten(1) for p in patches], dim=1)
     first = torch.cat([net.patch_embed(patches) + net.patch_positions, registers], dim=1)
     assert torch.allclose(seen[0], first, atol=1e-5)
-    condition = net.time_embed(time_features(time, 16))
+    condition = net.time_embed(time_features(time, 256, 4.0792))
     shift, scale = net.modulate_out(condition * torch.sigmoid(condition)).split(16, dim=1)
     expected = normed(seen[1][:, :6]) * (1 + scale[:, None]) + shift[:, None]
     assert torch.allclose(found, expected, atol=1e-4)
@@ -280,8 +283,8 @@ def test_times_turn_at_frequencies_from_the_slowest_to_256_times_it(slowest):
         assert features[row].tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["d12_d12", "d18_d18", "d18_d28"])
-def test_at_paper_size_256_features_turn_at_up_to_1000_radians(name):
+@pytest.mark.parametrize("name", ["tiny", "d12_d12", "d18_d18", "d18_d28"])
+def test_256_features_turn_at_up_to_1000_radians(name):
     net = config_of(f"experiment=flextok_{name}")["tokenizer"]["decoder"]
     with torch.device("meta"):
         built = FlowDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, **{k: net[k] for k in ("time_dim", "slowest_time")})  # fmt: skip

@@ -160,11 +160,11 @@ def test_the_decoder_starts_by_reading_what_is_near():
         assert own > 2 * away, (token, own, away)
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_initialisation_takes_means_off(norm_first):
+@pytest.mark.parametrize("norm", ["input", "embedding"])
+def test_initialisation_takes_means_off(norm):
     """What the Q-Former reads and what is coded: means 0, uncorrelated, mean variance 1."""
-    norm = f"tokenizer.encoder.norm_first={norm_first}"
-    tok = tiny_tokenizer("tokenizer.encoder.width=32", norm, tokenizer="gigatok_tiny")
+    words = ["tokenizer.encoder.width=32", f"tokenizer.encoder.norm={norm}"]
+    tok = tiny_tokenizer(*words, tokenizer="gigatok_tiny")
     images = tok.to_model_range(images_of(48))
     tok.encoder.initialize(images)
     with torch.no_grad():
@@ -177,26 +177,26 @@ def test_initialisation_takes_means_off(norm_first):
         assert (covariance - covariance.diagonal().diag()).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_what_is_normalised_on_the_way_in(norm_first):
+@pytest.mark.parametrize("norm", ["input", "embedding"])
+def test_what_is_normalised_on_the_way_in(norm):
     """The features of each cell or token before they are embedded, or their embedding."""
-    norm = f"tokenizer.encoder.norm_first={norm_first}"
-    tok = tiny_tokenizer("tokenizer.encoder.width=32", norm, tokenizer="gigatok_tiny")
+    words = ["tokenizer.encoder.width=32", f"tokenizer.encoder.norm={norm}"]
+    tok = tiny_tokenizer(*words, tokenizer="gigatok_tiny")
     images, codes, seen = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 16), []
     for part in (tok.encoder, tok.decoder):
         part.transformer.register_forward_hook(lambda m, i, o: seen.append(i[1]))
     with torch.no_grad():
         tok.encoder(images)
         tok.decoder.reconstruct(codes)
-        grid = tok.encoder.cnn(images).transpose(1, 2).unflatten(2, tok.encoder.grid)
+        grid = tok.encoder.cnn(images).transpose(1, 2).unflatten(2, tok.encoder.cnn.grid)
         cells = tok.encoder.conv_out(grid).flatten(2).transpose(1, 2)
     for part, x, memory in zip((tok.encoder, tok.decoder), (cells, codes), seen, strict=True):
 
         def normal(rows):
-            centred = rows - rows.mean(2, keepdim=True)
-            return centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
+            centered = rows - rows.mean(2, keepdim=True)
+            return centered / (centered.square().mean(2, keepdim=True) + 1e-5).sqrt()
 
-        expected = part.embed(normal(x)) if norm_first else normal(part.embed(x))
+        expected = part.embed(normal(x)) if norm == "input" else normal(part.embed(x))
         assert torch.allclose(memory, expected, atol=1e-5)
 
 

@@ -31,7 +31,7 @@ def test_holistic_tokens_come_first_and_patches_in_raster_order():
     images = torch.rand(2, 3, 32, 32)
     assert encoder(images).shape == (2, 22, 16) and encoder.num_tokens == 22
     assert torch.equal(seen[0][:, :6], encoder.queries.expand(2, -1, -1))
-    patches = encoder.embed(encoder.cnn(images)) + encoder.patch_positions
+    patches = encoder.patches(encoder.cnn(images)) + encoder.patch_positions
     assert torch.equal(seen[0][:, 6:], patches)
 
 
@@ -105,53 +105,73 @@ def test_what_does_not_fit_is_refused():
         small("tokenizer.decoder.num_holistic_tokens=3")
 
 
-# ---------------------------------------------------------------------- the released form
+# ---------------------------------------------------------------------- by hand
+
+#: The other values of all options.
+NORMALIZED = ["tokenizer.encoder.block=normalized", "tokenizer.encoder.embed=linear"]
 
 
-def oracle_blocks(transformer, x, heads, causal):
-    """Published blocks, one after the other: heads and their logits by einsum."""
+def oracle_blocks(transformer, x, heads, causal, normalized):
+    """Blocks one after the other: heads and their logits by einsum."""
     for block in transformer.blocks:
         p = dict(block.named_parameters())
-        y = F.layer_norm(x, x.shape[-1:], p["norm1.weight"], p["norm1.bias"])
+        assert ("norm1.weight" in p) == ("attn.qkv.bias" in p) == (not normalized)
+        p = {name: torch.zeros(()) if name.endswith("bias") else torch.ones(()) for name in NAMES} | p  # fmt: skip
+        y = F.layer_norm(x, x.shape[-1:]) * p["norm1.weight"] + p["norm1.bias"]
         q, k, v = (y @ p["attn.qkv.weight"].T + p["attn.qkv.bias"]).unflatten(2, (3, heads, -1)).unbind(2)  # fmt: skip
+        if normalized:
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         logits = torch.einsum("blhd,bmhd->bhlm", q, k) / q.shape[-1] ** 0.5
         if causal:
             later = torch.arange(x.shape[1]) > torch.arange(x.shape[1])[:, None]
             logits = logits.masked_fill(later, -torch.inf)
         y = torch.einsum("bhlm,bmhd->blhd", logits.softmax(-1), v).flatten(2)
         x = x + y @ p["attn.proj.weight"].T + p["attn.proj.bias"]
-        y = F.layer_norm(x, x.shape[-1:], p["norm2.weight"], p["norm2.bias"])
+        y = F.layer_norm(x, x.shape[-1:]) * p["norm2.weight"] + p["norm2.bias"]
         y = y @ p["mlp.gate_up.weight"].T + p["mlp.gate_up.bias"]
         gate, up = y[..., : y.shape[-1] // 2], y[..., y.shape[-1] // 2 :]
         x = x + (gate * gate.sigmoid() * up) @ p["mlp.down.weight"].T + p["mlp.down.bias"]
     return x
 
 
-def test_released_form_by_hand():
-    """In float64; beside the official code without its teacher: docs/flexible_length.md."""
-    tok = awake(small(*SHIFTED, "tokenizer.encoder.released=true")).double()
+NAMES = [
+    *(f"norm{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")),
+    *(f"{layer}.bias" for layer in ("attn.qkv", "attn.proj", "mlp.gate_up", "mlp.down")),
+]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_encoder_and_decoder_by_hand(normalized):
+    """In float64; next to the official code without its teacher: docs/flexible_length.md."""
+    tok = awake(small(*SHIFTED, *(NORMALIZED if normalized else []))).double()
     encoder, decoder = tok.encoder, tok.decoder
-    heads = encoder.transformer.num_heads
+    heads = encoder.transformer.blocks[0].attn.num_heads
 
     def norm(net, x):
         return F.layer_norm(x, x.shape[-1:], net.weight, net.bias)
 
     images = torch.rand(2, 3, 32, 32).double()
     grid = encoder.cnn(images).mT.unflatten(2, (4, 4))
-    cells = F.conv2d(grid, encoder.embed.weight, encoder.embed.bias, padding=1).flatten(2).mT
+    if normalized:
+        cells = F.linear(grid.flatten(2).mT, encoder.embed.weight, encoder.embed.bias)
+    else:
+        cells = F.conv2d(grid, encoder.embed.weight, encoder.embed.bias, padding=1).flatten(2).mT
     x = torch.cat([encoder.queries.expand(2, -1, -1), cells + encoder.patch_positions], dim=1)
-    x = oracle_blocks(encoder.transformer, norm(encoder.norm_in, x), heads, causal=False)
-    x = oracle_blocks(encoder.causal, norm(encoder.norm_causal, x), heads, causal=True)
+    x = oracle_blocks(encoder.transformer, norm(encoder.norm_in, x), heads, False, normalized)
+    x = oracle_blocks(encoder.causal, norm(encoder.norm_causal, x), heads, True, normalized)
+    x = norm(encoder.norm_out, x) if normalized else x
     assert torch.allclose(encoder(images), x - encoder.latent_means, atol=1e-9)
 
     quantized = torch.randn(2, 22, 16).double()
     x = quantized @ decoder.embed.weight.T + decoder.embed.bias + decoder.positions
-    x = oracle_blocks(decoder.transformer, norm(decoder.norm_in, x), heads, causal=True)
+    x = oracle_blocks(decoder.transformer, norm(decoder.norm_in, x), heads, True, normalized)
+    x = norm(decoder.norm_out, x) if normalized else x
     assert torch.allclose(decoder.cells(quantized), x[:, 3:19], atol=1e-9)
 
 
-def test_released_form_learns():
-    tok = small("data.image_size=32", "tokenizer.encoder.released=true")
+@pytest.mark.parametrize("options", [[], NORMALIZED], ids=["released", "normalized"])
+def test_every_weight_learns(options):
+    tok = small("data.image_size=32", *options)
     images = tok.to_model_range(images_of(16, 32))
     tok.initialize(images)
     before = {name: p.clone() for name, p in tok.named_parameters()}
@@ -255,8 +275,9 @@ def test_activation_checkpointing_keeps_the_gradients():
 
 
 def test_a_tiny_one_learns_with_both_codebooks():
+    """With norms at the end, without which so small a network soon needs a few holistic codes."""
     torch.manual_seed(0)
-    tok = small("quantizer.codebook_size=64")
+    tok = small("quantizer.codebook_size=64", *NORMALIZED)
     x = tok.to_model_range(images_of(24))
     tok.initialize(x)
     for part in tok.tokenize(images_of(24)).split([2, 4], dim=1):

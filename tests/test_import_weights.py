@@ -493,7 +493,7 @@ def test_restoks_checkpoint_of_a_training_is_taken_without_its_teacher(tmp_path)
 
 
 def test_released_restok_starts_the_preset(tmp_path):
-    """`experiment=restok_l tokenizer.encoder.legacy_reshape=true init_from=`, in small."""
+    """`experiment=restok_l tokenizer.encoder._target_=... init_from=`, in small."""
     save_file(restok(), tmp_path / "w.safetensors")
     out = import_weights("restok", tmp_path / "w.safetensors", tmp_path / "o", image_size=16)
     sizes = ["width=64", "depth=4", "num_heads=4", "cnn.latent_dim=12"]
@@ -501,7 +501,8 @@ def test_released_restok_starts_the_preset(tmp_path):
         "experiment=restok_l", "data.image_size=16", "tokenizer.latent_dim=6",
         "tokenizer.encoder.cnn.base_channels=64", "tokenizer.encoder.merge_layers=[0,1]",
         "tokenizer.encoder.cnn.channel_multipliers=[1,1,2]",
-        "tokenizer.encoder.num_latent_tokens=8", "tokenizer.encoder.legacy_reshape=true",
+        "tokenizer.encoder.num_latent_tokens=8",
+        "tokenizer.encoder._target_=vistok.systems.restok.weights.ReshapedResTokEncoder",
         *(f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in sizes),
         f"quantizer.codebook_size={CODES}", "quantizer.codebook_dim=6",
     )  # fmt: skip

@@ -243,15 +243,15 @@ def test_the_decoder_reads_class_token_mask_tokens_and_latents(class_token):
         assert torch.allclose(seen[-1], torch.cat(parts, dim=1), atol=1e-5)
 
 
-@pytest.mark.parametrize("borders", ["repeated", "black"])
-def test_a_convolution_goes_across_the_seams(borders):
+@pytest.mark.parametrize("border", ["black", "edge"])
+def test_a_convolution_goes_across_the_seams(border):
     torch.manual_seed(0)
-    net = awake(LatentTransformerDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, borders=borders))
+    net = awake(LatentTransformerDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, border=border))
     features = torch.randn(2, 6, 16)
     images = net.head(features).view(2, 2, 3, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 16, 24)  # fmt: skip
     around = -torch.ones(2, 3, 18, 26)
     around[:, :, 1:-1, 1:-1] = images
-    if borders == "repeated":
+    if border == "edge":
         rows, columns = torch.arange(-1, 17).clamp(0, 15), torch.arange(-1, 25).clamp(0, 23)
         around = images[:, :, rows][:, :, :, columns]
     expected = F.conv2d(around, net.smooth.weight, net.smooth.bias)

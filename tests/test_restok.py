@@ -23,6 +23,7 @@ from vistok.models.length import LevelPolicy
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryAttention, RotaryBlock, attend_by_place_, rotate, rotation
+from vistok.systems.restok.encoder import ResTokEncoder
 from vistok.systems.restok.hierarchy import (
     block_causal_mask,
     halved,
@@ -30,6 +31,7 @@ from vistok.systems.restok.hierarchy import (
     queued_points,
     residual_pyramid,
 )
+from vistok.systems.restok.weights import ReshapedResTokEncoder
 from vistok.tasks.reconstruction import Reconstruction
 
 
@@ -37,12 +39,22 @@ def small(*overrides):
     return tiny_tokenizer(*overrides, tokenizer="restok_tiny")
 
 
-#: 4 x 4 cells, merged to 2 x 4, 2 x 2 and 1 x 2; 8 latents in 4 levels.
-DEEP = [
+#: 4 x 4 cells, merged to 4 x 2 and 4 x 1, as the released code does it; 8 latents in 4 levels.
+RELEASED = [
     "data.image_size=32",
     "tokenizer.encoder.num_latent_tokens=8",
     "tokenizer.encoder.depth=4",
+    "tokenizer.encoder.merge_layers=[0,1]",
+]
+
+#: The other values of all options: merged to 2 x 4, 2 x 2 and 1 x 2.
+DEEP = [
+    *RELEASED[:-1],
     "tokenizer.encoder.merge_layers=[0,1,2]",
+    "tokenizer.encoder.merge_axis=longest",
+    "tokenizer.encoder.places=centered",
+    "tokenizer.encoder.level_vectors=merge",
+    "tokenizer.decoder.norms=false",
 ]
 
 
@@ -75,10 +87,11 @@ def test_levels_are_averages_of_what_is_left():
 
 
 def test_merging_takes_every_other_token_off_the_grid():
-    for grid, dim in (((4, 4), 1), ((2, 4), 2)):
+    cases = (((4, 4), "longest", 1), ((2, 4), "longest", 2), ((4, 4), "columns", 2))
+    for grid, axis, dim in cases:
         tokens = torch.randn(2, grid[0] * grid[1], 3)
-        coarse, rest = merge_residual(tokens, grid)
-        rows, columns = halved(grid)
+        coarse, rest = merge_residual(tokens, grid, axis)
+        rows, columns = halved(grid, axis)
         assert coarse.shape == (2, rows * columns, 3) and rest.shape == tokens.shape
         for y in range(grid[0]):
             for x in range(grid[1]):
@@ -94,16 +107,16 @@ def test_merging_takes_every_other_token_off_the_grid():
 def test_grids_are_halved():
     grids = [(16, 16)]
     for _ in range(3):
-        grids.append(halved(grids[-1]))
+        grids.append(halved(grids[-1], "longest"))
     assert grids == [(16, 16), (8, 16), (8, 8), (4, 8)]
     for grid in ((1, 1), (3, 3)):
         with pytest.raises(ConfigError, match="can't be halved"):
-            halved(grid)
-    assert halved((16, 16), columns_only=True) == (16, 8)  # what the released code does
-    assert halved((16, 4), columns_only=True) == (16, 2)
+            halved(grid, "longest")
+    assert halved((16, 16)) == (16, 8)  # what the released code does
+    assert halved((16, 4)) == (16, 2)
     for grid in ((16, 1), (4, 3)):
         with pytest.raises(ConfigError, match="can't be halved"):
-            halved(grid, columns_only=True)
+            halved(grid)
     with pytest.raises(ConfigError, match=r"merge_layers=\[1\]: must be rising indices.*0 to 0"):
         small("tokenizer.encoder.merge_layers=[1]")
 
@@ -234,7 +247,7 @@ def test_merged_sequence_is_coarse_to_fine():
     encoder = small(*DEEP).encoder
     x = torch.randn(1, 24, 16)
     merged = encoder.merge(x, 1)
-    coarse, rest = merge_residual(x[:, :16], (4, 4))
+    coarse, rest = merge_residual(x[:, :16], (4, 4), "longest")
     assert torch.equal(merged[:, :8], coarse + encoder.image_levels[1])
     assert torch.equal(merged[:, 8:24], rest) and torch.equal(merged[:, 24:], x[:, 16:])
     assert encoder.coarsest(torch.arange(38).view(1, 38, 1)).flatten().tolist() == [0, 1]
@@ -323,16 +336,7 @@ def test_initialisation_gives_uncorrelated_channels_on_one_scale():
         assert torch.allclose(found, strongest / (total / 4), rtol=0.02, atol=1e-3)
 
 
-#: 4 x 4 cells, merged to 4 x 2 and 4 x 1, as the released code does it.
-RELEASED = [
-    *DEEP[:-1],
-    "tokenizer.encoder.merge_layers=[0,1]",
-    "tokenizer.encoder.released=true",
-    "tokenizer.encoder.legacy_reshape=true",
-]
-
-
-def test_released_form_names_a_grid_behind_the_block():
+def test_a_merged_grid_is_named_behind_the_block():
     """Who is right about the numbers: the oracle of test_import_weights.py."""
     encoder, seen = awake(small(*RELEASED).encoder), []
     encoder.blocks[0].register_forward_hook(lambda b, i, o: seen.append(o))
@@ -344,21 +348,20 @@ def test_released_form_names_a_grid_behind_the_block():
     assert encoder.grids == [(4, 4), (4, 2), (4, 1)]
 
 
-def test_legacy_reshape_reads_memory_in_another_shape():
+def test_released_weights_read_memory_in_another_shape():
     """Token k gets the values k, k + 8, k + 16, ... of all; also of no images."""
-    encoder = small(*RELEASED).encoder
-    images = torch.rand(2, 3, 32, 32)
-    mixed = encoder.latents(images)
-    encoder.legacy_reshape = False
-    plain = encoder.latents(images).flatten(1)
+    target = f"tokenizer.encoder._target_={ReshapedResTokEncoder.__module__}.ReshapedResTokEncoder"
+    encoder, images = small(*RELEASED, target).encoder, torch.rand(2, 3, 32, 32)
+    assert type(encoder) is ReshapedResTokEncoder
+    mixed, plain = encoder.latents(images), ResTokEncoder.latents(encoder, images).flatten(1)
     for token in range(8):
         assert torch.equal(mixed[:, token], plain[:, token::8])
-    encoder.legacy_reshape = True
     assert encoder(images[:0]).shape == (0, 8, 16)
 
 
-def test_released_form_learns_and_recomputes():
-    tok = small(*RELEASED).train()
+@pytest.mark.parametrize("options", [RELEASED, DEEP], ids=["released", "deep"])
+def test_every_weight_learns_and_blocks_recompute(options):
+    tok = small(*options).train()
     images = tok.to_model_range(images_of(16, 32))
     before = {name: p.clone() for name, p in tok.named_parameters()}
     errors = errors_while_learning(tok, images, lr=2e-3, steps=40)
@@ -450,24 +453,27 @@ def test_the_code_space_is_the_quantizers_where_the_widths_agree():
 
 
 def test_cells_come_behind_the_latents_and_see_all():
-    decoder, seen = awake(small().decoder), []
+    decoder, seen = awake(small().decoder).double(), []
     decoder.blocks[0].register_forward_hook(lambda b, i, o: seen.append(i))
-    quantized = torch.randn(1, 4, 16)
+    quantized = torch.randn(1, 4, 16).double()
     cells = decoder.cells(quantized)
     x, turn = seen[0][:2]
     assert len(seen[0]) == 2 and turn.shape == (2, 4 + 4, 4)  # no mask
-    assert torch.equal(x[:, 4:], decoder.mask_token.expand(1, 4, -1))
-    assert torch.equal(x[:, :4], decoder.embed(quantized))
+    tokens = [decoder.embed(quantized), decoder.mask_token.expand(1, 4, -1)]
+    assert torch.equal(x, decoder.norm_in(torch.cat(tokens, dim=1)))
     for token in range(4):
         other = quantized.clone()
         other[:, token] += 1
-        assert ((decoder.cells(other) - cells).abs().amax(dim=2) > 1e-5).all()
+        assert ((decoder.cells(other) - cells).abs().amax(dim=2) > 1e-9).all()
 
 
 def test_the_decoder_turns_latents_and_cells_by_their_places():
-    """2 x 2 cells, and latents at the centres of what they stand for."""
-    points = [[0.5, 0.5], [0.5, 0.5], [0.5, 0], [0.5, 1], [0, 0], [0, 1], [1, 0], [1, 1]]
-    assert torch.allclose(small().decoder.turn, rotation(torch.tensor(points), 8), atol=1e-6)
+    """2 x 2 cells behind the latents, or latents at the centres of what they stand for."""
+    queued = [[0.0, 0.0], [1, 1], [2, 2], [3, 3], [4, 4], [4, 5], [5, 4], [5, 5]]
+    centered = [[0.5, 0.5], [0.5, 0.5], [0.5, 0], [0.5, 1], [0, 0], [0, 1], [1, 0], [1, 1]]
+    for places, points in (("queued", queued), ("centered", centered)):
+        decoder = small(f"tokenizer.encoder.places={places}").decoder
+        assert torch.allclose(decoder.turn, rotation(torch.tensor(points), 8), atol=1e-6)
 
 
 # ---------------------------------------------------------------------- the teacher
@@ -505,6 +511,7 @@ def test_foundation_loss_by_hand(teacher_words):
     x = torch.cat(
         [seen["latents"], m.objective.terms["alignment"].mask_token.expand(4, 4, -1)], dim=1
     )
+    x = decoder.norm_in(x)
     for block in decoder.blocks:
         x = block(x, decoder.turn)
     cells = m.objective.terms["alignment"].decoder_projector(x[:, 4:])

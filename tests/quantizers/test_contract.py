@@ -23,6 +23,7 @@ from vistok.quantizers.product_vq import Product
 from vistok.quantizers.residual_vq import ResidualVQ
 
 everywhere = pytest.mark.parametrize("name", NAMES)
+SCALES = ("image_folder", "token_flow_multi_scale", "var")
 
 
 def independent_books(quantizer):
@@ -79,6 +80,29 @@ def test_saved_ids_decode_to_the_forward_bit_for_bit(name):
     assert output.indices.shape == (3, tokens, quantizer.num_indices)
     sizes = torch.tensor(quantizer.codebook_sizes)
     assert (output.indices >= 0).all() and (output.indices < sizes).all()
+
+
+@everywhere
+def test_only_scales_make_other_ids_than_one_per_token(name):
+    quantizer = build(name)
+    with_scales = "scales" in load_config(name)
+    assert quantizer.per_token != with_scales
+    lengths = {quantizer.num_index_tokens(16, grid) for grid in (None, (2, 8), (4, 4))}
+    assert len(lengths) == 3 if with_scales else lengths == {16}
+    assert (name in SCALES) == with_scales
+
+
+@everywhere
+def test_ids_on_a_grid_decode_to_the_forward_bit_for_bit(name):
+    quantizer, z = train(build(name), [latents(4, 18)] * 2), latents(2, 18)
+    output = quantizer.eval()(z, grid=(3, 6))
+    assert torch.equal(quantizer.encode(z, (3, 6)), output.indices)
+    assert torch.equal(quantizer.decode(output.indices, (3, 6)), output.quantized)
+    flat = quantizer(z)
+    assert torch.equal(flat.indices, output.indices) == (name not in SCALES)
+    mask = torch.rand(2, 18) < 0.6
+    assert quantizer.train()(z, mask, (3, 6)).indices.shape == output.indices.shape
+    assert quantizer.index_mask(mask, (3, 6)).shape == output.indices.shape[:2]
 
 
 @everywhere
@@ -190,7 +214,7 @@ def test_eval_is_deterministic_and_changes_nothing(name):
 def test_masked_tokens_enter_no_loss_and_no_statistic(name):
     quantizer = build(name)
     twin = copy.deepcopy(quantizer)
-    if isinstance(quantizer, MultiScale) or name == "image_folder":
+    if name in SCALES:
         # Scales pool neighbours: what a token holds shows in the tokens above it. Whole images.
         mask = torch.tensor([True, True, False, True])[:, None].expand(4, 16)
     else:

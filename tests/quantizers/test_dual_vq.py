@@ -93,9 +93,9 @@ def test_token_flow_over_scales():
         9, 32, semantic_dim=6, pixel_dim=3, scales=[1, 2, 4], kmeans_init=False
     ).eval()
     z = torch.randn(2, 16, 9)
-    output = quantizer(z)
+    output = quantizer(z, grid=(4, 4))
     assert output.indices.shape == (2, 21, 1)
-    assert torch.equal(output.quantized, quantizer.decode(output.indices))
+    assert torch.equal(output.quantized, quantizer.decode(output.indices, (4, 4)))
     # The first id is that of the mean latent, by the shared-index rule.
     table, mean = quantizer.codebooks()[0], z.mean(1)
     joint = torch.cat([unit(mean[:, :6]), unit(mean[:, 6:])], dim=-1)
@@ -134,35 +134,37 @@ def image_folder(**options):
 def test_image_folder_drops_the_same_scales_in_all_branches():
     quantizer = image_folder(scale_dropout=0.5)
     z = torch.randn(300, 16, 8)
-    output = quantizer(z)
+    output = quantizer(z, grid=(4, 4))
     assert output.indices.shape == (300, 1 + 4 + 4 + 16, 2)
     present = output.indices >= 0
     assert torch.equal(present[..., 0], present[..., 1])
     depth = present[..., 0].sum(1)
     assert set(depth.tolist()) == {5, 9, 25}  # 2, 3 and 4 scales
-    assert torch.allclose(output.quantized, quantizer.decode(output.indices), atol=1e-5)
+    assert torch.allclose(output.quantized, quantizer.decode(output.indices, (4, 4)), atol=1e-5)
 
 
 def test_image_folder_is_a_product_of_pyramids():
     quantizer = image_folder(scale_dropout=0.0)
-    z = torch.randn(2, 16, 8)
-    output = quantizer(z)
-    parts = [branch(part) for branch, part in zip(quantizer.branches, z.split(4, -1), strict=True)]
+    z, grid = torch.randn(2, 18, 8), (3, 6)
+    output = quantizer(z, grid=grid)
+    pairs = zip(quantizer.branches, z.split(4, -1), strict=True)
+    parts = [branch(part, grid=grid) for branch, part in pairs]
     assert torch.equal(output.indices, torch.cat([part.indices for part in parts], -1))
     assert torch.equal(output.quantized, torch.cat([part.quantized for part in parts], -1))
     for name in ("commitment", "codebook"):
         mean = sum(part.losses[name] for part in parts) / 2
         assert torch.allclose(output.losses[name], mean)
-    assert quantizer.num_index_tokens(16) == 25
-    mask = torch.rand(2, 16) < 0.5
-    assert quantizer.index_mask(mask).shape == (2, 25)
-    quantizer(z, mask)
+    length = 1 * 2 + 2 * (2 * 3) + 3 * 6  # of 3 rows a half is 2, a quarter 1
+    assert quantizer.num_index_tokens(18, grid) == output.indices.shape[1] == length
+    mask = torch.rand(2, 18) < 0.5
+    assert quantizer.index_mask(mask, grid).shape == (2, length)
+    quantizer(z, mask, grid)
 
     quantizer.eval()
-    ids = quantizer.encode(z)
-    prefix = quantizer.decode_prefix(ids[:, :5], 16)
+    ids = quantizer.encode(z, grid)
+    prefix = quantizer.decode_prefix(ids[:, :8], 18, grid)
     expected = [
-        branch.decode_prefix(ids[:, :5, i : i + 1], 16)
+        branch.decode_prefix(ids[:, :8, i : i + 1], 18, grid)
         for i, branch in enumerate(quantizer.branches)
     ]
     assert torch.equal(prefix, torch.cat(expected, -1))

@@ -71,18 +71,20 @@ def oracle(z, table, phis, sizes, ratio=0.5):
 @pytest.mark.parametrize(
     ("grid", "num_tokens", "sizes"),
     [
-        ("2d", 16, [(1, 1), (2, 2), (3, 3), (4, 4)]),
-        ("2d", 49, [(2, 2), (4, 4), (5, 5), (7, 7)]),
-        ("1d", 16, [(1, 4), (1, 8), (1, 12), (1, 16)]),
-        ("1d", 7, [(1, 2), (1, 4), (1, 5), (1, 7)]),
+        ((4, 4), 16, [(1, 1), (2, 2), (3, 3), (4, 4)]),
+        ((7, 7), 49, [(2, 2), (4, 4), (5, 5), (7, 7)]),
+        ((2, 6), 12, [(1, 2), (1, 3), (2, 5), (2, 6)]),
+        ((5, 3), 15, [(1, 1), (3, 2), (4, 2), (5, 3)]),
+        (None, 16, [(1, 4), (1, 8), (1, 12), (1, 16)]),
+        ((7,), 7, [(1, 2), (1, 4), (1, 5), (1, 7)]),
     ],
 )
 @pytest.mark.parametrize("num_phi", [0, 4])
 def test_matches_the_definition_and_its_gradients(grid, num_tokens, sizes, num_phi):
-    quantizer = build(grid=grid, num_phi=num_phi)
+    quantizer = build(num_phi=num_phi)
     z = torch.randn(2, num_tokens, 4, requires_grad=True)
     upstream = torch.randn_like(z)
-    output = quantizer(z)
+    output = quantizer(z, grid=grid)
     loss = (output.quantized * upstream).sum()
     (loss + 0.25 * output.losses["commitment"] + output.losses["codebook"]).backward()
 
@@ -111,7 +113,7 @@ def test_the_encoder_gradient_is_the_identity():
     quantizer = build()
     z = torch.randn(2, 16, 4, requires_grad=True)
     upstream = torch.randn_like(z)
-    (quantizer(z).quantized * upstream).sum().backward()
+    (quantizer(z, grid=(4, 4)).quantized * upstream).sum().backward()
     assert torch.equal(z.grad, upstream)
 
 
@@ -119,7 +121,7 @@ def test_one_scale_is_plain_vq():
     """VAR's code divides by S - 1 = 0 here."""
     quantizer = build(scales=[1], num_phi=0).eval()
     z = torch.randn(2, 9, 4)
-    output = quantizer(z)
+    output = quantizer(z, grid=(3, 3))
     nearest = torch.cdist(z, quantizer.codebooks()[0][None]).argmin(-1)
     assert torch.equal(output.indices[..., 0], nearest)
     assert build(scales=[1]).train()(z).quantized.isfinite().all()  # with φ
@@ -135,45 +137,58 @@ def test_one_scale_is_plain_vq():
     ],
 )
 def test_published_sequence_lengths(scales, num_tokens, length):
-    quantizer = build(scales=scales, grid="2d")
-    assert quantizer.num_index_tokens(num_tokens) == length
-    sides = [side for side, _ in quantizer._sizes(quantizer._grid(num_tokens))]
-    assert sides == scales
+    quantizer = build(scales=scales)
+    side = scales[-1]
+    assert quantizer.num_index_tokens(num_tokens, (side, side)) == length
+    assert quantizer._sizes((side, side)) == [(scale, scale) for scale in scales]
 
 
-@pytest.mark.parametrize("grid", ["1d", "2d", "auto"])
-def test_the_number_of_ids_tells_the_grid(grid):
-    quantizer = build(scales=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16], grid=grid)
-    known, refused = 0, 0
-    for num_tokens in [n * n for n in range(1, 30)] if grid == "2d" else range(1, 600):
-        try:
-            length = quantizer.num_index_tokens(num_tokens)
-        except ConfigError as error:
-            assert grid == "auto" and "quantizer.grid=1d" in str(error)
-            refused += 1
-            continue
-        height, width = quantizer._grid_of(length)
-        assert height * width == num_tokens
-        known += 1
-    assert known > 28
-    assert (refused > 0) == (grid == "auto") and refused < 10
-    with pytest.raises(ConfigError, match="index tokens"):
-        quantizer.decode(torch.zeros(1, 3, 1, dtype=torch.long))
+def test_without_a_grid_the_number_of_ids_tells_the_length_of_the_line():
+    quantizer = build(dim=4, scales=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16], num_phi=0).eval()
+    lengths = [quantizer.num_index_tokens(count) for count in range(1, 300)]
+    assert lengths == sorted(set(lengths))
+    for count in (1, 2, 16, 63, 64, 100, 299):
+        ids = torch.zeros(1, lengths[count - 1], 1, dtype=torch.long)
+        assert quantizer.decode(ids).shape == (1, count, 4)
+    assert 13 not in lengths  # a line of 2 has 12, of 3 has 15
+    for length in (0, 3, 13):
+        with pytest.raises(ConfigError, match=rf"found {length} index tokens.* decode_prefix"):
+            quantizer.decode(torch.zeros(1, length, 1, dtype=torch.long))
 
 
-def test_a_grid_that_is_no_square_is_refused():
-    with pytest.raises(ConfigError, match="not a square"):
-        build(grid="2d")(torch.randn(1, 15, 4))
+def test_the_option_overrides_the_grid_that_calls_name():
+    z = torch.randn(2, 12, 4)
+    for option, named in (([2, 6], (3, 4)), ([12], (3, 4)), ([3, 4], None)):
+        quantizer, free = build(grid=option).eval(), build().eval()
+        ids = quantizer.encode(z, named)
+        assert torch.equal(ids, free.encode(z, tuple(option)))
+        assert ids.shape[1] == quantizer.num_index_tokens(12, named)
+        vectors = quantizer.decode(ids, named)
+        assert torch.equal(vectors, free.decode(ids, tuple(option)))
+        assert torch.equal(vectors, quantizer(z, grid=named).quantized)
+
+
+def test_grids_that_do_not_fit_are_refused():
+    z = torch.randn(1, 15, 4)
+    with pytest.raises(ConfigError, match=r"^quantizer\.grid=\[4, 4\]: has 16 places, but .* 15"):
+        build(grid=[4, 4])(z)
+    with pytest.raises(ConfigError, match=r"^grid=\[2, 8\]: has 16 places, but there are 15"):
+        build()(z, grid=(2, 8))
+    with pytest.raises(ConfigError, match="one or two axes"):
+        build()(z, grid=(5, 3, 1))
+    quantizer = build().eval()
+    with pytest.raises(ConfigError, match=r"found 30 index tokens, but a grid of 2 x 8 has "):
+        quantizer.decode(quantizer.encode(torch.randn(1, 16, 4), (4, 4)), (2, 8))
 
 
 def test_eval_is_decode_and_a_prefix_of_scales_decodes():
     quantizer = build(dim=6, codebook_dim=4).eval()
     z = torch.randn(2, 16, 6)
-    output = quantizer(z)
+    output = quantizer(z, grid=(4, 4))
     assert output.indices.shape == (2, 30, 1) and output.quantized.shape == (2, 16, 6)
-    assert torch.equal(output.indices, quantizer.encode(z))
-    assert torch.equal(output.quantized, quantizer.decode(output.indices))
-    assert torch.equal(quantizer.decode_prefix(output.indices, 16), output.quantized)
+    assert torch.equal(output.indices, quantizer.encode(z, (4, 4)))
+    assert torch.equal(output.quantized, quantizer.decode(output.indices, (4, 4)))
+    assert torch.equal(quantizer.decode_prefix(output.indices, 16, (4, 4)), output.quantized)
 
     codes, painted = quantizer.book._lookup(output.indices), 0
     start = 0
@@ -181,11 +196,11 @@ def test_eval_is_decode_and_a_prefix_of_scales_decodes():
         part = codes[:, start : start + side**2]
         painted = painted + quantizer._paint(part, number, (side, side), (4, 4))
         start += side**2
-        prefix = quantizer.decode_prefix(output.indices[:, :start], 16)
+        prefix = quantizer.decode_prefix(output.indices[:, :start], 16, (4, 4))
         expected = quantizer.project_out(painted.flatten(2).transpose(1, 2))
         assert torch.allclose(prefix, expected, atol=1e-6)
     with pytest.raises(ConfigError, match="inside a scale"):
-        quantizer.decode_prefix(output.indices[:, :4], 16)
+        quantizer.decode_prefix(output.indices[:, :4], 16, (4, 4))
 
 
 def test_training_and_eval_find_the_same_ids():
@@ -197,7 +212,7 @@ def test_training_and_eval_find_the_same_ids():
 def test_scale_dropout_keeps_a_prefix_per_sample():
     quantizer = build(scale_dropout=0.5, min_scales=2)
     z = torch.randn(2000, 16, 4)
-    output = quantizer(z)
+    output = quantizer(z, grid=(4, 4))
     scale_of = torch.repeat_interleave(torch.arange(4), torch.tensor([1, 4, 9, 16]))
     present = output.indices[..., 0] >= 0
     depth = torch.where(present, scale_of + 1, 0).amax(1)
@@ -205,7 +220,7 @@ def test_scale_dropout_keeps_a_prefix_per_sample():
     share = torch.bincount(depth, minlength=5) / 2000
     assert torch.allclose(share, torch.tensor([0, 0, 1 / 6, 1 / 6, 2 / 3]), atol=0.06)
     # An absent scale adds nothing, not even the bias of φ.
-    assert torch.allclose(output.quantized, quantizer.decode(output.indices), atol=1e-5)
+    assert torch.allclose(output.quantized, quantizer.decode(output.indices, (4, 4)), atol=1e-5)
     assert quantizer.usage.counts.sum() == present.sum()
     assert quantizer.book.stats.step_counts.sum() == present.sum()
     assert (quantizer.eval()(z).indices >= 0).all()
@@ -215,18 +230,18 @@ def test_dropped_scales_enter_no_loss(monkeypatch):
     quantizer = build(scale_dropout=1.0)
     depths = torch.tensor([1, 4])
     monkeypatch.setattr(quantizer, "sample_depths", lambda batch, device: depths)
-    z = torch.randn(2, 16, 4)
-    output = quantizer(z)
+    z, grid = torch.randn(2, 16, 4), (4, 4)
+    output = quantizer(z, grid=grid)
     ends, errors = [1, 5, 14, 30], []
     for number, end in enumerate(ends):
-        prefix = quantizer.decode_prefix(quantizer.eval().encode(z)[:, :end], 16)
+        prefix = quantizer.decode_prefix(quantizer.eval().encode(z, grid)[:, :end], 16, grid)
         active = depths > number
         errors.append((z - prefix)[active].square().mean())
     assert torch.allclose(output.losses["commitment"], sum(errors) / 4, atol=1e-6)
 
 
 def test_masked_latents_hide_the_ids_that_cover_only_them():
-    quantizer = build(scales=[1, 2, 4], grid="1d", num_phi=0)
+    quantizer = build(scales=[1, 2, 4], num_phi=0)
     z = torch.randn(1, 4, 4)
     mask = torch.tensor([[True, True, False, False]])
     output = quantizer(z, mask)
@@ -243,7 +258,7 @@ def test_masked_latents_hide_the_ids_that_cover_only_them():
 def test_an_ema_codebook_learns_from_the_pooled_residuals():
     quantizer = build(codebook="ema", revival="none", ema_decay=0.0, num_phi=0, scales=[1, 2])
     z = torch.randn(6, 4, 4)
-    ids = quantizer(z).indices[..., 0]
+    ids = quantizer(z, grid=(2, 2)).indices[..., 0]
     first = z.mean(1, keepdim=True)
     before = quantizer.book.embedding.clone()
     rows = torch.cat([first, z - before[ids[:, :1]]], dim=1)
@@ -256,7 +271,7 @@ def test_an_ema_codebook_learns_from_the_pooled_residuals():
 def test_the_codebook_starts_from_all_latents_not_from_the_coarsest_means():
     torch.manual_seed(0)
     quantizer = MultiScaleVQ(4, 64, metric="euclidean", codebook="gradient", scales=[1, 2, 4])
-    quantizer(torch.randn(2, 256, 4))  # the 1×1 scale has two tokens only
+    quantizer(torch.randn(2, 256, 4), grid=(16, 16))  # the 1×1 scale has two tokens only
     assert len(quantizer.book.embedding.round(decimals=4).unique(dim=0)) == 64
 
 
@@ -265,7 +280,10 @@ def test_the_codebook_starts_from_all_latents_not_from_the_coarsest_means():
     [
         ({"scales": []}, "scales"),
         ({"scales": [2, 1]}, "scales"),
-        ({"grid": "3d"}, "grid"),
+        ({"grid": "auto"}, r"quantizer\.grid=auto: must be null .*\[rows, columns\]"),
+        ({"grid": [4, 0]}, r"quantizer\.grid=\[4, 0\]"),
+        ({"grid": [2, 2, 4]}, r"quantizer\.grid=\[2, 2, 4\]"),
+        ({"grid": 16}, r"quantizer\.grid=16"),
         ({"min_scales": 5}, "min_scales"),
         ({"entropy_weight": 0.1}, "entropy"),
     ],

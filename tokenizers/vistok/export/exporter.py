@@ -120,8 +120,7 @@ def codebook_tensors(tokenizer: Tokenizer) -> dict[str, Tensor]:
     tensors = {f"codebook.{q}": t.contiguous().clone() for q, t in enumerate(tables)}
     sizes = tokenizer.quantizer.codebook_sizes
     # Codes that only mean something together (multi-scale) have no such table.
-    alone = tokenizer.quantizer.num_index_tokens(sizes[0]) == sizes[0]
-    if len(sizes) == 1 and sizes[0] <= LARGEST_TABLE and alone:
+    if len(sizes) == 1 and sizes[0] <= LARGEST_TABLE and tokenizer.quantizer.per_token:
         ids = torch.arange(sizes[0], device=tokenizer.device)[None, :, None]
         tensors["decoder_input"] = tokenizer.quantizer.decode(ids)[0].contiguous().clone()
     return tensors
@@ -141,6 +140,8 @@ def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
             "image_range": "uint8, or float in [0, 1]",
             "crop": config["data"]["val_crop"],
             "num_tokens": tokenizer.num_tokens,
+            # places of the latents, [rows, columns]; null for a sequence
+            "grid": None if tokenizer.encoder.grid is None else list(tokenizer.encoder.grid),
             "token_order": tokenizer.token_order,
             "ids": "int64 (B, N, Q), each slot counting from 0",
             "codebook_sizes": list(sizes),

@@ -1,4 +1,4 @@
-"""A tokenizer from a run's config."""
+"""A tokenizer from a run's config, and its start."""
 
 from __future__ import annotations
 
@@ -47,3 +47,25 @@ def _check_contract(key: str, target: Any) -> None:
         found = (words for words, other in _CONTRACTS.values() if issubclass(cls, other))
         what = next(found, f"the class {cls.__name__}")
         raise ConfigError(f"{key}._target_={target}: is {what}, expected {expected}")
+
+
+def starts_from_data(config: Mapping[str, Any]) -> bool:
+    """Return whether a run's fresh weights are set from training images.
+
+    With `init=random` they stay as they are constructed.
+
+    Args:
+        config: resolved; runs of before the key was there all start from data.
+
+    Raises:
+        ConfigError: if `init` is no such word, or the tokenizer has something to measure.
+    """
+    init = config.get("init", "data")
+    if init not in ("data", "random"):
+        raise ConfigError(f"init={as_written(init)}: must be data or random")
+    if init == "random" and config["tokenizer"].get("autoencoder"):
+        raise ConfigError(
+            "init=random: the latents of tokenizer.autoencoder are scaled by training images; "
+            "must be data"
+        )
+    return init == "data"

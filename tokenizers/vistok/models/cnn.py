@@ -64,8 +64,9 @@ class CNNEncoder(Encoder):
     ) -> None:
         super().__init__()
         factor = stem * 2 ** (len(channel_multipliers) - 1)
-        self.grid = grid_of(image_size, factor)
-        self.num_tokens = self.grid[0] * self.grid[1]
+        grid = grid_of(image_size, factor)
+        self.grid: tuple[int, int] = grid  # type: ignore[assignment]
+        self.num_tokens = grid[0] * grid[1]
         self.stem = stem
         self.conv_in = nn.Conv2d(channels * stem * stem, base_channels, 3, padding=1)
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]

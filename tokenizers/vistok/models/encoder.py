@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from vistok.core.geometry import Grid
 from vistok.core.taps import NO_TAPS, Tap, Taps
 
 
@@ -15,11 +16,12 @@ class Encoder(nn.Module, ABC):
     Attributes:
         dim: D, the width of the latents.
         num_tokens: N.
+        grid: places of the N tokens, in raster order: (rows, columns). None for a sequence.
     """
 
     dim: int
     num_tokens: int
-    grid: tuple[int, ...] | None = None
+    grid: Grid | None = None
 
     @abstractmethod
     def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:

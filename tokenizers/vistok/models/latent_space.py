@@ -28,7 +28,7 @@ class LatentSpace(nn.Module):
     run.
 
     Args:
-        encoder: of the 2D tokenizer, with a `grid`.
+        encoder: of the 2D tokenizer, with a grid.
         quantizer: of the 2D tokenizer; of it the projections are used.
         decoder: of the 2D tokenizer.
 
@@ -43,8 +43,7 @@ class LatentSpace(nn.Module):
 
     def __init__(self, encoder: Encoder, quantizer: Quantizer, decoder: Decoder) -> None:
         super().__init__()
-        grid = getattr(encoder, "grid", None)
-        if grid is None or grid[0] * grid[1] != encoder.num_tokens:
+        if encoder.grid is None:
             raise ConfigError(
                 f"autoencoder: must be a 2D tokenizer, found {type(encoder).__name__}"
             )
@@ -53,7 +52,7 @@ class LatentSpace(nn.Module):
                 f"autoencoder: the codes of {type(quantizer).__name__} have no continuous form "
                 "that its decoder takes; use a run with quantizer=token_bridge_post or ema_vq"
             )
-        self.grid: tuple[int, int] = grid
+        self.grid = encoder.grid
         self.dim = quantizer.codebook_dim
         self.encoder, self.decoder = encoder, decoder
         self.project_in, self.project_out = quantizer.project_in, quantizer.project_out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,11 @@ class LatentTransformerEncoder(Encoder):
     """Patches and K learned latent tokens through one transformer; the latents are kept.
 
     Sequence `[class token | patches | latent tokens]` with full attention, as in TiTok (Yu et
-    al. 2024, https://arxiv.org/abs/2406.07550). Differs from the reference code: positions start
-    as sines and cosines, the latent tokens' at points spread over the image, and `initialize`
-    sets the patch embedding to principal components. All remain learned.
+    al. 2024, https://arxiv.org/abs/2406.07550). The forward is the released one; the start is not.
+    There all weights are drawn, positions with a deviation of W ** -0.5. Here positions start as
+    sines and cosines, the latent tokens' at points spread over the image, the first attention
+    copies between tokens at one place, and `initialize`, which a run with `init=random` leaves
+    out, sets the patch embedding to principal components. All remain learned.
 
     Args:
         image_size: side in pixels, or (H, W), multiples of `patch_size`.
@@ -43,18 +46,18 @@ class LatentTransformerEncoder(Encoder):
         activation_checkpointing: see `Transformer`.
         causal: patches attend to patches alone, and latent token j to all patches and to the
             latent tokens up to j (FlexTok's registers), so that later ones don't change it.
-        block: style of the blocks, such as "vit" or "flextok"; see `Block`.
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
-        attention: auto, dense or flex, under the causal mask; see `nn/attention.py`.
+        attention: dense or flex, under the causal mask; see `nn/attention.py`.
         content: strength of the patches' content at the start, over that of the positions. A
             codebook follows latents that training moves about as a whole, so there an eighth
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
             about 1 the latents would leave it before they are of use. 0 or more.
-        legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
-            two-stage TiTok and One-D-Piece do: each token gets channels of every latent.
-        norm_in: normalise the sequence before the first block; FlexTok does not.
+        norm_in: normalise the sequence before the first block.
     """
+
+    #: Options of the blocks, see `Block`.
+    block: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -68,17 +71,14 @@ class LatentTransformerEncoder(Encoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         causal: bool = False,
-        block: str = "vit",
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         content: float = 0.125,
-        legacy_reshape: bool = False,
         norm_in: bool = True,
     ) -> None:
         super().__init__()
         check_number("content", content, 0)
-        self.legacy_reshape = legacy_reshape
-        self.grid = grid_of(image_size, patch_size)
+        self.patch_grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.content = content
         self.dim = width
@@ -91,18 +91,18 @@ class LatentTransformerEncoder(Encoder):
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block=block,
             attention=attention,
+            **self.block,
         )
         self.norm_out = nn.LayerNorm(width)
         init_transformer_(self)
         # Positions start in as many dimensions as a head has, content in the others.
         self.num_position_dims = head = width // num_heads
         attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
-        points = grid_points(self.grid)
-        self.patch_positions = nn.Parameter(position_table(points, width, head, self.grid))
-        points = spread_points(num_latent_tokens, self.grid, nested)
-        self.latent_positions = nn.Parameter(position_table(points, width, head, self.grid))
+        points = grid_points(self.patch_grid)
+        self.patch_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
+        points = spread_points(num_latent_tokens, self.patch_grid, nested)
+        self.latent_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
         # What a latent says about its own place is no news: its mean over images is taken off.
         self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)
@@ -113,6 +113,10 @@ class LatentTransformerEncoder(Encoder):
 
     def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`; `block.{i}` are the patches."""
+        return self.latents(images, taps) - self.latent_means
+
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """The latent tokens `(B, K, W)` behind the last norm, their means still in them."""
         x = self.patch_embed(patchify(images, self.patch_size)) + self.patch_positions
         latents = (self.latent_tokens + self.latent_positions).expand(len(x), -1, -1)
         parts = [x, latents.to(x.dtype)]
@@ -122,15 +126,11 @@ class LatentTransformerEncoder(Encoder):
         start = 0 if self.class_token is None else 1
         patches = slice(start, start + len(self.patch_positions))
         latents = slice(-self.num_tokens, None)
-        latents = self.transformer(x, self.mask, keep=latents, taps=taps, places=patches)
-        latents = self.norm_out(latents)
-        if self.legacy_reshape:
-            latents = latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
-        return latents - self.latent_means
+        return self.norm_out(self.transformer(x, self.mask, latents, taps, patches))
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the blocks."""
-        return _block_taps(self.transformer, Tap(self.dim, self.grid))
+        return _block_taps(self.transformer, Tap(self.dim, self.patch_grid))
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -171,7 +171,9 @@ class LatentTransformerDecoder(Decoder):
 
     Sequence `[class token | mask tokens | latent tokens]` with full attention and a linear head
     to pixels, then a 3x3 convolution across the seams: the single-stage TiTok (Yu et al. 2024,
-    https://arxiv.org/abs/2406.07550; head of TA-TiTok, https://arxiv.org/abs/2501.07730).
+    https://arxiv.org/abs/2406.07550; head of TA-TiTok, https://arxiv.org/abs/2501.07730). The
+    forward is the released one. As in the encoder, the start is not: there all weights are drawn;
+    here `initialize` fits the head, and the last convolution starts as the identity.
 
     Args:
         image_size: side in pixels, or (H, W), multiples of `patch_size`.
@@ -185,9 +187,8 @@ class LatentTransformerDecoder(Decoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
-        borders: what the last convolution sees beyond the image, its edges "repeated" or "black",
-            as in the released models.
+        attention: dense or flex, where tokens are masked; see `nn/attention.py`.
+        border: what the last convolution sees beyond the image, "black" or its own "edge".
     """
 
     def __init__(
@@ -203,13 +204,13 @@ class LatentTransformerDecoder(Decoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "auto",
-        borders: str = "repeated",
+        attention: str = "dense",
+        border: str = "black",
     ) -> None:
         super().__init__()
-        if borders not in ("repeated", "black"):
-            raise ArgumentError(f"borders={borders}: must be repeated or black")
-        self.borders = borders
+        if border not in ("black", "edge"):
+            raise ArgumentError(f"border={border}: must be black or edge")
+        self.border = border
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.dim = latent_dim
@@ -255,10 +256,8 @@ class LatentTransformerDecoder(Decoder):
     def paint(self, features: Tensor) -> Tensor:
         """Images `(B, C, H, W)` of what `features` returns."""
         patches = unpatchify(self.head(features), self.grid, self.patch_size)
-        black = self.borders == "black"
-        return self.smooth(
-            F.pad(patches, (1, 1, 1, 1), value=-1.0) if black else pad_edges(patches)
-        )
+        edge = self.border == "edge"
+        return self.smooth(pad_edges(patches) if edge else F.pad(patches, (1, 1, 1, 1), value=-1.0))
 
     def features(
         self,

@@ -10,8 +10,25 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, inside, vector_quantizer
+from vistok.core.taps import NO_TAPS, Taps
+from vistok.models.latent_vit import LatentTransformerEncoder
 from vistok.models.maskgit_cnn_weights import maskgit_decoder
+
+
+@register("reshaped_latent_vit_encoder")
+class ReshapedLatentEncoder(LatentTransformerEncoder):
+    """TiTok's encoder as the released two-stage weights need it, and One-D-Piece's.
+
+    The K x W values of the latents are read in memory as W x K: each token gets channels of every
+    latent.
+    """
+
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """The latent tokens `(B, K, W)`, mixed."""
+        latents = super().latents(images, taps)
+        return latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
 
 
 def _titok(published: Published, image_size: int | None, target: str) -> Released:
@@ -26,6 +43,7 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
     patches = published.take("encoder.patch_embed.weight")
     width, channels, patch_size = patches.shape[:3]
     positions = {side: published.take(f"{side}.positional_embedding") for side in _SIDES}
+    # Published images are squares: a table has a position per patch, and one of a class token.
     side = math.isqrt(len(positions["encoder"]) - 1) * patch_size
     if image_size not in (None, side):
         raise ConfigError(f"image_size={image_size}: these weights have positions for {side} px")
@@ -64,11 +82,10 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
 
     grid = math.isqrt(len(positions["decoder"]) - 1)
     encoder = {
-        "_target_": "latent_vit_encoder",
+        "_target_": "reshaped_latent_vit_encoder" if two_stages else "latent_vit_encoder",
         **common,
         **_sizes(state, "encoder"),
         "patch_size": patch_size,
-        "legacy_reshape": two_stages,
     }
     decoder = {
         **common,
@@ -141,10 +158,7 @@ def _two_stage_head(
 
 def _pixel_head(published: Published, decoder: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Patches of pixels and a convolution over their seams, from [0, 1] to [-1, 1]."""
-    decoder |= {
-        "_target_": "latent_vit_decoder",
-        "borders": "black",  # zeros in [0, 1]
-    }
+    decoder["_target_"] = "latent_vit_decoder"
     state["decoder.head.weight"] = 2 * published.take("decoder.ffn.0.weight")[:, :, 0, 0]
     state["decoder.head.bias"] = 2 * published.take("decoder.ffn.0.bias") - 1
     weight = published.take("decoder.conv_out.weight")

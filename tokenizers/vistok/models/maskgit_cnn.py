@@ -59,8 +59,9 @@ class MaskGITEncoder(Encoder):
             if name == "std" and min(values) <= 0:
                 raise ArgumentError(f"std={given}: must be above 0")
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
-        self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
-        self.num_tokens = self.grid[0] * self.grid[1]
+        grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
+        self.grid: tuple[int, int] = grid  # type: ignore[assignment]
+        self.num_tokens = grid[0] * grid[1]
         self.dim = latent_dim
         self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1, bias=False)
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]

@@ -27,6 +27,11 @@ class QFormerEncoder(Encoder):
     The queries start as averages of the embedded grid over ever finer cells (1, 1, 2, 4, ... of
     them), so the first tokens see the whole image and the last ones small parts of it.
 
+    Differs from the released code in its start: there weights and positions are drawn; here
+    positions start as sines and cosines, the queries' layer as the identity, and `initialize`,
+    which a run with `init=random` leaves out, sets embedding and projection to principal
+    components.
+
     Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
 
     Args:
@@ -39,8 +44,8 @@ class QFormerEncoder(Encoder):
         activation_checkpointing: of the Q-Former's blocks.
         padding_start: repeat the queries from this one on behind the code, with positions of
             their own (ReTok); None for none. See `padded`.
-        norm_first: normalise the grid's features before they are embedded, as the released code
-            does, and not their embedding.
+        norm: what is normalised on the way in, the "input" of the embedding, the features of the
+            grid, or the "embedding" itself.
     """
 
     def __init__(
@@ -53,17 +58,16 @@ class QFormerEncoder(Encoder):
         num_heads: int,
         activation_checkpointing: bool = False,
         padding_start: int | None = None,
-        norm_first: bool = False,
+        norm: str = "input",
     ) -> None:
         super().__init__()
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
-        self.grid = cnn.grid
         self.conv_out = nn.Conv2d(cnn.dim, dim, 3, padding=1)
         self.embed = nn.Linear(dim, width)
-        self.norm_first = norm_first
-        self.norm_in = nn.LayerNorm(dim if norm_first else width)
+        self.norm_first = _is_first(norm)
+        self.norm_in = nn.LayerNorm(dim if self.norm_first else width)
         self.query = nn.Linear(width, width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
         self.norm_out = nn.LayerNorm(width)
@@ -104,13 +108,13 @@ class QFormerEncoder(Encoder):
 
     def cells(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """What is embedded for the Q-Former to read: `(B, cells, D)`; taps are the CNN's."""
-        grid = self.conv_out(self.cnn(images, taps).transpose(1, 2).unflatten(2, self.grid))
+        grid = self.conv_out(self.cnn(images, taps).transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = grid.flatten(2).transpose(1, 2)
         return self.norm_in(cells) if self.norm_first else cells
 
     def queries(self, memory: Tensor) -> Tensor:
         """Averages `(B, K, W)` of the grid `(B, cells, W)` over the parts of each level."""
-        grid = memory.transpose(1, 2).unflatten(2, self.grid)
+        grid = memory.transpose(1, 2).unflatten(2, self.cnn.grid)
         pooled = [F.adaptive_avg_pool2d(grid, level).flatten(2) for level in self.levels]
         return self.query(torch.cat(pooled, dim=2).transpose(1, 2))
 
@@ -120,19 +124,26 @@ class QFormerEncoder(Encoder):
         self.cnn.initialize(images)
         chunks = images.split(32)
         maps = torch.cat([self.cnn(chunk).float() for chunk in chunks[:4]])
-        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.grid))
+        start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
         start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
         latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
         start_at_components_(self.project, latents.flatten(0, 1), self.dim)
 
 
+def _is_first(norm: str) -> bool:
+    if norm not in ("input", "embedding"):
+        raise ArgumentError(f"norm={norm}: must be input or embedding")
+    return norm == "input"
+
+
 @register("qformer_decoder")
 class QFormerDecoder(Decoder):
     """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
 
-    Differs from the released code: tokens start at the centres of what their queries average, and
-    the first block starts by copying from those near a cell. All of it stays learned.
+    Differs from the released code in its start, as the encoder does: tokens start at the centres
+    of what their queries average, and the first block by copying from those near a cell. All of it
+    stays learned.
 
     Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
 
@@ -145,7 +156,7 @@ class QFormerDecoder(Decoder):
         num_heads: attention heads.
         activation_checkpointing: of the Q-Former's blocks.
         padding_start: the encoder's; the code may then be longer by the padding.
-        norm_first: as in the encoder, of the code.
+        norm: as in the encoder, of the code.
     """
 
     def __init__(
@@ -158,7 +169,7 @@ class QFormerDecoder(Decoder):
         num_heads: int,
         activation_checkpointing: bool = False,
         padding_start: int | None = None,
-        norm_first: bool = False,
+        norm: str = "input",
     ) -> None:
         super().__init__()
         if cnn.dim != latent_dim:
@@ -166,8 +177,8 @@ class QFormerDecoder(Decoder):
         self.dim = latent_dim
         self.grid = cnn.grid
         self.embed = nn.Linear(latent_dim, width)
-        self.norm_first = norm_first
-        self.norm_in = nn.LayerNorm(latent_dim if norm_first else width)
+        self.norm_first = _is_first(norm)
+        self.norm_in = nn.LayerNorm(latent_dim if self.norm_first else width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
         self.norm_out = nn.LayerNorm(width)
         self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)

@@ -39,6 +39,7 @@ def _gigatok(published: Published, image_size: int | None, model: dict[str, Any]
         }
     )
     cells = len(state["encoder.grid_positions"])
+    # Published images are squares: the table has a position per cell.
     side = math.isqrt(cells) * 2 ** (published.count("encoder.conv_blocks") - 1)
     if image_size not in (None, side):
         raise ConfigError(f"image_size={image_size}: these weights have positions for {side} px")
@@ -108,7 +109,7 @@ def _qformer(
     state |= published.move(names)
     width = len(state[f"{ours}.norm_out.weight"])
     heads = width // 64  # in all published sizes
-    return {**config, "width": width, "depth": depth, "num_heads": heads, "norm_first": True}
+    return {**config, "width": width, "depth": depth, "num_heads": heads}
 
 
 def _cnn(published: Published, part: str, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Tokenizer(nn.Module):
         self.encoder.initialize(signal)
         latents = torch.cat([self.encode(chunk).float() for chunk in signal.split(32)])
         self.quantizer.initialize_from(latents.flatten(0, 1))
-        quantized = torch.cat([self.quantizer(chunk).quantized for chunk in latents.split(32)])
+        quantized = torch.cat([self.quantize(chunk).quantized for chunk in latents.split(32)])
         self.decoder.initialize(quantized, signal)
         self.train(was_training)
 
@@ -183,7 +183,7 @@ class Tokenizer(nn.Module):
 
     def quantize(self, latents: Tensor) -> QuantizerOutput:
         """Quantize latents `(B, N, D)`; in training the usage of a frozen quantizer counts too."""
-        output = self.quantizer(latents)
+        output = self.quantizer(latents, grid=self.encoder.grid)
         if self.training and not self.quantizer.training:
             self.quantizer.usage.update(output.indices)
         return output
@@ -220,7 +220,7 @@ class Tokenizer(nn.Module):
         """
         signal = self.to_signal(self.to_model_range(images))
         latents = self.encode(signal.to(_precision(self.encoder)))[:, : self.encoder.num_tokens]
-        return self._budget(self.quantizer.encode(latents), num_tokens)[0]
+        return self._budget(self.quantizer.encode(latents, self.encoder.grid), num_tokens)[0]
 
     @torch.no_grad()
     def detokenize(
@@ -241,7 +241,7 @@ class Tokenizer(nn.Module):
         """
         ids, mask = self._budget(self._as_ids(ids).to(self.device), num_tokens)
         self._check_range(ids)
-        quantized = self.quantizer.decode(ids).to(_precision(self.decoder))
+        quantized = self.quantizer.decode(ids, self.encoder.grid).to(_precision(self.decoder))
         signal = self.decode(quantized, mask, **sampling)
         return to_unit_range(self.to_images(signal))
 
@@ -323,7 +323,7 @@ class Tokenizer(nn.Module):
     @property
     def num_tokens(self) -> int:
         """N, the number of tokens per image (of ids, where scales make them more than latents)."""
-        return self.quantizer.num_index_tokens(self.encoder.num_tokens)
+        return self.quantizer.num_index_tokens(self.encoder.num_tokens, self.encoder.grid)
 
     @property
     def bits_per_image(self) -> float:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,35 +79,50 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+#: Options of a `Block` without biases, whose norms learn nothing: a SwiGLU, and queries and keys
+#: that are normalised.
+NORMALIZED: Mapping[str, Any] = MappingProxyType(
+    {"mlp": "swiglu", "bias": False, "qk_norm": True, "affine": False}
+)
+
+
 class Block(nn.Module):
-    """Pre-norm attention and MLP.
+    """Pre-norm attention and MLP; by default those of a ViT.
 
     Args:
         width: W, in and out.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over W.
-        style: "vit" has a GELU MLP, biases and learned norms (TiTok, CLIP, ViT); "hita" the same
-            with a SwiGLU; "flextok" a SwiGLU, normalised queries and keys, no biases and plain
-            norms.
+        mlp: "gelu", two layers around a GELU, or "swiglu", see `SwiGLU`.
+        bias: of all linear layers.
+        qk_norm: normalise queries and keys, see `Attention`.
+        affine: let the norms learn a scale and a shift.
+        multiple: a SwiGLU's hidden width is rounded up to a multiple of it.
     """
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float = 4.0, style: str = "vit"
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        mlp: str = "gelu",
+        bias: bool = True,
+        qk_norm: bool = False,
+        affine: bool = True,
+        multiple: int = 1,
     ) -> None:
         super().__init__()
-        if style not in ("vit", "hita", "flextok"):
-            raise ArgumentError(f"block={style}: must be vit, hita or flextok")
-        plain = style == "flextok"
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=not plain)
-        self.attn = Attention(width, num_heads, bias=not plain, qk_norm=plain)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=not plain)
-        if plain:
-            self.mlp: nn.Module = SwiGLU(width, mlp_ratio)
-        elif style == "hita":
-            self.mlp = SwiGLU(width, mlp_ratio, bias=True, multiple=8)
+        if mlp not in ("gelu", "swiglu"):
+            raise ArgumentError(f"mlp={mlp}: must be gelu or swiglu")
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=affine)
+        self.attn = Attention(width, num_heads, bias, qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=affine)
+        if mlp == "swiglu":
+            self.mlp: nn.Module = SwiGLU(width, mlp_ratio, bias, multiple)
         else:
             hidden = int(width * mlp_ratio)
-            self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+            first, last = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
+            self.mlp = nn.Sequential(first, nn.GELU(), last)
 
     def forward(self, x: Tensor, mask: Mask | None = None, keep: slice | None = None) -> Tensor:
         """Map `(B, L, W)` to `(B, L, W)`, or to the tokens in `keep`; see `Attention`."""
@@ -113,7 +132,7 @@ class Block(nn.Module):
 
 
 class ModulatedBlock(Block):
-    """A "flextok" block whose norms and residuals are set by a condition (AdaLN-Zero).
+    """A `NORMALIZED` block whose norms and residuals are set by a condition (AdaLN-Zero).
 
     The sequence has two parts, and each is modulated by maps of its own. They start at zero, so
     that the block starts as the identity (DiT, Peebles and Xie 2023; FlexTok).
@@ -125,7 +144,7 @@ class ModulatedBlock(Block):
     """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__(width, num_heads, mlp_ratio, style="flextok")
+        super().__init__(width, num_heads, mlp_ratio, **NORMALIZED)
         self.modulations = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(2))
 
     def forward(self, x: Tensor, condition: Tensor, first: int) -> Tensor:  # type: ignore[override]
@@ -157,8 +176,8 @@ class Transformer(nn.Module):
         mlp_ratio: hidden width of the MLPs over W.
         activation_checkpointing: recompute each block in the backward pass; less memory, about
             a third more time, the same numbers.
-        block: style of the blocks, see `Block`.
         attention: how it is computed under a mask, one of `vistok.nn.attention.ATTENTION`.
+        block: further options of the blocks, see `Block`.
     """
 
     def __init__(
@@ -168,14 +187,15 @@ class Transformer(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         activation_checkpointing: bool = False,
-        block: str = "vit",
-        attention: str = "auto",
+        attention: str = "dense",
+        **block: Any,
     ) -> None:
         super().__init__()
         self.attention = check_kind(attention)
-        self.num_heads = num_heads
         self.activation_checkpointing = activation_checkpointing
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, block) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio, **block) for _ in range(depth)
+        )
 
     def forward(
         self,
@@ -195,7 +215,7 @@ class Transformer(nn.Module):
             taps: offered the tokens in `places` behind block i, as `block.{i}`.
             places: where the tapped tokens lie in the sequence; None for all of it.
         """
-        seen = None if mask is None else mask_for(self.attention, mask, x, self.num_heads)
+        seen = None if mask is None else mask_for(self.attention, mask, x)
         last = len(self.blocks) - 1
         narrow = keep is not None and (keep == places or not taps.wants(f"block.{last}"))
         for number, block in enumerate(self.blocks):

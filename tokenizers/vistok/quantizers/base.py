@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_sum, world_size
 from vistok.nn.data_init import principal_components
@@ -88,23 +89,24 @@ class Quantizer(nn.Module, ABC):
     # ------------------------------------------------------------------ what a method writes
 
     @abstractmethod
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         """Training forward in code space.
 
         Args:
             codes: `(B, N, d)` float32 with a gradient.
             mask: `(B, N)` bool or None; a token marked False enters no loss and no statistic.
+            grid: see `forward`.
 
         Returns:
             Output whose `quantized` is `(B, N, d)`.
         """
 
     @abstractmethod
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None) -> Tensor:
         """Indices `(B, N, Q)` of `codes` `(B, N, d)` float32, by the shortest path."""
 
     @abstractmethod
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None) -> Tensor:
         """Vectors `(B, N, d)` float32 of `indices` `(B, N, Q)`."""
 
     @abstractmethod
@@ -114,11 +116,16 @@ class Quantizer(nn.Module, ABC):
         Implicit codebooks (FSQ, LFQ) are written out.
         """
 
-    def num_index_tokens(self, num_tokens: int) -> int:
+    @property
+    def per_token(self) -> bool:
+        """Return whether an id stands for one token, and says all about it; not so with scales."""
+        return True
+
+    def num_index_tokens(self, num_tokens: int, grid: Grid | None = None) -> int:
         """Length of the index sequence of `num_tokens` latents; longer for multi-scale only."""
         return num_tokens
 
-    def index_mask(self, mask: Tensor) -> Tensor:
+    def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
         """The mask over index tokens `(B, num_index_tokens(N))` of one over latents `(B, N)`."""
         return mask
 
@@ -189,13 +196,17 @@ class Quantizer(nn.Module, ABC):
         """log2 of the number of different tokens."""
         return sum(math.log2(size) for size in self.codebook_sizes)
 
-    def forward(self, latents: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: Tensor, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> QuantizerOutput:
         """Quantize.
 
         Args:
             latents: `(B, N, D)`, any float type.
             mask: `(B, N)` bool; a token marked False enters no loss and no statistic. It still
                 gets an index and a vector.
+            grid: where the tokens lie, in raster order, such as (rows, columns): the encoder's
+                `grid`. None for a line of N. Only scales look at it.
 
         Returns:
             The output with `quantized` `(B, N, D)` float32.
@@ -206,24 +217,26 @@ class Quantizer(nn.Module, ABC):
         with torch.autocast(latents.device.type, enabled=False):
             codes = self._codes(latents)
             if not self.training:
-                indices = self._search(codes)
-                return QuantizerOutput(self.decode(indices), indices)
-            output = self._quantize(codes, mask)
-            self.usage.update(output.indices, None if mask is None else self.index_mask(mask))
+                indices = self._search(codes, grid)
+                return QuantizerOutput(self.decode(indices, grid), indices)
+            output = self._quantize(codes, mask, grid)
+            kept = None if mask is None else self.index_mask(mask, grid)
+            self.usage.update(output.indices, kept)
             quantized = self.project_out(output.quantized)
             return QuantizerOutput(quantized, output.indices, output.losses, output.metrics)
 
     @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
+    def encode(self, latents: Tensor, grid: Grid | None = None) -> Tensor:
         """Indices `(B, N, Q)` of `latents` `(B, N, D)`: no losses, no statistics, no vectors."""
         with torch.autocast(latents.device.type, enabled=False):
-            return self._search(self._codes(latents))
+            return self._search(self._codes(latents), grid)
 
-    def decode(self, indices: Tensor) -> Tensor:
+    def decode(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         """Look up the vectors of the given indices.
 
         Args:
             indices: `(B, N, Q)` integers, slot q in [0, codebook_sizes[q]).
+            grid: the one that they were encoded with.
 
         Returns:
             `(B, N, D)` float32, the input that the decoder was trained on.
@@ -237,7 +250,7 @@ class Quantizer(nn.Module, ABC):
                 f"found {tuple(indices.shape)}"
             )
         with torch.autocast(indices.device.type, enabled=False):
-            return self.project_out(self._lookup(indices.long()))
+            return self.project_out(self._lookup(indices.long(), grid))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Move, but stay float32 under `.bfloat16()`, which would change ids, or `.double()`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.sample_random import uniform
@@ -84,7 +85,7 @@ class BinaryLatents(Quantizer):
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         temperature = self.current_temperature()
         odds = torch.sigmoid(codes.detach() / temperature)
         sample = (uniform(codes.shape, codes.device) < odds).to(codes.dtype)
@@ -93,10 +94,10 @@ class BinaryLatents(Quantizer):
         metrics = {"temperature": temperature}
         return QuantizerOutput(straight_through(p, sample), self._pack(sample), losses, metrics)
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         return self._pack(codes > 0)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         radices = binary_radices(self.bits, indices.device)
         return unpack_digits(indices, radices).flatten(-2).float()
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.values import check_whole
@@ -73,13 +74,13 @@ class SharedIndexVQ(VectorQuantizer):
         semantic, pixel = joint.split(self.widths, dim=-1)
         return torch.cat([semantic, pixel / self.pixel_scale], dim=-1)
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
-        output = super()._quantize(codes, mask)
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
+        output = super()._quantize(codes, mask, grid)
         quantized = self._unscale(output.quantized)
         return QuantizerOutput(quantized, output.indices, output.losses, output.metrics)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
-        return self._unscale(super()._lookup(indices))
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
+        return self._unscale(super()._lookup(indices, grid))
 
     def _start(self, points: Tensor) -> None:
         super()._start(points)
@@ -110,7 +111,7 @@ class MultiScaleSharedIndexVQ(MultiScale):
         pixel_dim: width of P.
         pixel_weight: w > 0.
         scales: sizes relative to the last.
-        grid: "2d", "1d" or "auto".
+        grid: as in `MultiScale`.
         commitment_weight: β.
         codebook_weight: weight of the codebook loss.
         scale_dropout: probability that a training sample keeps its first scales only. The
@@ -128,7 +129,7 @@ class MultiScaleSharedIndexVQ(MultiScale):
         pixel_dim: int = 8,
         pixel_weight: float = 1.0,
         scales: Sequence[int] = (1, 2, 4, 6, 8, 10, 12, 14, 16),
-        grid: str = "auto",
+        grid: Sequence[int] | None = None,
         commitment_weight: float = 0.25,
         codebook_weight: float = 1.0,
         scale_dropout: float = 0.0,
@@ -268,7 +269,7 @@ class ImageFolder(Product):
         return cast(list[MultiScaleVQ], list(self.books))
 
     def _quantize_books(
-        self, parts: Sequence[Tensor], mask: Tensor | None
+        self, parts: Sequence[Tensor], mask: Tensor | None, grid: Grid | None
     ) -> list[QuantizerOutput]:
         depths = None
         if self.scale_dropout > 0:
@@ -276,8 +277,8 @@ class ImageFolder(Product):
             num_scales = len(self.branches[0].scales)
             depths = sample_depths(batch, num_scales, self.min_scales, self.scale_dropout, device)
         pairs = zip(self.branches, parts, strict=True)
-        return [branch._quantize(part, mask, depths) for branch, part in pairs]
+        return [branch._quantize(part, mask, grid, depths) for branch, part in pairs]
 
-    def decode_prefix(self, indices: Tensor, num_tokens: int) -> Tensor:
+    def decode_prefix(self, indices: Tensor, num_tokens: int, grid: Grid | None = None) -> Tensor:
         """Decode the first scales alone; see `MultiScale.decode_prefix`."""
-        return self.decode(self.branches[0].pad_prefix(indices, num_tokens))
+        return self.decode(self.branches[0].pad_prefix(indices, num_tokens, grid), grid)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.sample_random import integers, uniform
@@ -141,7 +142,7 @@ class FSQ(Quantizer):
         # Above 1000 levels the slack of 0.1 % in the reach leads one digit too far.
         self._overshoots = max(levels) > 500
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         z, (shift, start, reach, middle, gain) = self._tiled(codes)
         squashed = self._squash(z, shift)
         bins = self._bins(squashed.detach(), start, reach, middle)
@@ -160,12 +161,12 @@ class FSQ(Quantizer):
         indices = self._pack(bins.view(by_slot))
         return QuantizerOutput(quantized.view_as(codes), indices, metrics={"saturation": share})
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         z, (shift, start, reach, middle, _) = self._tiled(codes)
         bins = self._bins(self._squash(z, shift), start, reach, middle)
         return self._pack(bins.view(*codes.shape[:2], self.num_indices, len(self.levels)))
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         return self._values(unpack_digits(indices, self.levels)).flatten(-2)
 
     @property

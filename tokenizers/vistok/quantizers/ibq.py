@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.quantizers.base import Quantizer, token_mean
@@ -82,7 +83,7 @@ class IBQ(Quantizer):
         std = self.codebook_dim**-0.5 if init_std is None else init_std
         self.embedding = nn.Parameter(std * torch.randn(int(codebook_size), self.codebook_dim))
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         z, keep = codes.reshape(-1, self.codebook_dim), None if mask is None else mask.reshape(-1)
         ids = best_codes(z.detach(), self.embedding.detach())
         q, table = picked_codes(self.embedding, ids)
@@ -104,11 +105,11 @@ class IBQ(Quantizer):
         indices = ids.view(*codes.shape[:-1], 1)
         return QuantizerOutput(quantized.view_as(codes), indices, losses, metrics)
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         ids = best_codes(codes.reshape(-1, self.codebook_dim), self.embedding.detach())
         return ids.view(*codes.shape[:-1], 1)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         return F.embedding(indices.squeeze(-1), self.embedding)
 
     @property

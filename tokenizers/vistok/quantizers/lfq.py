@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_mean_with_grad
 from vistok.core.registry import register
@@ -117,7 +118,7 @@ class LFQ(Quantizer):
                 f"this token has {self.codebook_dim}; use entropy=per_codebook or per_bit"
             )
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         points = self._points(codes)
         quantized = self._signs(codes > 0)
         weights = token_weights(codes, mask)
@@ -132,11 +133,11 @@ class LFQ(Quantizer):
             straight_through(points, quantized), self._search(codes), losses, metrics
         )
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         bits = (codes > 0).unflatten(-1, (self.num_indices, self.bits))
         return pack_digits(bits, binary_radices(self.bits, codes.device))
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         bits = unpack_digits(indices, binary_radices(self.bits, indices.device))
         return self._signs(bits.flatten(-2) > 0)
 

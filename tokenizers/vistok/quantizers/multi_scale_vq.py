@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.quantizers import estimators
@@ -27,18 +28,18 @@ VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 class MultiScale(Composite):
     """Residual quantization over a pyramid of grids with one codebook for all scales.
 
-    The latents f form a grid. For each scale s, coarse to fine:
+    The latents f lie on a grid. For each scale s, coarse to fine:
 
         ids_s = search(area-downsample(f − f̂))
         h = bicubic-upsample(codes[ids_s])        h ← (1−ρ)·h + ρ·φ(h)        f̂ ← f̂ + h
 
-    so the ids are a sequence of all scales, `(B, L, Q)` with L = `num_index_tokens(N)`, from
+    so the ids are a sequence of all scales, `(B, L, Q)` with L = `num_index_tokens(N, grid)`, from
     which `decode` makes N vectors. φ is one of a few shared 3×3 convolutions. "commitment"
     |f − sg f̂|² and "codebook" |f̂ − sg f|² are taken after every scale and averaged over the
     scales; the second trains codes and φ, each scale also through all later ones. The residual
     is detached and the encoder's gradient is the identity.
 
-    A 1D sequence is a grid of height 1. Each scale has `scales[s] / scales[-1]` of the length of
+    A line of tokens is a grid of one row. Each scale has `scales[s] / scales[-1]` of the length of
     an axis, so one list serves grids of every size; with N = scales[-1]² it is the side lengths.
 
     With scale dropout a training sample keeps its first n scales only, so that a prefix of the
@@ -51,7 +52,8 @@ class MultiScale(Composite):
         dim: width D of the latents.
         book: the quantizer of the pooled residuals, in code space. Its own losses are not used.
         scales: sizes relative to the last, ascending; a size may repeat.
-        grid: "2d" (N must be a square), "1d", or "auto": 2d if N is a square, else 1d.
+        grid: [rows, columns] of the tokens, or [N] for a line, in place of the grid that calls
+            name; None for that one.
         num_phi: number of shared convolutions; scale s takes the one nearest to its place from
             first to last. 0 for none.
         phi_ratio: ρ in [0, 1].
@@ -68,7 +70,7 @@ class MultiScale(Composite):
         book: VectorQuantizer,
         *,
         scales: Sequence[int] = VAR_SCALES,
-        grid: str = "auto",
+        grid: Sequence[int] | None = None,
         num_phi: int = 4,
         phi_ratio: float = 0.5,
         commitment_weight: float = 0.25,
@@ -79,8 +81,11 @@ class MultiScale(Composite):
         scales = tuple(int(scale) for scale in scales)
         if not scales or min(scales) < 1 or list(scales) != sorted(scales):
             raise ConfigError(f"quantizer.scales={list(scales)} must be ascending and positive")
-        if grid not in ("2d", "1d", "auto"):
-            raise ConfigError(f"quantizer.grid={grid!r} is not one of 2d, 1d, auto")
+        if grid is not None and not _is_grid(grid):
+            raise ConfigError(
+                f"quantizer.grid={grid}: must be null (the encoder's grid) or [rows, columns], "
+                "for example [8,16]"
+            )
         if not 1 <= min_scales <= len(scales):
             raise ConfigError(f"quantizer.min_scales={min_scales} is not in [1, {len(scales)}]")
         if "entropy" in book.loss_weights:
@@ -88,7 +93,7 @@ class MultiScale(Composite):
         weights = {"commitment": commitment_weight, "codebook": codebook_weight}
         super().__init__(dim, book.dim, [book], book.codebook_sizes, weights)
         self.scales = scales
-        self.grid = grid
+        self.grid = None if grid is None else tuple(grid)
         self.phi_ratio = phi_ratio
         self.scale_dropout = scale_dropout
         self.min_scales = min_scales
@@ -104,10 +109,14 @@ class MultiScale(Composite):
     # ------------------------------------------------------------------ the method
 
     def _quantize(
-        self, codes: Tensor, mask: Tensor | None, depths: Tensor | None = None
+        self,
+        codes: Tensor,
+        mask: Tensor | None,
+        grid: Grid | None,
+        depths: Tensor | None = None,
     ) -> QuantizerOutput:
         book, (batch, num_tokens, _) = self.book, codes.shape
-        grid = self._grid(num_tokens)
+        grid = self._grid(num_tokens, grid)
         if depths is None and self.scale_dropout > 0:
             depths = self.sample_depths(batch, codes.device)
         if not book._is_ready():  # else the 1×1 scale would start it from a handful of means
@@ -139,8 +148,8 @@ class MultiScale(Composite):
         return QuantizerOutput(quantized, torch.cat(indices, dim=1), losses)
 
     @torch.no_grad()
-    def _search(self, codes: Tensor) -> Tensor:
-        grid = self._grid(codes.shape[1])
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
+        grid = self._grid(codes.shape[1], grid)
         residual, indices = _to_map(codes, grid), []
         for number, size in enumerate(self._sizes(grid)):
             ids = self.book._search(_pool(residual, size))
@@ -148,20 +157,18 @@ class MultiScale(Composite):
             indices.append(ids)
         return torch.cat(indices, dim=1)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
-        grid = self._grid_of(indices.shape[1])
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
+        grid = self._grid_of_ids(indices.shape[1], grid)
         sizes = self._sizes(grid)
         painted = torch.zeros((), device=indices.device)
-        parts = indices.split([height * width for height, width in sizes], dim=1)
+        parts = indices.split([math.prod(size) for size in sizes], dim=1)
         for number, (ids, size) in enumerate(zip(parts, sizes, strict=True)):
             layer = self._paint(self.book._lookup(ids.clamp(min=0)), number, size, grid)
             present = (ids >= 0).flatten(1).all(dim=1)
             painted = painted + layer * present[:, None, None, None]
         return _to_tokens(painted)
 
-    def _paint(
-        self, vectors: Tensor, number: int, size: tuple[int, int], grid: tuple[int, int]
-    ) -> Tensor:
+    def _paint(self, vectors: Tensor, number: int, size: Grid, grid: Grid) -> Tensor:
         """What scale `number` adds to f̂: `(B, h·w, d)` codes to a `(B, d, H, W)` map."""
         layer = _to_map(vectors, size)
         if size != grid:
@@ -182,21 +189,22 @@ class MultiScale(Composite):
         with torch.autocast(latents.device.type, enabled=False):
             self.book.initialize(self.project_in(latents.float()))
 
-    def decode_prefix(self, indices: Tensor, num_tokens: int) -> Tensor:
+    def decode_prefix(self, indices: Tensor, num_tokens: int, grid: Grid | None = None) -> Tensor:
         """Decode the first scales alone: a coarser picture.
 
         Args:
             indices: `(B, n, Q)` integers, the sequence up to the end of some scale.
             num_tokens: N, the number of vectors to make.
+            grid: where they lie; None for a line.
 
         Returns:
             `(B, N, D)` float32, the same as `decode` with the other scales at -1.
         """
-        return self.decode(self.pad_prefix(indices, num_tokens))
+        return self.decode(self.pad_prefix(indices, num_tokens, grid), grid)
 
-    def pad_prefix(self, indices: Tensor, num_tokens: int) -> Tensor:
+    def pad_prefix(self, indices: Tensor, num_tokens: int, grid: Grid | None = None) -> Tensor:
         """Fill `(B, n, Q)` indices of the first scales up with -1 to those of N latents."""
-        sizes = [height * width for height, width in self._sizes(self._grid(num_tokens))]
+        sizes = [math.prod(size) for size in self._sizes(self._grid(num_tokens, grid))]
         ends = list(itertools.accumulate(sizes))
         if indices.shape[1] not in ends:
             raise ConfigError(
@@ -211,66 +219,55 @@ class MultiScale(Composite):
 
     # ------------------------------------------------------------------ the geometry
 
-    def num_index_tokens(self, num_tokens: int) -> int:
-        """L: the sizes of all scales added up."""
-        return self._length(self._grid(num_tokens))
+    @property
+    def per_token(self) -> bool:
+        """Return False: an id stands for all tokens under it."""
+        return False
 
-    def index_mask(self, mask: Tensor) -> Tensor:
+    def num_index_tokens(self, num_tokens: int, grid: Grid | None = None) -> int:
+        """L: the sizes of all scales added up."""
+        return self._length(self._grid(num_tokens, grid))
+
+    def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
         """An index token counts if any latent under it does; `(B, L)`."""
-        grid = self._grid(mask.shape[1])
+        grid = self._grid(mask.shape[1], grid)
         return torch.cat([_pool_mask(mask, grid, size) for size in self._sizes(grid)], dim=1)
 
-    def _sizes(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
-        """Height and width of every scale; the last is the grid itself."""
-        height, width = grid
-        return [(self._scaled(height, scale), self._scaled(width, scale)) for scale in self.scales]
+    def _sizes(self, grid: Grid) -> list[Grid]:
+        """The grid of every scale; the last is the grid itself."""
+        return [tuple(self._scaled(side, scale) for side in grid) for scale in self.scales]
 
     def _scaled(self, length: int, scale: int) -> int:
         last = self.scales[-1]
         return max(1, (2 * length * scale + last) // (2 * last))  # rounded half up
 
-    def _length(self, grid: tuple[int, int]) -> int:
-        return sum(height * width for height, width in self._sizes(grid))
+    def _length(self, grid: Grid) -> int:
+        return sum(math.prod(size) for size in self._sizes(grid))
 
-    def _grid(self, num_tokens: int) -> tuple[int, int]:
-        """Height and width of the grid of N latents."""
-        side = math.isqrt(num_tokens)
-        if self.grid != "1d" and side * side == num_tokens:
-            return side, side
-        if self.grid == "2d":
+    def _grid(self, num_tokens: int, grid: Grid | None) -> Grid:
+        """Rows and columns of N latents: the option's, else those of `grid`, else one row."""
+        key = "grid" if self.grid is None else "quantizer.grid"
+        grid = self.grid or grid or (num_tokens,)
+        if math.prod(grid) != num_tokens:
             raise ConfigError(
-                f"quantizer.grid=2d: {num_tokens} tokens are not a square grid; use grid=1d"
+                f"{key}={list(grid)}: has {math.prod(grid)} places, but there are {num_tokens} "
+                f"tokens; the product must be {num_tokens}"
             )
-        grid = 1, num_tokens
-        if self.grid == "auto" and self._find(self._length(grid), square=True) is not None:
-            # `decode` knows the length of the ids alone.
+        return _in_rows(grid)
+
+    def _grid_of_ids(self, length: int, grid: Grid | None) -> Grid:
+        """Rows and columns of the latents that a sequence of ids stands for."""
+        grid = self.grid or grid
+        if grid is None:  # A longer line has more ids, so one line at most has so many.
+            grid = (1 + bisect.bisect_left(range(1, length), length, key=self.num_index_tokens),)
+        grid = _in_rows(grid)
+        if self._length(grid) != length:
             raise ConfigError(
-                f"quantizer.grid=auto: the ids of {num_tokens} tokens are as many as those of a "
-                "square grid; set quantizer.grid=1d"
+                f"{type(self).__name__}.decode: found {length} index tokens, but a grid of "
+                f"{grid[0]} x {grid[1]} has {self._length(grid)} at scales {list(self.scales)}; "
+                "a prefix goes to decode_prefix"
             )
         return grid
-
-    def _grid_of(self, length: int) -> tuple[int, int]:
-        """The grid whose ids have this length."""
-        for square in (True, False):
-            if self.grid in ("auto", "2d" if square else "1d"):
-                grid = self._find(length, square)
-                if grid is not None:
-                    return grid
-        raise ConfigError(
-            f"{type(self).__name__}: no grid has {length} index tokens at scales "
-            f"{list(self.scales)}; a prefix goes to decode_prefix"
-        )
-
-    def _find(self, length: int, square: bool) -> tuple[int, int] | None:
-        def grid(side: int) -> tuple[int, int]:
-            return (side, side) if square else (1, side)
-
-        # The length grows with the side, because the last scale does.
-        sides = range(1, length + 1)
-        place = bisect.bisect_left(sides, length, key=lambda side: self._length(grid(side)))
-        found = place < len(sides) and self._length(grid(sides[place])) == length
-        return grid(sides[place]) if found else None
 
 
 @register("multi_scale_vq")
@@ -286,7 +283,7 @@ class MultiScaleVQ(MultiScale):
         codebook_size: number of codes K.
         codebook_dim: width d of the codes; None for D.
         scales: as in `MultiScale`, like the seven that follow.
-        grid: "2d", "1d" or "auto".
+        grid: [rows, columns] or [N] in place of the encoder's grid; None for that one.
         num_phi: number of shared convolutions.
         phi_ratio: share of the convolution in the sum.
         commitment_weight: β.
@@ -303,7 +300,7 @@ class MultiScaleVQ(MultiScale):
         codebook_dim: int | None = None,
         *,
         scales: Sequence[int] = VAR_SCALES,
-        grid: str = "auto",
+        grid: Sequence[int] | None = None,
         num_phi: int = 4,
         phi_ratio: float = 0.5,
         commitment_weight: float = 0.25,
@@ -334,7 +331,20 @@ class MultiScaleVQ(MultiScale):
         )
 
 
-def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def _is_grid(value: Any) -> bool:
+    """Return whether an option is [rows, columns], or [N] for a line."""
+    whole = isinstance(value, Sequence) and all(type(side) is int and side > 0 for side in value)
+    return whole and 1 <= len(value) <= 2
+
+
+def _in_rows(grid: Grid) -> Grid:
+    """A line as a single row; interpolation and φ know two axes."""
+    if len(grid) > 2:
+        raise ConfigError(f"grid={list(grid)}: scales work on a grid of one or two axes")
+    return (1, *grid)[-2:]
+
+
+def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """`(B, h·w, d)` to `(B, d, h, w)`, row-major."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
 
@@ -343,14 +353,14 @@ def _to_tokens(grid: Tensor) -> Tensor:
     return grid.flatten(2).transpose(1, 2)
 
 
-def _pool(grid: Tensor, size: tuple[int, int]) -> Tensor:
+def _pool(grid: Tensor, size: Grid) -> Tensor:
     """Mean of the area under each token of the smaller grid, `(B, h·w, d)`."""
     if grid.shape[2:] != size:
         grid = F.interpolate(grid, size=size, mode="area")
     return _to_tokens(grid)
 
 
-def _pool_mask(mask: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _pool_mask(mask: Tensor, grid: Grid, size: Grid) -> Tensor:
     return _pool(_to_map(mask[..., None].float(), grid), size).squeeze(-1) > 0
 
 

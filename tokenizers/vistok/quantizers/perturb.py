@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.values import check_number, check_whole
@@ -96,10 +97,10 @@ class Perturb(Quantizer):
 
     # `codes` below are still of width D: the projections are the inner quantizer's.
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         self._trained = True
         codes = self.inner.project_in(codes)
-        output = self.inner._quantize(codes, mask)
+        output = self.inner._quantize(codes, mask, grid)
         quantized = output.quantized
         expected = round(self.beta * codes.shape[0], 6)  # of images; 0.1 * 30 is above 3
         num_images = math.ceil(expected)
@@ -108,7 +109,7 @@ class Perturb(Quantizer):
             image_share = torch.ones(num_images, device=codes.device)
             image_share[-1] = expected - (num_images - 1)
             ids = self._perturb(codes[:num_images], output.indices[:num_images], image_share)
-            perturbed = clean + (self.inner._lookup(ids) - clean).detach()
+            perturbed = clean + (self.inner._lookup(ids, grid) - clean).detach()
             quantized = torch.cat([perturbed, quantized[num_images:]])
         return QuantizerOutput(
             self.inner.project_out(quantized),
@@ -134,11 +135,11 @@ class Perturb(Quantizer):
             moved.append(torch.where(drawn, pick, clean))
         return torch.stack(moved, dim=-1)
 
-    def _search(self, codes: Tensor) -> Tensor:
-        return self.inner._search(self.inner.project_in(codes))
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
+        return self.inner._search(self.inner.project_in(codes), grid)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
-        return self.inner.project_out(self.inner._lookup(indices))
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
+        return self.inner.project_out(self.inner._lookup(indices, grid))
 
     def codebooks(self) -> list[Tensor]:
         """Those of the inner quantizer."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.values import check_whole
@@ -52,8 +53,8 @@ class Product(Composite):
         self.widths = [book.dim for book in books]
         self.slots = [book.num_indices for book in books]
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
-        outputs = self._quantize_books(codes.split(self.widths, dim=-1), mask)
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
+        outputs = self._quantize_books(codes.split(self.widths, dim=-1), mask, grid)
         vectors = [output.quantized for output in outputs]
         losses = mean_over([output.losses for output in outputs])
         if "disentanglement" in self.loss_weights:
@@ -66,18 +67,18 @@ class Product(Composite):
         )
 
     def _quantize_books(
-        self, parts: Sequence[Tensor], mask: Tensor | None
+        self, parts: Sequence[Tensor], mask: Tensor | None, grid: Grid | None
     ) -> list[QuantizerOutput]:
         pairs = zip(self.books, parts, strict=True)
-        return [book._quantize(part, mask) for book, part in pairs]
+        return [book._quantize(part, mask, grid) for book, part in pairs]
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         pairs = zip(self.books, codes.split(self.widths, dim=-1), strict=True)
-        return torch.cat([book._search(part) for book, part in pairs], dim=-1)
+        return torch.cat([book._search(part, grid) for book, part in pairs], dim=-1)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         pairs = zip(self.books, indices.split(self.slots, dim=-1), strict=True)
-        return torch.cat([book._lookup(ids) for book, ids in pairs], dim=-1)
+        return torch.cat([book._lookup(ids, grid) for book, ids in pairs], dim=-1)
 
     def codebooks(self) -> list[Tensor]:
         """The tables of all books, one per slot."""
@@ -91,13 +92,18 @@ class Product(Composite):
             for book, part in zip(self.books, parts, strict=True):
                 book.initialize(part)
 
-    def num_index_tokens(self, num_tokens: int) -> int:
-        """That of the books, which agree."""
-        return self.books[0].num_index_tokens(num_tokens)
+    @property
+    def per_token(self) -> bool:
+        """Return whether all books have an id per token."""
+        return all(book.per_token for book in self.books)
 
-    def index_mask(self, mask: Tensor) -> Tensor:
+    def num_index_tokens(self, num_tokens: int, grid: Grid | None = None) -> int:
         """That of the books, which agree."""
-        return self.books[0].index_mask(mask)
+        return self.books[0].num_index_tokens(num_tokens, grid)
+
+    def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
+        """That of the books, which agree."""
+        return self.books[0].index_mask(mask, grid)
 
 
 @register("product_vq")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.values import check_number, check_whole
@@ -92,7 +93,7 @@ class ResidualVQ(Composite):
         books = cast(list[VectorQuantizer], list(self.books))
         return books * self.num_layers if self.shared else books
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         depths = None
         if self.quantizer_dropout > 0:
             depths = sample_depths(
@@ -133,14 +134,14 @@ class ResidualVQ(Composite):
         return QuantizerOutput(quantized, torch.cat(indices, dim=-1), mean_over(losses))
 
     @torch.no_grad()
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         residual, indices = codes, []
         for layer in self.layers:
             indices.append(layer._search(residual))
             residual = residual - layer._lookup(indices[-1])
         return torch.cat(indices, dim=-1)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         total = torch.zeros((), device=indices.device)
         for layer, ids in zip(self.layers, indices.split(1, dim=-1), strict=True):
             total = total + layer._lookup(ids.clamp(min=0)) * (ids >= 0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.quantizers.base import Quantizer
@@ -33,8 +34,8 @@ class Segments(Quantizer):
 
     def __init__(self, books: Sequence[Quantizer], lengths: Sequence[int]) -> None:
         first = books[0]
-        for book, length in zip(books, lengths, strict=True):
-            if book.num_index_tokens(length) != length:
+        for book in books:
+            if not book.per_token:
                 raise ConfigError(
                     f"quantizer: the ids of {type(book).__name__} stand for scales, which a "
                     "sequence of several parts does not have; use one with an id per token"
@@ -56,12 +57,12 @@ class Segments(Quantizer):
         self.register_buffer("sizes", sizes, persistent=False)
         self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         parts = codes.split(self.lengths, dim=1)
         masks = [None] * len(parts) if mask is None else mask.split(self.lengths, dim=1)
         outputs, quantized = [], []
         for book, part, kept in zip(self.books, parts, masks, strict=True):
-            output = book._quantize(book.project_in(part), kept)
+            output = book._quantize(book.project_in(part), kept, None)
             outputs.append(output)
             quantized.append(book.project_out(output.quantized))
         return QuantizerOutput(
@@ -71,21 +72,21 @@ class Segments(Quantizer):
             mean_over([output.metrics for output in outputs]),
         )
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         parts = zip(self.books, codes.split(self.lengths, dim=1), strict=True)
-        return self._join([book._search(book.project_in(part)) for book, part in parts])
+        return self._join([book._search(book.project_in(part), None) for book, part in parts])
 
     def _join(self, indices: Sequence[Tensor]) -> Tensor:
         # Absent ids (-1, of dropped layers) stay absent.
         pairs = zip(indices, self.offsets, strict=True)
         return torch.cat([torch.where(ids < 0, ids, ids + start) for ids, start in pairs], dim=1)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         vectors = torch.zeros(*indices.shape[:2], self.dim, device=indices.device)
         for number, book in enumerate(self.books):
             local = indices - self.offsets[number]
             own = ((local >= 0) & (local < self.sizes[number])).all(dim=-1, keepdim=True)
-            found = book.project_out(book._lookup(torch.where(own, local, 0)))
+            found = book.project_out(book._lookup(torch.where(own, local, 0), None))
             vectors = torch.where(own, found, vectors)
         return vectors
 

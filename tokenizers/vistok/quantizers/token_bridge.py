@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_mean_with_grad
 from vistok.core.registry import register
@@ -115,7 +116,7 @@ class TokenBridge(Quantizer):
         self.mean.copy_(codes.mean(0))
         self.std.copy_(codes.std(0, correction=0).clamp(min=1e-6))
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         indices = self._search(codes)
         x = (codes - self.mean) / self.std
         clipped = (x.abs() > self.levels[-1]).float().mean(-1)
@@ -143,13 +144,13 @@ class TokenBridge(Quantizer):
             self.std.copy_(old.lerp(variance, 1 - self.decay).sqrt())
         return {}
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         # Clamping is implicit: beyond the last midpoint everything has the last level.
         midpoints = (self.levels[1:] + self.levels[:-1]) / 2
         x = (codes - self.mean) / self.std
         return torch.bucketize(x.contiguous(), midpoints)  # it warns of other memory and copies it
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         return self.levels[indices] * self.std + self.mean
 
     def codebooks(self) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError, nearest
+from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_gather_rows
 from vistok.core.registry import register
@@ -147,7 +148,7 @@ class VectorQuantizer(Quantizer):
 
     # ------------------------------------------------------------------ the method
 
-    def _quantize(self, codes: Tensor, mask: Tensor | None) -> QuantizerOutput:
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
         z = self._metric(codes.reshape(-1, self.codebook_dim))
         keep = None if mask is None else mask.reshape(-1)
         if not self._is_ready():
@@ -192,12 +193,12 @@ class VectorQuantizer(Quantizer):
             return sampled_codes(z, table, self._bias(table), self.temperature), None
         return best_codes(z, table, self._bias(table)), None
 
-    def _search(self, codes: Tensor) -> Tensor:
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         z = self._metric(codes.reshape(-1, self.codebook_dim))
         table = self._table()
         return best_codes(z, table, self._bias(table)).view(*codes.shape[:-1], 1)
 
-    def _lookup(self, indices: Tensor) -> Tensor:
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         return self._rows(indices.squeeze(-1))
 
     def codebooks(self) -> list[Tensor]:

@@ -16,10 +16,9 @@ class GigaTok(Tokenizer):
     to model, is `alignment.*` of the run: the decoder's third block against DINOv2-B, weight
     0.5. Its entropy loss is `quantizer.entropy_weight`.
 
-    With `norm_first`, as the paper-size configs have it, the forward is the released one. How
-    weights start differs (positions are learned from sines and cosines on, the adaptive norms start
-    as plain ones), and there is no auxiliary decoding of the CNN's own features, which its authors
-    advise to drop.
+    The forward is the released one. How weights start differs (positions are learned from sines and
+    cosines on, the adaptive norms start as plain ones), and there is no auxiliary decoding of the
+    CNN's own features, which its authors advise to drop.
 
     Paper: Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
     Parts: `QFormerEncoder`, `QFormerDecoder`.

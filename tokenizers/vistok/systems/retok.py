@@ -56,7 +56,7 @@ class ReTok(FlexibleTokenizer):
         length: LengthPolicy | LevelPolicy,
         channels: int = 3,
     ) -> None:
-        if quantizer.num_index_tokens(encoder.num_tokens) != encoder.num_tokens:
+        if not quantizer.per_token:
             raise ConfigError(
                 f"quantizer: the ids of {type(quantizer).__name__} stand for scales of the whole "
                 "code, so ReTok's padding can't be cut off; use one with an id per token"

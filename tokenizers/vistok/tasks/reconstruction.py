@@ -18,7 +18,7 @@ from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
 from vistok.losses.objective import build_objective
-from vistok.models.build import build_tokenizer
+from vistok.models.build import build_tokenizer, starts_from_data
 from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
 from vistok.tasks.callbacks import CodebookWatch, ReconstructionGrid
@@ -46,6 +46,7 @@ class Reconstruction(Task):
         if config["init_from"]:
             find_checkpoint_or_export(config["init_from"])  # one that is missing shows now
         baseline_options(config.get("baseline"))  # and a wrong value, not at the end
+        starts_from_data(config)
         self.ready()
 
     @property
@@ -68,7 +69,7 @@ class Reconstruction(Task):
         if source:
             weights = load(find_checkpoint_or_export(source)).state_dict()
             load_weights(self.tokenizer, weights, str(source))
-        elif self.config.get("init", "data") == "data":
+        elif starts_from_data(self.config):
             tokenizer = self.tokenizer.to(device)
             images = data.init_batches(self._init_images(data))
             tokenizer.initialize(tokenizer.to_model_range(images))
@@ -108,11 +109,10 @@ class Reconstruction(Task):
         self.evaluator = Evaluator(self.tokenizer)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Measure the averaged weights on a batch."""
+        """Measure the tokenizer on a batch; `AveragedWeights` has put its averages in place."""
         assert self.evaluator is not None
-        with self.averaged():
-            conditions = self.tokenizer.conditions_of(batch)
-            self.evaluator.update(batch["image"], batch["valid"], conditions)
+        conditions = self.tokenizer.conditions_of(batch)
+        self.evaluator.update(batch["image"], batch["valid"], conditions)
 
     def on_validation_epoch_end(self) -> None:
         """Log the results as `val/...`."""
@@ -164,7 +164,7 @@ class Reconstruction(Task):
             "bits_per_image": results["bits_per_image"],
         }
         options = baseline_options(self.config.get("baseline"))
-        if options and trainer.is_global_zero:
+        if options:  # on every rank: they begin with the same codes and share the images
             summary.update(kmeans_baseline(self.data, self.tokenizer, **options))
         return summary
 

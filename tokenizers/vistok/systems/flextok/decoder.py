@@ -34,7 +34,13 @@ class FlowDecoder(Decoder):
     time, modulating patches and registers apart. Registers that are missing (masked or behind
     the end) become one learned vector, after projection and positions; in training all of an
     image's registers become another one now and then, which gives the unconditional branch of
-    guidance. In FlexTok the flow runs in the latents of an autoencoder; here it runs in pixels.
+    guidance. In FlexTok the flow runs in the latents of an autoencoder; here it runs in what it is
+    given, pixels or latents.
+
+    The forward is the released one; positions of patches are learned. The start differs: the
+    paper's gates and head are all zero. Here those of the first attention are open, positions
+    start as sines and cosines, and `initialize`, which a run with `init=random` leaves out, fits
+    the head.
 
     Paper: FlexTok, Bachmann et al. 2025, https://arxiv.org/abs/2502.13967.
 
@@ -58,8 +64,9 @@ class FlowDecoder(Decoder):
         apg: guide by adaptive projected guidance; see `Guidance`.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        time_dim: number of the time's features, even; None for W.
-        slowest_time: lowest of their frequencies; see `time_features`.
+        time_dim: number of the time's features, even.
+        slowest_time: lowest of their frequencies; see `time_features`. With 256 features 4.0792
+            makes the highest turn by 1000 radians from data to noise.
 
     Raises:
         ConfigError: here and in `reconstruct`, for numbers that no sampling can take.
@@ -85,8 +92,8 @@ class FlowDecoder(Decoder):
         apg: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        time_dim: int | None = None,
-        slowest_time: float = 1.0,
+        time_dim: int = 256,
+        slowest_time: float = 4.0792,
     ) -> None:
         super().__init__()
         self.shape = (channels, *as_pair(image_size))
@@ -103,10 +110,9 @@ class FlowDecoder(Decoder):
             )
         self.null_probability = null_probability
         self._check_sampling(steps, guidance, "tokenizer.decoder.")
-        if time_dim is not None:
-            check_whole("time_dim", time_dim, 2)
-            if time_dim % 2:
-                raise ArgumentError(f"time_dim={time_dim}: must be even, for sines and cosines")
+        check_whole("time_dim", time_dim, 2)
+        if time_dim % 2:
+            raise ArgumentError(f"time_dim={time_dim}: must be even, for sines and cosines")
         check_number("slowest_time", slowest_time, 0)
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise ConfigError(f"tokenizer.decoder.seed={seed!r}: must be a whole number")
@@ -115,8 +121,7 @@ class FlowDecoder(Decoder):
         pixels = patch_size * patch_size * channels
         self.patch_embed = nn.Linear(pixels, width)
         self.embed = nn.Linear(latent_dim, width)
-        self.time_dim = width if time_dim is None else time_dim
-        self.slowest_time = slowest_time
+        self.time_dim, self.slowest_time = time_dim, slowest_time
         self.time_embed = nn.Sequential(
             nn.Linear(self.time_dim, width), nn.SiLU(), nn.Linear(width, width)
         )

@@ -25,13 +25,12 @@ class FlexTok(FlexibleTokenizer):
     no EMA, but its weights are in checkpoints and exports, which so need nothing besides. Without
     one, all of this happens in pixels.
 
-    Differs from the paper: latents are not sampled but the autoencoder's own, and positions are
-    learned, from sines and cosines. With `norm_in`, `time_dim` and `slowest_time` as in the
-    paper-size configs, encoder and decoder compute what the released ones do.
+    Encoder and decoder compute what the released ones do. Differs from the paper: latents are not
+    sampled but the autoencoder's own, and positions are learned, from sines and cosines.
 
     Paper: Bachmann et al. 2025, https://arxiv.org/abs/2502.13967.
-    Parts: `LatentTransformerEncoder` with causal=true and block="flextok", `FlowDecoder`, `FSQ`
-    with levels 8, 8, 8, 5, 5, 5; its alignment (REPA) is `alignment.*` of the run.
+    Parts: `FlexTokEncoder`, `FlowDecoder`, `FSQ` with levels 8, 8, 8, 5, 5, 5; its alignment
+    (REPA) is `alignment.*` of the run.
 
     Args:
         encoder: images or maps of latents to latents of tokens.

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import cell_side
 from vistok.core.registry import register
 from vistok.core.values import check_whole
 from vistok.models.latent_space import LatentSpace
@@ -42,7 +43,7 @@ class LearnLatents(Stage):
                 f"{targets[1]}"
             )
         # A patch stays as large as it was, counted in pixels.
-        factor = found.image_size[0] // space.grid[0]
+        factor = cell_side(found.image_size, space.grid, f"stage.autoencoder={source.path}")
         for name, part in parts.items():
             check_whole(f"tokenizer.{name}.patch_size", part["patch_size"], 1)
             patch, rest = divmod(part["patch_size"], factor)

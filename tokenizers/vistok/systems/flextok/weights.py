@@ -140,13 +140,9 @@ def _encoder(published: Published, channels: int, state: dict[str, Tensor]) -> d
     depth = _blocks(published, "encoder.trunk.blocks", "encoder.transformer.blocks", state)
     state |= published.move({"encoder.head.proj": "quantizer.project_in"})
     return {
-        "_target_": "latent_vit_encoder",
+        "_target_": "flextok_encoder",
         **patches,
         **_sizes(count, width, depth),
-        "class_token": False,
-        "causal": True,
-        "block": "flextok",
-        "norm_in": False,
     }
 
 
@@ -199,6 +195,7 @@ def _patches(
     state |= published.move({f"{part}.patches.patch_proj": f"{part}.patch_embed"})
     positions = published.take(f"{part}.positions.posembs")[0]
     state[f"{part}.patch_positions"] = positions.flatten(1).T
+    # A patch is a square, folded into channels.
     patch_size = math.isqrt(state[f"{part}.patch_embed.weight"].shape[1] // channels)
     side = positions.shape[1] * patch_size
     return {"image_size": side, "channels": channels, "patch_size": patch_size}

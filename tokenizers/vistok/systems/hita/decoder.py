@@ -14,6 +14,7 @@ from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import Transformer, init_transformer_
 from vistok.nn.positions import grid_points, position_table, spread_points
+from vistok.systems.hita.encoder import options_of
 
 
 @register("hita_decoder")
@@ -24,6 +25,9 @@ class HitaDecoder(Decoder):
     led by the patches up to p - k and by all holistic tokens (the first k cells by those up to
     their own place), and the last k patch codes reach no pixel. Without the shift a cell could be
     painted from its own patch alone, and the holistic codebook would fall out of use.
+
+    The forward is the released one, but for its dropout. `initialize`, which a run with
+    `init=random` leaves out, fits the CNN.
 
     Paper: Hita, Zheng et al. 2025, https://arxiv.org/abs/2507.02358.
 
@@ -36,8 +40,8 @@ class HitaDecoder(Decoder):
         num_heads: attention heads.
         shift: k, 0 to H.
         activation_checkpointing: see `Transformer`.
-        attention: auto, dense or flex; see `nn/attention.py`.
-        released: blocks of the released code, as in the encoder, and no norm behind them.
+        attention: dense or flex; see `nn/attention.py`.
+        block: "biased" or "normalized", as in the encoder.
     """
 
     def __init__(
@@ -50,8 +54,8 @@ class HitaDecoder(Decoder):
         num_heads: int,
         shift: int = 4,
         activation_checkpointing: bool = False,
-        attention: str = "auto",
-        released: bool = False,
+        attention: str = "dense",
+        block: str = "biased",
     ) -> None:
         super().__init__()
         if cnn.dim != width:
@@ -71,10 +75,10 @@ class HitaDecoder(Decoder):
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block="hita" if released else "flextok",
             attention=attention,
+            **options_of(block),
         )
-        self.norm_out = nn.Identity() if released else nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width) if block == "normalized" else nn.Identity()
         init_transformer_(self)
         if latent_dim == width:
             nn.init.eye_(self.embed.weight)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
-from vistok.nn.blocks import Transformer, attend_by_position_, init_transformer_
+from vistok.nn.blocks import NORMALIZED, Transformer, attend_by_position_, init_transformer_
 from vistok.nn.data_init import start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table, spread_points
+
+#: What the blocks of encoder and decoder may be made of; see `Block`.
+BLOCKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"biased": {"mlp": "swiglu", "multiple": 8}, "normalized": NORMALIZED}
+)
+
+
+def options_of(block: str) -> Mapping[str, Any]:
+    """Return the options of a kind of blocks.
+
+    Raises:
+        ConfigError: if there is no such kind.
+    """
+    if block not in BLOCKS:
+        raise ArgumentError(f"block={block}: must be {' or '.join(BLOCKS)}")
+    return BLOCKS[block]
 
 
 @register("hita_encoder")
@@ -24,8 +45,11 @@ class HitaEncoder(Encoder):
 
     Differs from the released code: it feeds the features of a frozen teacher (DINOv2) to the full
     blocks as well. Here an encoder needs no second network at encode time, and no weights but the
-    tokenizer's own, so that part is left out. Queries start at positions spread over the image,
-    and each token's mean over images is taken off. It has no dropout.
+    tokenizer's own, so that part is left out. Each token's mean over images is taken off. It has
+    no dropout. The rest of the forward is the released one. In the start, queries and patches have
+    positions of sines and cosines, the first attention copies between tokens at one place, and
+    `initialize`, which a run with `init=random` leaves out, sets the embedding to principal
+    components.
 
     Paper: Hita, Zheng et al. 2025, https://arxiv.org/abs/2507.02358.
 
@@ -37,9 +61,11 @@ class HitaEncoder(Encoder):
         causal_depth: number of causal blocks.
         num_heads: attention heads.
         activation_checkpointing: see `Transformer`.
-        attention: auto, dense or flex, in the causal blocks; see `nn/attention.py`.
-        released: blocks of the released code (learned norms, biases, no normalised queries and
-            keys), a 3x3 convolution behind the CNN and not a linear layer, and no norm at the end.
+        attention: dense or flex, in the causal blocks; see `nn/attention.py`.
+        block: "biased", SwiGLU blocks with biases and norms that learn, or "normalized", without
+            biases and with plain norms, also of queries and keys, and a norm that learns at the
+            end.
+        embed: of the CNN's features, by a 3x3 "conv" or cell by cell, "linear".
     """
 
     def __init__(
@@ -51,16 +77,19 @@ class HitaEncoder(Encoder):
         causal_depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
-        attention: str = "auto",
-        released: bool = False,
+        attention: str = "dense",
+        block: str = "biased",
+        embed: str = "conv",
     ) -> None:
         super().__init__()
+        if embed not in ("conv", "linear"):
+            raise ArgumentError(f"embed={embed}: must be conv or linear")
         self.dim = width
         self.num_holistic_tokens = num_holistic_tokens
         self.num_tokens = num_holistic_tokens + cnn.num_tokens
-        self.grid = cnn.grid
+        linear = embed == "linear"
         self.embed = (
-            nn.Conv2d(cnn.dim, width, 3, padding=1) if released else nn.Linear(cnn.dim, width)
+            nn.Linear(cnn.dim, width) if linear else nn.Conv2d(cnn.dim, width, 3, padding=1)
         )
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
@@ -68,7 +97,7 @@ class HitaEncoder(Encoder):
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block="hita" if released else "flextok",
+            **options_of(block),
         )
         self.norm_causal = nn.LayerNorm(width)
         self.causal = Transformer(
@@ -76,10 +105,10 @@ class HitaEncoder(Encoder):
             causal_depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            block="hita" if released else "flextok",
             attention=attention,
+            **options_of(block),
         )
-        self.norm_out = nn.Identity() if released else nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width) if block == "normalized" else nn.Identity()
         init_transformer_(self)
         self.num_position_dims = head = width // num_heads
         attend_by_position_(self.transformer.blocks[0].attn, head)  # type: ignore[union-attr]
@@ -106,7 +135,7 @@ class HitaEncoder(Encoder):
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the full blocks, of the causal ones (`causal.block.{i}`), of the CNN."""
-        tap = Tap(self.dim, self.grid)
+        tap = Tap(self.dim, self.cnn.grid)
         full, causal = (
             {f"block.{number}": tap for number in range(len(stack.blocks))}
             for stack in (self.transformer, self.causal)
@@ -120,13 +149,13 @@ class HitaEncoder(Encoder):
         return self.embed(self._map(features)).flatten(2).transpose(1, 2)
 
     def _map(self, features: Tensor) -> Tensor:
-        return features.transpose(1, 2).unflatten(2, self.grid)
+        return features.transpose(1, 2).unflatten(2, self.cnn.grid)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Start the embedding at the principal components of the CNN's features.
 
-        In the dimensions that positions leave free (`released`: in all). Then take the latents'
+        Where it is linear, in the dimensions that positions leave free. Then take the latents'
         means off.
         """
         self.cnn.initialize(images)

@@ -17,7 +17,7 @@ from vistok.nn.blocks import init_transformer_
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
-from vistok.systems.restok.hierarchy import LevelLinear, queued_points
+from vistok.systems.restok.hierarchy import LevelLinear, check_places, queued_points
 
 
 @register("restok_decoder")
@@ -25,9 +25,11 @@ class ResTokDecoder(Decoder):
     """`[latents | mask tokens]` with full attention; the mask tokens become the CNN's grid.
 
     Tokens that are missing (masked, or behind the end) become one learned vector of the code
-    space, before the linear layer of their level. Positions are rotary, as in the encoder, and the
-    first block starts by copying from the latents that lie near. The biases of the linear layers
-    tell the levels apart; the released code adds vectors of their own, which say no more.
+    space, before the linear layer of their level. Positions are rotary, as in the encoder. The
+    biases of the linear layers tell the levels apart; the released code adds vectors of their own,
+    which say no more, so that the forward is the released one. The start is not: the linear layers
+    are orthogonal, with `places` centered the first block copies from the tokens that lie near, and
+    `initialize`, which a run with `init=random` leaves out, fits the CNN's last layer.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
@@ -39,8 +41,9 @@ class ResTokDecoder(Decoder):
         depth: number of blocks.
         num_heads: attention heads.
         activation_checkpointing: recompute each block in the backward pass.
-        released: as in the released code, the latents lie on a diagonal and the cells behind
-            them, and a norm stands before and behind the blocks.
+        places: "queued", the latents lie on a diagonal and the cells behind them, or "centered",
+            each at the centre of its part of the image.
+        norms: normalise the sequence before the blocks, and the cells behind them.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class ResTokDecoder(Decoder):
         depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
-        released: bool = False,
+        places: str = "queued",
+        norms: bool = True,
     ) -> None:
         super().__init__()
         self.dim = latent_dim
@@ -62,20 +66,20 @@ class ResTokDecoder(Decoder):
         levels = pooling_pyramid(num_latent_tokens)
         counts = [rows * columns for rows, columns in levels]
         self.embed = LevelLinear(counts, latent_dim, width)
-        self.norm_in = nn.LayerNorm(width) if released else nn.Identity()
+        self.norm_in = nn.LayerNorm(width) if norms else nn.Identity()
         self.blocks = nn.ModuleList(RotaryBlock(width, num_heads) for _ in range(depth))
-        self.norm_out = nn.LayerNorm(width) if released else nn.Identity()
+        self.norm_out = nn.LayerNorm(width) if norms else nn.Identity()
         self.project = nn.Linear(width, cnn.dim)
         init_transformer_(self)
-        attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
         for net in self.embed.layers:
             nn.init.orthogonal_(net.weight)  # type: ignore[arg-type]
         self.cnn = cnn
         self.dropped = nn.Parameter(torch.randn(1, 1, latent_dim) * 0.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        if released:
+        if check_places(places) == "queued":
             points = queued_points([num_latent_tokens, cnn.grid])
         else:
+            attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
             points = level_points([*levels, cnn.grid], cnn.grid)
         self.turn: Tensor
         self.register_buffer("turn", rotation(points, width // num_heads), persistent=False)

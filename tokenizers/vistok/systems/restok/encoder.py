@@ -24,6 +24,7 @@ from vistok.nn.rotary import RotaryBlock, rotation
 from vistok.systems.restok.hierarchy import (
     LevelLinear,
     block_causal_mask,
+    check_places,
     halved,
     merge_residual,
     queued_points,
@@ -43,12 +44,9 @@ class ResTokEncoder(Encoder):
       the latents. So a level of the code is the same whatever comes behind it.
     - Each level is projected to the code by a layer of its own.
 
-    Positions are rotary: every token lies at the centre of its part of the image. The longer side
-    of a grid is halved, and the vector that tells its level is added where it is made. With
-    `released` as in the released code: grids lie one behind the other and the latents behind
-    them on a diagonal; the columns alone are halved; and the vector is added behind the block.
-    Differs from it either way: `initialize` starts embedding and projections at principal
-    components.
+    The forward is the released one; the released weights also mix channels over tokens, see
+    `ReshapedResTokEncoder`. The start is not: `initialize`, which a run with `init=random` leaves
+    out, starts embedding and projections at principal components.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
@@ -61,10 +59,13 @@ class ResTokEncoder(Encoder):
         num_heads: attention heads.
         merge_layers: indices of the blocks that merge, rising.
         activation_checkpointing: recompute each block in the backward pass.
-        attention: auto, dense or flex, under the mask; see `nn/attention.py`.
-        released: places, merging and level vectors of the released code, as in the decoder.
-        legacy_reshape: read the K x W values of the latents in memory as W x K, as the released
-            weights need it: each token gets channels of every latent, of all levels.
+        attention: dense or flex, under the mask; see `nn/attention.py`.
+        merge_axis: what a merge halves, the "columns" of a grid or its "longest" side.
+        places: where rotary positions lie: "queued", the grids one behind the other and the
+            latents behind them on a diagonal, or "centered", every token at the centre of its part
+            of the image.
+        level_vectors: where a merged grid gets the vector that tells its level: behind the
+            "block", or in the "merge", before the block's MLP.
     """
 
     def __init__(
@@ -77,15 +78,18 @@ class ResTokEncoder(Encoder):
         num_heads: int,
         merge_layers: Sequence[int],
         activation_checkpointing: bool = False,
-        attention: str = "auto",
-        released: bool = False,
-        legacy_reshape: bool = False,
+        attention: str = "dense",
+        merge_axis: str = "columns",
+        places: str = "queued",
+        level_vectors: str = "block",
     ) -> None:
         super().__init__()
-        self.released = released
-        self.legacy_reshape = legacy_reshape
+        if merge_axis not in ("columns", "longest"):
+            raise ArgumentError(f"merge_axis={merge_axis}: must be columns or longest")
+        if level_vectors not in ("block", "merge"):
+            raise ArgumentError(f"level_vectors={level_vectors}: must be block or merge")
+        self.merge_axis, self.level_vectors = merge_axis, level_vectors
         self.attention = check_kind(attention)
-        self.num_heads = num_heads
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
@@ -99,7 +103,7 @@ class ResTokEncoder(Encoder):
         counts = [rows * columns for rows, columns in self.levels]
         self.grids = [cnn.grid]  # fine to coarse: each merge adds one
         for _ in self.merge_layers:
-            self.grids.append(halved(self.grids[-1], columns_only=released))
+            self.grids.append(halved(self.grids[-1], merge_axis))
         self.embed = nn.Linear(cnn.dim, width)
         self.norm_in = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(RotaryBlock(width, num_heads) for _ in range(depth))
@@ -114,7 +118,7 @@ class ResTokEncoder(Encoder):
         for merges in range(len(self.grids)):
             grids = self.grids[merges::-1]  # coarse to fine, as they stand in the sequence
             sizes = [rows * columns for rows, columns in grids] + counts
-            if released:
+            if check_places(places) == "queued":
                 points = queued_points([*grids, num_latent_tokens])
             else:
                 points = level_points([*grids, *self.levels], cnn.grid)
@@ -143,7 +147,7 @@ class ResTokEncoder(Encoder):
         cells = features.shape[1]
         x, merges = self.norm_in(self.sequence(features)), 0
         for number, block in enumerate(self.blocks):
-            mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x, self.num_heads)
+            mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x)
             inputs = (x, self.get_buffer(f"turn{merges}"), mask)
             between = None
             if number in self.merge_layers:
@@ -153,14 +157,11 @@ class ResTokEncoder(Encoder):
                 x = checkpoint(block, *inputs, between, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(*inputs, between)
-            if between is not None and self.released:
+            if between is not None and self.level_vectors == "block":
                 x = self.name_coarsest(x, merges)
             taps.offer(f"block.{number}", x[:, -cells - self.num_tokens : -self.num_tokens])
         taps.offer("coarsest", self.coarsest(x))
-        x = self.norm_out(x[:, -self.num_tokens :])
-        if self.legacy_reshape:
-            x = x.reshape(len(x), x.shape[2], self.num_tokens).transpose(1, 2)
-        return x
+        return self.norm_out(x[:, -self.num_tokens :])
 
     def sequence(self, features: Tensor) -> Tensor:
         """`[image tokens | levels of latents]` `(B, cells + K, W)` of features `(B, cells, W)`."""
@@ -174,9 +175,9 @@ class ResTokEncoder(Encoder):
         """Put the coarser half of the coarsest grid in front; `merges` counts this one too."""
         grid = self.grids[merges - 1]
         cells = grid[0] * grid[1]
-        coarse, rest = merge_residual(x[:, :cells], grid, columns_only=self.released)
+        coarse, rest = merge_residual(x[:, :cells], grid, self.merge_axis)
         x = torch.cat([coarse, rest, x[:, cells:]], dim=1)
-        return x if self.released else self.name_coarsest(x, merges)
+        return self.name_coarsest(x, merges) if self.level_vectors == "merge" else x
 
     def name_coarsest(self, x: Tensor, merges: int) -> Tensor:
         """Add the vector of its level to the coarsest grid behind so many merges."""

@@ -32,39 +32,41 @@ def residual_pyramid(grid: Tensor, levels: Sequence[Grid]) -> list[Tensor]:
     return tokens
 
 
-def halved(grid: Grid, columns_only: bool = False) -> Grid:
-    """Half the longer side, of a square the rows: 16x16, 8x16, 8x8, 4x8, ...
+def halved(grid: Grid, axis: str = "columns") -> Grid:
+    """Return the grid with half as many cells along an axis.
 
-    With `columns_only` the columns, whatever there is of them: 16x16, 16x8, 16x4, 16x2, ...
+    Args:
+        grid: rows and columns.
+        axis: "columns": 16x16, 16x8, 16x4, 16x2, ...; "longest", of a square the rows: 16x16,
+            8x16, 8x8, 4x8, ...
 
     Raises:
-        ConfigError: if there is one cell only, or the side is odd.
+        ConfigError: if there is one cell along it only, or their number is odd.
     """
     rows, columns = grid
-    side = columns if columns_only else max(grid)
+    along_columns = axis == "columns" or rows < columns
+    side = columns if along_columns else rows
     if side == 1 or side % 2:
         raise ArgumentError(
             f"merge_layers: a grid of {rows} x {columns} cells can't be halved; "
             "merge in fewer layers, or take images of 2, 4, 8, 16, ... cells a side"
         )
-    if columns_only or rows < columns:
-        return rows, columns // 2
-    return rows // 2, columns
+    return (rows, columns // 2) if along_columns else (rows // 2, columns)
 
 
-def merge_residual(tokens: Tensor, grid: Grid, columns_only: bool = False) -> tuple[Tensor, Tensor]:
+def merge_residual(tokens: Tensor, grid: Grid, axis: str = "columns") -> tuple[Tensor, Tensor]:
     """Every other token of a grid, and what is left of all of them without it.
 
     Args:
         tokens: `(B, cells, W)`, raster order.
         grid: its rows and columns.
-        columns_only: see `halved`.
+        axis: see `halved`.
 
     Returns:
         coarse `(B, cells / 2, W)` of the halved grid, and tokens minus its nearest upsampling:
         zero at the tokens that were taken.
     """
-    dim = 1 if halved(grid, columns_only)[0] < grid[0] else 2
+    dim = 1 if halved(grid, axis)[0] < grid[0] else 2
     cells = tokens.unflatten(1, grid)
     coarse = cells[:, ::2] if dim == 1 else cells[:, :, ::2]
     rest = cells - coarse.repeat_interleave(2, dim=dim)
@@ -75,6 +77,22 @@ def block_causal_mask(counts: Sequence[int]) -> Tensor:
     """`(L, L)` bool, True = visible: a token sees its own level whole, and all earlier levels."""
     level = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
     return level[:, None] >= level
+
+
+#: Where the rotary positions of tokens lie: parts of a sequence one behind the other, as in the
+#: released code, or each token at the centre of its part of the image.
+PLACES = ("queued", "centered")
+
+
+def check_places(places: str) -> str:
+    """Return `places`, if it is one of `PLACES`.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if places not in PLACES:
+        raise ArgumentError(f"places={places}: must be {' or '.join(PLACES)}")
+    return places
 
 
 def queued_points(parts: Sequence[Grid | int]) -> Tensor:

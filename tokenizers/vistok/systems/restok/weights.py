@@ -10,10 +10,26 @@ from torch import Tensor
 
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, inside, vector_quantizer
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.models.maskgit_cnn_weights import maskgit_decoder, maskgit_encoder
+from vistok.systems.restok.encoder import ResTokEncoder
 
 #: What only training needs: the teacher, the projections to it, and the mask token painted for it.
 _OF_TRAINING = ("foundation_model.", "vf_proj", "decoder.feat_mask_token")
+
+
+@register("reshaped_restok_encoder")
+class ReshapedResTokEncoder(ResTokEncoder):
+    """ResTok's encoder as the released weights need it.
+
+    The K x W values of the latents are read in memory as W x K: each token gets channels of every
+    latent, of all levels.
+    """
+
+    def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """What the projections see: `(B, K, W)`, mixed."""
+        x = super().latents(images, taps)
+        return x.reshape(len(x), x.shape[2], self.num_tokens).transpose(1, 2)
 
 
 @register("restok", kind="importer")
@@ -61,12 +77,10 @@ def _encoder(published: Published, image_size: int) -> tuple[dict[str, Any], dic
     sizes = _sizes(state)
     stages = len(state["image_levels"])
     config = {
-        "_target_": "restok_encoder",
+        "_target_": "reshaped_restok_encoder",
         "cnn": cnn | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         **sizes,
         "merge_layers": [n * sizes["depth"] // stages - 1 for n in range(1, stages)],
-        "released": True,
-        "legacy_reshape": True,
     }
     return config, state
 
@@ -85,8 +99,7 @@ def _decoder(published: Published, image_size: int) -> tuple[dict[str, Any], dic
     state["project.bias"] = published.take("decoder.ffn.bias")
     state["dropped"] = published.take("decoder.latent_mask_token")
     state["mask_token"] = published.take("decoder.mask_token")
-    target = "restok_decoder"
-    return {"_target_": target, "cnn": cnn, **_sizes(state), "released": True}, state
+    return {"_target_": "restok_decoder", "cnn": cnn, **_sizes(state)}, state
 
 
 def _blocks(published: Published, part: str) -> dict[str, Tensor]:

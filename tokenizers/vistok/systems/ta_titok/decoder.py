@@ -44,8 +44,8 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
-        borders: as in TiTok's decoder.
+        attention: dense or flex, where tokens are masked; see `nn/attention.py`.
+        border: as in TiTok's decoder.
     """
 
     conditions = ("text",)
@@ -66,8 +66,8 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "auto",
-        borders: str = "repeated",
+        attention: str = "dense",
+        border: str = "black",
     ) -> None:
         super().__init__(
             image_size,
@@ -82,7 +82,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
             activation_checkpointing,
             nested,
             attention,
-            borders,
+            border,
         )
         check_number("text_dropout", text_dropout, 0, 1)
         self.text_shape = (num_text_tokens, text_dim)

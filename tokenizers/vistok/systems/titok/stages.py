@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import cell_side
 from vistok.core.registry import register
 from vistok.models.proxy_decoder import ProxyDecoder
 from vistok.models.stage import Source, Stage
@@ -25,32 +26,30 @@ class LearnCodes(Stage):
 
     source = "proxy"
     described = "the run of a 2D tokenizer"
-    derived = ("decoder._target_", "decoder.patch_size", "decoder.borders")
+    derived = ("decoder._target_", "decoder.patch_size", "decoder.border")
 
     def resolve(self, config: dict[str, Any], source: Source) -> dict[str, Any]:
         """Exchange the pixel head for one over the proxy's codes."""
         tokenizer, proxy = config["tokenizer"], source.tokenizer
-        grid, cells = proxy.encoder.grid, proxy.encoder.num_tokens
-        if grid is None or proxy.quantizer.num_indices != 1 or proxy.num_tokens != cells:
+        grid, quantizer = proxy.encoder.grid, proxy.quantizer
+        if grid is None or quantizer.num_indices != 1 or not quantizer.per_token:
             raise self.refuse(
                 source,
                 f"must be a 2D tokenizer with one id per cell, found {type(proxy).__name__} with "
-                f"{type(proxy.quantizer).__name__}",
+                f"{type(quantizer).__name__}",
             )
         if tokenizer["decoder"].get("_target_") != "latent_vit_decoder":
             raise ConfigError(
                 "stage=proxy: needs a tokenizer with a latent_vit_decoder, found "
                 f"{tokenizer['decoder'].get('_target_')}"
             )
-        sides = {size // count for size, count in zip(proxy.image_size, grid, strict=True)}
-        if len(sides) != 1:
-            raise self.refuse(source, f"its cells must be squares, found a grid of {grid}")
-        kept = {key: value for key, value in tokenizer["decoder"].items() if key != "borders"}
+        side = cell_side(proxy.image_size, grid, f"stage.proxy={source.path}")
+        kept = {key: value for key, value in tokenizer["decoder"].items() if key != "border"}
         decoder = {
             **kept,
             "_target_": "proxy_decoder",
-            "patch_size": sides.pop(),
-            "num_codes": proxy.quantizer.codebook_sizes[0],
+            "patch_size": side,
+            "num_codes": quantizer.codebook_sizes[0],
             "code_dim": proxy.decoder.dim,
             "pixel_decoder": copy.deepcopy(source.config["tokenizer"]["decoder"]),
             "learns": "codes",
@@ -110,4 +109,4 @@ class ProxyCodes(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode and search."""
-        return self.quantizer.encode(self.encoder(images))[..., 0]
+        return self.quantizer.encode(self.encoder(images), self.encoder.grid)[..., 0]
