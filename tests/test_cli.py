@@ -31,6 +31,7 @@ assert not heavy, heavy
         ("train.py", "uv run train.py resume=runs/<run>"),
         ("eval.py", "run=runs/<run>"),
         ("scripts/export.py", "out="),
+        ("scripts/import_weights.py", "maskgit_vqgan"),
         ("scripts/make_shards.py", "shard_size"),
         ("scripts/check_shards.py", "decode=false"),
         ("scripts/bench_data.py", "seconds=8"),
@@ -46,13 +47,6 @@ def test_help_is_light(script, word):
     )
     assert result.returncode == 0, result.stderr
     assert word in result.stdout
-
-
-def test_help_of_the_importer_names_every_source(cli):
-    """It asks the registry, so it waits for torch."""
-    code, lines, out = cli("import_weights", "--help")
-    assert code == 0 and not lines
-    assert len(registered("importer")) >= 8 and ", ".join(registered("importer")) in out
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list", "experiments"]], ids=" ".join)
@@ -95,12 +89,10 @@ def test_train_help_shows_keys_that_exist(cli):
 
 
 def test_import_help_names_every_importer(cli):
-
+    """It reads their names off the sources; the registry has them from importing those."""
     _, _, out = cli("import_weights", "--help")
-    named = " ".join(out.partition("Keys\n  source=")[2].partition("weights=")[0].split()).split(
-        ", "
-    )
-    assert named == list(registered("importer"))
+    named = out.partition("Keys\n  source=")[2].partition("weights=")[0]
+    assert " ".join(named.split()).split(", ") == list(registered("importer"))
 
 
 def entries(out):
