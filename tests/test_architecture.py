@@ -94,6 +94,8 @@ ALLOWED = {
     "torchmetrics": ("metrics/",),
     "wandb": ("training/",),
     "timm": ("models/pretrained.py",),
+    "huggingface_hub": ("models/pretrained.py",),
+    "matplotlib": ("evaluation/plots.py",),
     "rich": ("core/console.py", "training/", "tasks/", "evaluation/", "data/", "tools/"),
     "PIL": ("data/", "evaluation/", "tools/"),
 }
@@ -175,7 +177,9 @@ BLOCKED = [
     "hydra",
     "omegaconf",
     "timm",
+    "huggingface_hub",
     "torchmetrics",
+    "matplotlib",
     "webdataset",
     "wandb",
     "rich",
@@ -213,3 +217,10 @@ def test_loading_needs_torch_and_safetensors_alone(exported, finished_run):
 def test_import_of_the_package_is_light():
     code = "import sys, vistok, vistok.cli, vistok.help; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     assert python(code, PYTHONPATH=str(ROOT / "tokenizers")) == "[]\n"
+
+
+def test_losses_and_teachers_need_timm_only_once_a_network_is_built():
+    code = (
+        "import sys, vistok.losses.features, vistok.losses.alignment; print('timm' in sys.modules)"
+    )
+    assert python(code, PYTHONPATH=str(ROOT / "tokenizers")) == "False\n"

@@ -3,17 +3,16 @@
 import copy
 import gc
 import pickle
-import warnings
 
 import pytest
 import torch
 
-from helpers import TINY, Clock, config_of, images_of, tiny_tokenizer
+from helpers import TINY, config_of, images_of, tiny_tokenizer
 from vistok.core.errors import ConfigError
 from vistok.models.build import build_tokenizer
 from vistok.models.latent_vit import prefix_causal_mask
 from vistok.nn import attention as attentions
-from vistok.nn.attention import attend, in_blocks, mask_for
+from vistok.nn.attention import attend, in_blocks
 from vistok.nn.blocks import NORMALIZED, Transformer
 
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
@@ -119,9 +118,7 @@ def test_the_option_changes_the_path_and_not_the_numbers(monkeypatch):
     for a, b in zip(*outputs, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and len(calls) == 2
-    with pytest.raises(
-        ConfigError, match=r"attention=flx: must be one of auto, dense, flex.*'flex'"
-    ):
+    with pytest.raises(ConfigError, match=r"attention=flx: must be dense or flex.*'flex'"):
         Transformer(16, 1, 2, attention="flx")
 
 
@@ -157,132 +154,6 @@ def test_systems_with_other_masks_take_the_option(name):
         assert torch.allclose(toks[1].encode(x), toks[0].encode(x), atol=1e-5)
     ids = toks[0].tokenize(images_of(4))
     assert torch.allclose(*(tok.detokenize(ids) for tok in toks), atol=1e-5)
-
-
-# ---------------------------------------------------------------------- the choice between them
-
-
-class Kernel:
-    """In FlexAttention's place on a device that has it: the dense kernel, which takes `seconds`."""
-
-    def __init__(self, mask, seconds=0.001, factor=1.0):
-        self.mask, self.seconds, self.factor, self.calls = mask, seconds, factor, 0
-
-    def __call__(self, q, k, v, block_mask):
-        self.calls += 1
-        attentions.time.sleep(self.seconds)
-        if self.factor is None:
-            raise RuntimeError("no such\nkernel")
-        hidden = ~self.mask.expand(q.shape[-2], k.shape[-2])
-        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
-        return self.factor * (scores.softmax(-1) @ v)
-
-
-@pytest.fixture
-def device_with(monkeypatch):
-    """Makes this device one that has FlexAttention, on whose clock a dense product takes 2 ms."""
-    dense = torch.nn.functional.scaled_dot_product_attention
-
-    def later(*args, **kwargs):
-        attentions.time.sleep(0.002)
-        return dense(*args, **kwargs)
-
-    def install(kernel):
-        monkeypatch.setattr(attentions, "has_flex", lambda device: True)
-        monkeypatch.setattr(attentions, "_flex_attention", lambda fused: kernel)
-        monkeypatch.setattr(attentions, "_FASTER", {})
-        monkeypatch.setattr(attentions, "time", Clock())
-        monkeypatch.setattr(attentions.F, "scaled_dot_product_attention", later)
-        return kernel
-
-    return install
-
-
-CAUSAL = prefix_causal_mask(8, 12)
-
-
-@pytest.mark.parametrize("seconds", [0.0018, 0.00195, 0.01])
-def test_auto_takes_the_faster_one(device_with, seconds):
-    """And computes the same, with its gradient."""
-    kernel = device_with(Kernel(CAUSAL, seconds))
-    torch.manual_seed(0)
-    net, x = Transformer(16, 2, 2, attention="auto", **NORMALIZED), torch.randn(3, 20, 16)
-    state = torch.get_rng_state()
-    value = net(x, CAUSAL)
-    assert torch.equal(torch.get_rng_state(), state)
-    value.square().sum().backward()
-    found, tried = [p.grad.clone() for p in net.parameters()], kernel.calls
-    net(x[:2], CAUSAL)
-    taken = kernel.calls - tried
-    # By 5 % at least; two layers, and no trial for another batch.
-    assert taken == (2 if seconds < 0.0019 else 0)
-    net.attention = "dense"
-    net.zero_grad()
-    dense = net(x, CAUSAL)
-    dense.square().sum().backward()
-    assert torch.allclose(value, dense, atol=1e-5) and kernel.calls == tried + taken
-    for ours, theirs in zip(found, net.parameters(), strict=True):
-        assert torch.allclose(ours, theirs.grad, atol=1e-4)
-
-
-def test_what_was_found_holds_for_one_shape_and_dtype(device_with):
-    device_with(Kernel(CAUSAL))
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
-            for batch in (1, 3):
-                assert not isinstance(
-                    mask_for("auto", CAUSAL, torch.zeros(batch, 20, 16), 2), torch.Tensor
-                )
-    assert list(attentions._FASTER) == [
-        (torch.device("cpu"), dtype, 2, 20, 8) for dtype in (torch.float32, torch.bfloat16)
-    ]
-
-
-def test_auto_is_dense_where_there_is_nothing_to_choose(device_with, monkeypatch):
-    kernel, x = device_with(Kernel(CAUSAL)), torch.zeros(3, 20, 16)
-    each = masks(3, 20)["each"]
-    assert mask_for("auto", each, x, 2) is each
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert mask_for("auto", CAUSAL, x, 2) is CAUSAL
-    monkeypatch.undo()
-    assert mask_for("auto", CAUSAL, x, 2) is CAUSAL  # a CPU
-    assert kernel.calls == 0
-
-
-@pytest.mark.parametrize(("factor", "said"), [(1.01, "errs by"), (None, "failed.*no such kernel")])
-def test_a_kernel_that_is_wrong_or_fails_is_not_taken(device_with, factor, said):
-    device_with(Kernel(CAUSAL, factor=factor))
-    with pytest.warns(UserWarning, match=f"attention of 20 tokens, 2 heads of 8.*{said}"):
-        assert mask_for("auto", CAUSAL, torch.zeros(3, 20, 16), 2) is CAUSAL
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert mask_for("auto", CAUSAL, torch.zeros(3, 20, 16), 2) is CAUSAL
-
-
-@pytest.mark.parametrize("faster", [True, False])
-def test_auto_chooses_under_compile_too(monkeypatch, faster):
-    """The trial runs while the graph is traced and leaves no break in it."""
-    torch._dynamo.reset()  # a graph of the other case would serve this one
-    tried = []
-
-    def measure(mask, shape, dtype):
-        tried.append((mask.equal(CAUSAL), shape, dtype))
-        return faster
-
-    nothing = lambda q, k, v, block_mask: torch.zeros_like(q)  # noqa: E731
-    monkeypatch.setattr(attentions, "has_flex", lambda device: True)
-    monkeypatch.setattr(attentions, "_flex_attention", lambda fused: nothing)
-    monkeypatch.setattr(attentions, "_FASTER", {})
-    monkeypatch.setattr(attentions, "_measure", measure)
-    net = Transformer(16, 1, 2, attention="auto", **NORMALIZED)
-    net.register_buffer("mask", CAUSAL.clone())
-    x = torch.randn(3, 20, 16)
-    compiled = torch.compile(lambda x: net(x, net.mask), backend="eager", fullgraph=True)
-    with torch.no_grad():
-        value, block = compiled(x), net.blocks[0]
-        without = x + block.mlp(block.norm2(x))
-        assert torch.allclose(value, without, atol=1e-5) == faster
-    assert tried == [(True, (3, 2, 20, 8), torch.float32)]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import vistok
 from helpers import TINY, images_of
 from vistok.evaluation.codecs import CODECS, SHRINKS, best_within, codec_curves, jpeg, webp
 from vistok.evaluation.pictures import comparison, grid
-from vistok.evaluation.plots import Panel, Series, bounds, draw, ticks
+from vistok.evaluation.plots import Panel, Series, draw, figure_of, whole_octaves
 from vistok.metrics.image import PSNR
 
 
@@ -114,24 +114,35 @@ def test_grid_of_pictures():
 
 
 def test_plot(tmp_path):
-    up = Series("a", [1, 4, 16], [10.0, 20.0, 22.0])
-    draw([Panel("tokens", "dB", [up]), Panel("bytes", "dB", [up, Series("b", [8], [21.0])])], tmp_path / "p.png")  # fmt: skip
-    array = np.asarray(Image.open(tmp_path / "p.png"))
-    assert array.shape == (460, 1280, 3)
+    up, point = Series("a", [1, 4, 16], [10.0, 20.0, 22.0]), Series("b", [8], [21.0])
+    panels = [Panel("tokens", "dB", [up]), Panel("bytes", "dB", [up, point])]
+    figure = figure_of(panels)
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        assert (axes.get_xlabel(), axes.get_ylabel()) == (panel.x_label, panel.y_label)
+        for line, series in zip(axes.lines, panel.series, strict=True):
+            assert (list(line.get_xdata()), list(line.get_ydata())) == (series.x, series.y)
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == [series.name for series in panel.series]
+        places = axes.transData.transform([(x, 10) for x in (1, 2, 4)])[:, 0]
+        assert places[2] - places[1] == pytest.approx(places[1] - places[0])  # logarithmic
+    draw(panels, tmp_path / "deep" / "p.png")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["p.png"]
+    array = np.asarray(Image.open(tmp_path / "deep" / "p.png").convert("RGB"))
+    assert array.shape == (585, 1560, 3)
     blue = (array == (0x1F, 0x5F, 0xB4)).all(-1)
     orange = (array == (0xD1, 0x60, 0x2B)).all(-1)
-    assert blue[:, :640].sum() > 300 and not orange[:, :640].any() and orange[:, 640:].any()
-    # The line rises: its leftmost point lies lowest. (The legend is above all of it.)
-    rows = [np.flatnonzero(blue[120:, x]) for x in range(70, 620)]
-    drawn = [r.mean() for r in rows if len(r)]
-    assert drawn[0] > drawn[len(drawn) // 2] > drawn[-1]
+    assert blue[:, :780].sum() > 300 and not orange[:, :780].any() and orange[:, 780:].any()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (17.3, 23.4), (5, 5.01), (-40, 900)])
-def test_ticks(low, high):
-    values = ticks(low, high)
-    assert 5 <= len(values) <= 11 and low <= values[0] and values[-1] <= high
-    assert bounds([low, high])[0] < low and bounds([high, high])[1] > high
+@pytest.mark.parametrize(
+    ("values", "powers"), [([1, 256], (1, 256)), ([5, 6], (4, 8)), ([3], (2, 4)), ([8], (8, 8))]
+)
+def test_every_axis_shows_powers_of_two(values, powers):
+    low, high = whole_octaves(values)
+    assert low < powers[0] and powers[1] < high and low > powers[0] / 2 and high < powers[1] * 2
+    axes = figure_of([Panel("x", "y", [Series("a", values, values)])]).axes[0]
+    shown = [t for t in axes.get_xticks() if low <= t <= high]
+    assert shown == [2**n for n in range(9) if powers[0] <= 2**n <= powers[1]]
 
 
 # ---------------------------------------------------------------------- the command

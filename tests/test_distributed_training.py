@@ -50,6 +50,8 @@ def words(photos, tmp_path, monkeypatch):
         "trainer.val_check_interval=3",
         "callbacks.checkpoint_every=2",
         "callbacks.codebook_window=2",
+        "baseline.patch_size=8",
+        "baseline.num_patches=60",
     ]
 
 
@@ -110,7 +112,8 @@ def assert_as_one_process(two, one, tmp_path):
         ranks[0]["state"][codebook], state_of(one)["state_dict"][codebook], rtol=1e-4, atol=2e-5
     )
     first, second = (json.loads((run / "summary.json").read_text()) for run in (two, one))
-    for key in ("val_psnr", "val_ssim", "codebook_usage", "perplexity", "samples_seen", "steps"):
+    keys = ("val_psnr", "val_ssim", "codebook_usage", "perplexity", "samples_seen", "steps")
+    for key in (*keys, "baseline_kmeans_psnr"):
         assert first[key] == pytest.approx(second[key], rel=1e-5), key
 
 

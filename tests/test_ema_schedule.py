@@ -9,7 +9,7 @@ from torch import nn
 
 from helpers import tiny_tokenizer
 from vistok.core.errors import ConfigError
-from vistok.training.ema import EMA
+from vistok.training.ema import EMA, AveragedWeights
 from vistok.training.optimizers import build_optimizer, parameter_groups, warmup_cosine
 
 
@@ -61,17 +61,44 @@ def test_ema_copies_buffers_and_leaves_frozen_parameters():
     assert torch.equal(weights["2.bias"], net[2].bias) and "2.bias" not in ema.shadow
 
 
-def test_averaged_weights_are_in_place_only_within():
+def test_averages_and_parameters_are_exchanged():
     net = network()
     ema = EMA(net, 0.9)
     scramble(net)
     ema.update()
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(RuntimeError), ema.averaged():
-        assert torch.equal(net[0].weight, ema.shadow["0.weight"])
-        assert not torch.equal(net[0].weight, before["0.weight"])
-        raise RuntimeError
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    live, averaged = copy.deepcopy(net.state_dict()), copy.deepcopy(ema.weights())
+    places = {name: p.data_ptr() for name, p in net.named_parameters()}
+    with torch.inference_mode():  # in which Lightning validates
+        ema.swap()
+    assert not torch.equal(live["0.weight"], averaged["0.weight"])
+    assert all(torch.equal(v, averaged[k]) for k, v in net.state_dict().items())
+    with pytest.raises(RuntimeError, match="saved"):
+        ema.state_dict()
+    ema.swap()
+    assert all(torch.equal(v, live[k]) for k, v in net.state_dict().items())
+    assert all(torch.equal(v, averaged[k]) for k, v in ema.weights().items())
+    assert places == {name: p.data_ptr() for name, p in net.named_parameters()}
+    net[0](torch.randn(5, 3)).sum().backward()  # nothing of the inference mode is left
+
+
+def test_an_exception_puts_the_parameters_back():
+    module = nn.Module()
+    module.tokenizer, module.ema = network(), None
+    callback = AveragedWeights()
+    callback.on_validation_start(None, module)  # a module without averages stays as it is
+    callback.on_exception(None, module, KeyboardInterrupt())
+    module.ema = EMA(module.tokenizer, 0.9)
+    scramble(module.tokenizer)
+    live = copy.deepcopy(module.tokenizer.state_dict())
+    for end in (False, True, False):
+        callback.on_validation_start(None, module)
+        assert module.ema.swapped
+        assert not torch.equal(module.tokenizer[0].weight, live["0.weight"])
+        if end:
+            callback.on_validation_epoch_end(None, module)
+        callback.on_exception(None, module, KeyboardInterrupt())
+        assert not module.ema.swapped
+        assert all(torch.equal(v, live[k]) for k, v in module.tokenizer.state_dict().items())
 
 
 def test_ema_state_round_trip_and_reset():

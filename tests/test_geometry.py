@@ -18,7 +18,8 @@ from vistok.export.exporter import write_export
 from vistok.models.build import build_tokenizer
 from vistok.models.encoder import Encoder
 from vistok.models.pretrained import feature_map
-from vistok.tasks.stages import resolve_stage
+from vistok.models.stage import Source
+from vistok.systems.titok.stages import LearnCodes
 
 SCALES = ["image_folder", "token_flow_multi_scale", "var"]
 GRIDS = {(64, 128): (8, 16), (96, 64): (12, 8)}  # a cell is 8 pixels wide
@@ -182,15 +183,15 @@ class Oblong(Encoder):
         raise NotImplementedError
 
 
-def test_a_proxy_must_have_square_cells(monkeypatch, tmp_path):
+def test_a_proxy_must_have_square_cells():
     tok = tiny_tokenizer("data.image_size=32", tokenizer="vqgan_tiny")
+    config = {"tokenizer": {"decoder": {"_target_": "latent_vit_decoder"}}}
+    source = Source("runs/oblong", {"tokenizer": {"decoder": {}}}, tok)
+    assert LearnCodes().resolve(config, source)["tokenizer"]["decoder"]["patch_size"] == 8
     tok.encoder = Oblong(32, tok.encoder.dim)
-    monkeypatch.setattr("vistok.tasks.stages._described", lambda *_: ({}, tok))
-    (tmp_path / "model.safetensors").touch()
-    words = ["stage=proxy", f"stage.proxy={tmp_path}", "data.image_size=32"]
-    config = config_of("experiment=titok_tiny", *words)
-    with pytest.raises(ConfigError, match=r"^stage\.proxy=.*square cells, found 4 x 2 of them in"):
-        resolve_stage(config)
+    message = r"^stage\.proxy=runs/oblong: must have square cells, found 4 x 2 of them in"
+    with pytest.raises(ConfigError, match=message):
+        LearnCodes().resolve(config, source)
 
 
 CNN = {"_target_": "vistok.encoders.cnn.CNNEncoder", "channel_multipliers": [1, 2], "stem": 4}
@@ -224,7 +225,7 @@ def test_old_configs_keep_their_grids(encoder, old, new, kind):
     product = {"_target_": "vistok.quantizers.product_vq.Product", "books": [given, given]}
     for part, inner in ((given, lambda q: [q]), (product, lambda q: q["books"])):
         config = {"tokenizer": {"encoder": encoder}, "quantizer": part}
-        migrated = migrate_config(config)["quantizer"]
+        migrated = migrate_config(config, "old")["quantizer"]
         assert [q["grid"] for q in inner(migrated)] == [new] * len(inner(part))
         assert given.get("grid") == old  # what was given stays as it is
 
@@ -232,7 +233,7 @@ def test_old_configs_keep_their_grids(encoder, old, new, kind):
 def test_other_options_of_that_name_stay():
     quantizer = {"_target_": "vistok.quantizers.fsq.FSQ", "grid": "symmetric"}
     config = {"tokenizer": {"encoder": {**CNN, "image_size": 64}}, "quantizer": quantizer}
-    assert migrate_config(config)["quantizer"]["grid"] == "symmetric"
+    assert migrate_config(config, "old")["quantizer"]["grid"] == "symmetric"
 
 
 def test_a_grid_that_no_step_could_name_is_refused():

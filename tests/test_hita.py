@@ -111,15 +111,15 @@ def test_what_does_not_fit_is_refused():
 NORMALIZED = ["tokenizer.encoder.block=normalized", "tokenizer.encoder.embed=linear"]
 
 
-def oracle_blocks(transformer, x, heads, causal, normalised):
+def oracle_blocks(transformer, x, heads, causal, normalized):
     """Blocks one after the other: heads and their logits by einsum."""
     for block in transformer.blocks:
         p = dict(block.named_parameters())
-        assert ("norm1.weight" in p) == ("attn.qkv.bias" in p) == (not normalised)
+        assert ("norm1.weight" in p) == ("attn.qkv.bias" in p) == (not normalized)
         p = {name: torch.zeros(()) if name.endswith("bias") else torch.ones(()) for name in NAMES} | p  # fmt: skip
         y = F.layer_norm(x, x.shape[-1:]) * p["norm1.weight"] + p["norm1.bias"]
         q, k, v = (y @ p["attn.qkv.weight"].T + p["attn.qkv.bias"]).unflatten(2, (3, heads, -1)).unbind(2)  # fmt: skip
-        if normalised:
+        if normalized:
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         logits = torch.einsum("blhd,bmhd->bhlm", q, k) / q.shape[-1] ** 0.5
         if causal:
@@ -141,31 +141,31 @@ NAMES = [
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-def test_encoder_and_decoder_by_hand(normalised):
+def test_encoder_and_decoder_by_hand(normalized):
     """In float64; next to the official code without its teacher: docs/flexible_length.md."""
-    tok = awake(small(*SHIFTED, *(NORMALIZED if normalised else []))).double()
+    tok = awake(small(*SHIFTED, *(NORMALIZED if normalized else []))).double()
     encoder, decoder = tok.encoder, tok.decoder
-    heads = encoder.transformer.num_heads
+    heads = encoder.transformer.blocks[0].attn.num_heads
 
     def norm(net, x):
         return F.layer_norm(x, x.shape[-1:], net.weight, net.bias)
 
     images = torch.rand(2, 3, 32, 32).double()
     grid = encoder.cnn(images).mT.unflatten(2, (4, 4))
-    if normalised:
+    if normalized:
         cells = F.linear(grid.flatten(2).mT, encoder.embed.weight, encoder.embed.bias)
     else:
         cells = F.conv2d(grid, encoder.embed.weight, encoder.embed.bias, padding=1).flatten(2).mT
     x = torch.cat([encoder.queries.expand(2, -1, -1), cells + encoder.patch_positions], dim=1)
-    x = oracle_blocks(encoder.transformer, norm(encoder.norm_in, x), heads, False, normalised)
-    x = oracle_blocks(encoder.causal, norm(encoder.norm_causal, x), heads, True, normalised)
-    x = norm(encoder.norm_out, x) if normalised else x
+    x = oracle_blocks(encoder.transformer, norm(encoder.norm_in, x), heads, False, normalized)
+    x = oracle_blocks(encoder.causal, norm(encoder.norm_causal, x), heads, True, normalized)
+    x = norm(encoder.norm_out, x) if normalized else x
     assert torch.allclose(encoder(images), x - encoder.latent_means, atol=1e-9)
 
     quantized = torch.randn(2, 22, 16).double()
     x = quantized @ decoder.embed.weight.T + decoder.embed.bias + decoder.positions
-    x = oracle_blocks(decoder.transformer, norm(decoder.norm_in, x), heads, True, normalised)
-    x = norm(decoder.norm_out, x) if normalised else x
+    x = oracle_blocks(decoder.transformer, norm(decoder.norm_in, x), heads, True, normalized)
+    x = norm(decoder.norm_out, x) if normalized else x
     assert torch.allclose(decoder.cells(quantized), x[:, 3:19], atol=1e-9)
 
 

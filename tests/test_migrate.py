@@ -192,6 +192,16 @@ def test_a_newer_form_is_refused_in_one_line(fails, finished_run, exported, tmp_
     fails("evaluate", f"run={path}", words=("new.ckpt", *words))
 
 
+def test_attention_that_chose_by_trial_is_dense():
+    """Wherever it stands; other words stay."""
+    encoder = {"depth": 2, "attention": "auto"}
+    old = {"tokenizer": {"encoder": encoder, "decoder": {"attention": "flex"}}, "notes": ["auto"]}
+    new = migrate_config(old, "x")
+    assert new["tokenizer"]["encoder"] == {"depth": 2, "attention": "dense"}
+    assert new["tokenizer"]["decoder"] == {"attention": "flex"} and new["notes"] == ["auto"]
+    assert encoder["attention"] == "auto"  # what was read stays as it was
+
+
 def test_what_is_no_checkpoint_of_ours_stays_as_it_is():
     for content in ({}, {"hyper_parameters": 3}, {"hyper_parameters": {"config": []}}):
         assert migrate_checkpoint(content, "x") is content

@@ -19,7 +19,7 @@ import vistok
 from helpers import PATIENCE, ROOT, TINY, losses_of, make_photos, metrics_of
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.read import read_checkpoint
-from vistok.cli import train
+from vistok.cli import evaluate, train
 from vistok.core import registry
 from vistok.core.errors import ConfigError
 from vistok.training.metrics_file import MetricsFile
@@ -138,6 +138,27 @@ def test_best_checkpoint_is_the_best_validation(words, tmp_path, monkeypatch):
     assert state_of(tmp_path / "run")["global_step"] == 5
     assert "ema" not in state_of(tmp_path / "run")
     assert find_checkpoint(tmp_path / "run").name == "best.ckpt"
+
+
+def test_the_averages_are_validated_and_both_are_saved(words, tmp_path, monkeypatch):
+    from vistok.training.ema import EMA
+
+    real, swaps = EMA.swap, []
+    monkeypatch.setattr(EMA, "swap", lambda self: swaps.append(self.swapped) or real(self))
+    more = ["ema.decay=0.9", "trainer.max_steps=3", "trainer.val_check_interval=3"]
+    more += ["data.eval_batch_size=1", "optimizer.lr=1e-2", "hydra.run.dir=run"]
+    assert train([*words, *more]) == 0
+    run = tmp_path / "run"
+    assert swaps == [False, True], "once for several batches and the pictures"
+    best, last = state_of(run, "best"), state_of(run)  # saved in the validation, and after it
+    assert best["global_step"] == last["global_step"] == 3
+    assert_same(best["state_dict"], last["state_dict"])
+    assert_same(best["ema"], last["ema"])
+    (row,) = [row for row in metrics_of(run) if row["val/psnr"]]
+    for weights, same in (("ema", True), ("last", False)):
+        assert evaluate([f"run={run}", f"weights={weights}", f"out={tmp_path / weights}"]) == 0
+        psnr = json.loads((tmp_path / weights / "metrics.json").read_text())["psnr"]
+        assert (abs(psnr - float(row["val/psnr"])) < 1e-4) is same
 
 
 def test_the_loss_falls_and_validation_line_shows(cli, words):

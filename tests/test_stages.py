@@ -239,7 +239,7 @@ def test_second_stage_computes_as_it_is_told(stages, photos):
         assert first["length"]["distribution"] == "uniform"
         assert told["length"]["distribution"] == "full"
     for part in ("encoder", "decoder"):  # and all else is the first stage's
-        rest = {"attention": "auto", "activation_checkpointing": False}
+        rest = {"attention": "dense", "activation_checkpointing": False}
         assert {**told[part], **rest} == first[part]
     state = Reconstruction(config).tokenizer.state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in weights_of(stages[1]).items()}  # fmt: skip

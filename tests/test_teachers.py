@@ -8,7 +8,8 @@ import yaml
 import vistok
 from helpers import TINY, aligned, awake, config_of, images_of, metrics_of, stepped
 from vistok.checkpoints.read import read_checkpoint
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
+from vistok.models import pretrained
 from vistok.models.pretrained import Teacher, feature_map
 from vistok.tasks.reconstruction import Reconstruction
 
@@ -57,29 +58,30 @@ def test_resizing_makes_nothing_brighter_than_white(files):
     with torch.no_grad():
         teacher(stripes)
     pixels = seen[0] * teacher.std + teacher.mean
-    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
-    assert torch.allclose(pixels[0, :, 0, 8], torch.zeros(3), atol=1e-5)  # inside of a stripe
+    assert pixels.min() > -1 - 1e-5 and pixels.max() < 1 + 1e-5
+    assert torch.allclose(pixels[0, :, 0, 8], -torch.ones(3), atol=1e-5)  # inside of a stripe
     assert torch.allclose(pixels[0, :, 0, 24], torch.ones(3), atol=1e-5)
 
 
 def test_missing_weights_say_how_to_get_them(files, monkeypatch):
-    with pytest.raises(ConfigError, match=r"no such model.*did you mean"):
+    with pytest.raises(ArgumentError, match=r"^name=vit_tiny_patch16_22: .*no such model.*did you"):
         Teacher("vit_tiny_patch16_22", None, 224)
-    with pytest.raises(ConfigError, match=r"alignment\.weights=none\.pth: no such file"):
+    with pytest.raises(ArgumentError, match=r"^weights=none\.pth: no such file"):
         Teacher(VIT, "none.pth", 224)
-    with pytest.raises(ConfigError, match=f"not weights of {VIT}"):
+    with pytest.raises(ArgumentError, match=f"^weights=.*: not weights of {VIT}"):
         Teacher(VIT, str(files[CNN]), 224)
 
     def offline(*args, **kwargs):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ConfigError) as error:
+    monkeypatch.setattr(pretrained, "_reach", lambda name: None)
+    with pytest.raises(ArgumentError) as error:
         Teacher(VIT, None, 224)
     message = str(error.value)
-    assert "\n" not in message and "no network" in message
+    assert message.startswith(f"name={VIT}: ") and "\n" not in message and "no network" in message
     assert f"timm.create_model('{VIT}', pretrained=True)" in message
-    assert "alignment.weights=FILE" in message
+    assert "weights=FILE" in message
 
 
 @pytest.fixture
@@ -97,18 +99,19 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
     monkeypatch.setattr(time, "sleep", naps.append)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return tmp_path, naps
 
 
 def test_without_network_and_weights_the_error_comes_at_once_and_alone(
     no_network, monkeypatch, capfd
 ):
-    with pytest.raises(ConfigError, match=r"weights are not at hand \(.*Name or service not known"):
+    from huggingface_hub import constants
+
+    with pytest.raises(ArgumentError, match=r"not at hand \(.*Name or service not known"):
         Teacher(VIT, None, 32)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub has been imported long ago
-    with pytest.raises(ConfigError, match=r"not in the cache, and HF_HUB_OFFLINE is set"):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # which the hub reads when imported
+    with pytest.raises(ArgumentError, match=r"not at hand \(.*offline mode is enabled"):
         Teacher(VIT, None, 32)
     assert not no_network[1]  # no retries
     assert capfd.readouterr() == ("", "")
@@ -164,6 +167,16 @@ def test_maps_of_all_layouts(name, size, options):
     assert found.shape[2] == found.shape[3] > 1 and found.std() > 1e-2
 
 
+def test_a_map_lies_on_the_models_own_grid():
+    """2 x 8 patches, of which a square could be made, too."""
+    model = small(VIT, img_size=(32, 128), depth=1)
+    images = torch.randn(1, 3, 32, 128)
+    with torch.no_grad():
+        found, tokens = feature_map(model, images), model.forward_features(images)
+    assert found.shape == (1, 192, 2, 8)
+    assert torch.equal(found[:, :, 1, 3], tokens[:, 1 + 8 + 3])
+
+
 @pytest.mark.parametrize("name", ["pit_ti_224", "coat_tiny"])
 def test_what_has_no_grid_is_refused(name):
     with pytest.raises(ValueError, match="is not a grid of features"):
@@ -171,10 +184,10 @@ def test_what_has_no_grid_is_refused(name):
 
 
 def test_a_teacher_without_a_map_is_told_in_one_line(files, monkeypatch):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ArgumentError) as error:
         Teacher(VIT, str(files[VIT]), 16)  # one patch
     assert str(error.value).startswith(
-        f"alignment.teacher={VIT}: makes no map of features of alignment.input_size=16 (found (1, 2,"
+        f"name={VIT}: makes no map of features of input_size=16 (found (1, 2,"
     )
     assert "\n" not in str(error.value)
 
@@ -250,6 +263,15 @@ def test_alignment_at_the_teachers_grid(files):
 def test_grids_that_there_are_not(files):
     with pytest.raises(ConfigError, match=r"^loss\.terms\.alignment\.grid=pixels: must be tokens"):
         module(files, "titok_tiny", f"{TERM}.grid=pixels")
+
+
+def test_errors_of_a_run_name_its_keys(files):
+    with pytest.raises(ConfigError, match=r"^loss\.terms\.alignment\.teacher\.name=resnet_18: timm has"):  # fmt: skip
+        module(files, "titok_tiny", f"{TERM}.teacher.name=resnet_18")
+    with pytest.raises(
+        ConfigError, match=r"^loss\.terms\.alignment\.teacher\.weights=none\.pth: no"
+    ):
+        module(files, "titok_tiny", f"{TERM}.teacher.weights=none.pth")
 
 
 @pytest.mark.parametrize("value", ["-1", "null", "true", "nan"])

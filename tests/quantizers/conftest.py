@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from vistok.core import registry
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "quantizer").glob("*.yaml"))
@@ -44,7 +46,7 @@ def build(name, codebook_size=256, **overrides):
             node.inner.codebook_size = node.codebook_size
         if "delta" in node:
             node.delta = min(node.delta, codebook_size)
-    return instantiate(node)
+    return registry.build(OmegaConf.to_container(node, resolve=True))
 
 
 def total_loss(quantizer, output):

@@ -118,9 +118,26 @@ def _format(config: dict[str, Any], source: str | Path) -> int:
     return number
 
 
+def _untuned(config: Any) -> None:
+    """Let attention that chose its kernel by trial take the one that needs no trial."""
+    if isinstance(config, dict):
+        if config.get("attention") == "auto":
+            config["attention"] = "dense"
+        config = config.values()
+    elif not isinstance(config, list):
+        return
+    for value in config:
+        _untuned(value)
+
+
 #: Steps from form 1 to 2, in their order; each changes the config in place. They see parts by the
 #: import paths of that time.
-_FROM_1: list[Callable[[dict[str, Any]], None]] = [keep_grids, say_forms, _one_objective]
+_FROM_1: list[Callable[[dict[str, Any]], None]] = [
+    keep_grids,
+    say_forms,
+    _untuned,
+    _one_objective,
+]
 
 
 def _terms_of_one_objective(content: dict[str, Any]) -> None:

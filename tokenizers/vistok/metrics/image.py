@@ -1,59 +1,60 @@
 """Metrics of reconstructions. All take images as uint8, so every tool gives the same number.
 
-A metric of the whole set (rFID) or with a network (LPIPS) is one more class with `update` and
-`compute`.
+Subclasses of `torchmetrics.Metric`, which adds up their states over the ranks in `compute`. Ours
+are PSNR and SSIM all the same: torchmetrics' own average over batches and pixels, papers over
+images.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vistok.core.ranks import all_reduce_sum
 
+class ImageMetric(Metric):
+    """A metric of reconstructions against their originals."""
 
-class ImageMetric(ABC):
-    """Something that compares reconstructions with their originals."""
+    full_state_update = False
+    is_differentiable = False
 
     @abstractmethod
     def update(self, originals: Tensor, reconstructions: Tensor) -> None:
         """Take in a batch; both `(B, C, H, W)` uint8."""
-
-    @abstractmethod
-    def compute(self) -> dict[str, float]:
-        """The named results over all batches and ranks."""
 
 
 class MeanPerImage(ImageMetric):
     """A metric that is the mean over images of one number each.
 
-    A mean of batch means would weight the images of a last, smaller batch more.
+    A mean of batch means would weight the images of a last, smaller batch more. Sums are float64.
     """
 
-    name: str
+    higher_is_better = True
 
     def __init__(self) -> None:
-        self.total = torch.zeros(2, dtype=torch.float64)
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.total: Tensor
+        self.count: Tensor
 
     @abstractmethod
     def per_image(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """`(B,)` values of float images in [0, 1]."""
+        """Return `(B,)` values of float images in [0, 1]."""
 
     def update(self, originals: Tensor, reconstructions: Tensor) -> None:
         """Take in a batch; both `(B, C, H, W)` uint8."""
         if len(originals):
             values = self.per_image(originals.float() / 255, reconstructions.float() / 255)
-            self.total[0] += values.double().sum().cpu()
-            self.total[1] += len(values)
+            self.total += values.double().sum()
+            self.count += len(values)
 
-    def compute(self) -> dict[str, float]:
-        """The mean over all images and ranks."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        total = all_reduce_sum(self.total.to(device).clone())
-        return {self.name: (total[0] / total[1]).item()}
+    def compute(self) -> Tensor:
+        """Return the mean over all images and ranks, a float64 scalar."""
+        return self.total / self.count
 
 
 class PSNR(MeanPerImage):
@@ -62,10 +63,8 @@ class PSNR(MeanPerImage):
     A perfect image counts as 100 dB.
     """
 
-    name = "psnr"
-
     def per_image(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """`(B,)` dB."""
+        """Return `(B,)` dB, float64."""
         mse = (originals.double() - reconstructions.double()).square().mean(dim=(1, 2, 3))
         return -10 * torch.log10(mse.clamp(min=1e-10))
 
@@ -73,10 +72,8 @@ class PSNR(MeanPerImage):
 class SSIM(MeanPerImage):
     """Structural similarity: Gaussian window, sigma 1.5, data range 1 (torchmetrics)."""
 
-    name = "ssim"
-
     def per_image(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """`(B,)` in [-1, 1]."""
+        """Return `(B,)` in [-1, 1]."""
         value = structural_similarity_index_measure(
             reconstructions, originals, data_range=1.0, reduction="none"
         )

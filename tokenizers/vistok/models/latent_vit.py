@@ -48,7 +48,7 @@ class LatentTransformerEncoder(Encoder):
             latent tokens up to j (FlexTok's registers), so that later ones don't change it.
         nested: start the latent tokens where every prefix of them covers the image; see
             `spread_points`. The decoder's must agree.
-        attention: auto, dense or flex, under the causal mask; see `nn/attention.py`.
+        attention: dense or flex, under the causal mask; see `nn/attention.py`.
         content: strength of the patches' content at the start, over that of the positions. A
             codebook follows latents that training moves about as a whole, so there an eighth
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
@@ -72,7 +72,7 @@ class LatentTransformerEncoder(Encoder):
         activation_checkpointing: bool = False,
         causal: bool = False,
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         content: float = 0.125,
         norm_in: bool = True,
     ) -> None:
@@ -187,7 +187,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
+        attention: dense or flex, where tokens are masked; see `nn/attention.py`.
         border: what the last convolution sees beyond the image, "black" or its own "edge".
     """
 
@@ -204,7 +204,7 @@ class LatentTransformerDecoder(Decoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         border: str = "black",
     ) -> None:
         super().__init__()

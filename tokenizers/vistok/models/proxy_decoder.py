@@ -45,7 +45,7 @@ class ProxyDecoder(LatentTransformerDecoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
+        attention: dense or flex, where tokens are masked; see `nn/attention.py`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ProxyDecoder(LatentTransformerDecoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
     ) -> None:
         super().__init__(
             image_size,

@@ -187,12 +187,11 @@ class Transformer(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         activation_checkpointing: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         **block: Any,
     ) -> None:
         super().__init__()
         self.attention = check_kind(attention)
-        self.num_heads = num_heads
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio, **block) for _ in range(depth)
@@ -216,7 +215,7 @@ class Transformer(nn.Module):
             taps: offered the tokens in `places` behind block i, as `block.{i}`.
             places: where the tapped tokens lie in the sequence; None for all of it.
         """
-        seen = None if mask is None else mask_for(self.attention, mask, x, self.num_heads)
+        seen = None if mask is None else mask_for(self.attention, mask, x)
         last = len(self.blocks) - 1
         narrow = keep is not None and (keep == places or not taps.wants(f"block.{last}"))
         for number, block in enumerate(self.blocks):

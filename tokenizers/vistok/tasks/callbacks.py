@@ -28,18 +28,14 @@ class ReconstructionGrid(L.Callback):
         self.num_images = num_images
         self.scale = scale
 
-    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Draw with the averaged weights; on all ranks, for each may hold a part of them."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Draw with the validated weights; on all ranks, for each may hold a part of them."""
         if trainer.sanity_checking or not self.num_images:
             return
         samples = module.data.val_samples(self.num_images)
-        was_training = module.training
-        module.eval()
-        evaluator = Evaluator(module.tokenizer, metrics=[])
-        with module.averaged():
-            conditions = module.tokenizer.conditions_of(samples)
-            reconstructions = evaluator.update(samples["image"], None, conditions)
-        module.train(was_training)
+        conditions = module.tokenizer.conditions_of(samples)
+        evaluator = Evaluator(module.tokenizer, metrics={})
+        reconstructions = evaluator.update(samples["image"], None, conditions)
         if not trainer.is_global_zero:
             return
         sheet = comparison(samples["image"].cpu(), reconstructions.cpu())

@@ -109,11 +109,10 @@ class Reconstruction(Task):
         self.evaluator = Evaluator(self.tokenizer)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Measure the averaged weights on a batch."""
+        """Measure the tokenizer on a batch; `AveragedWeights` has put its averages in place."""
         assert self.evaluator is not None
-        with self.averaged():
-            conditions = self.tokenizer.conditions_of(batch)
-            self.evaluator.update(batch["image"], batch["valid"], conditions)
+        conditions = self.tokenizer.conditions_of(batch)
+        self.evaluator.update(batch["image"], batch["valid"], conditions)
 
     def on_validation_epoch_end(self) -> None:
         """Log the results as `val/...`."""
@@ -165,7 +164,7 @@ class Reconstruction(Task):
             "bits_per_image": results["bits_per_image"],
         }
         options = baseline_options(self.config.get("baseline"))
-        if options and trainer.is_global_zero:
+        if options:  # on every rank: they begin with the same codes and share the images
             summary.update(kmeans_baseline(self.data, self.tokenizer, **options))
         return summary
 

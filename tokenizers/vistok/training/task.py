@@ -7,8 +7,8 @@ without knowing which one it is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from vistok.training.ema import EMA
 from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
 from vistok.training.memory import keep_freed_memory
 from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate, warmup_cosine
-from vistok.training.sharding import ShardedStrategy, is_sharded, release, shard, whole_parameters
+from vistok.training.sharding import ShardedStrategy, is_sharded, shard, whole_parameters
 
 
 class Task(L.LightningModule, ABC):
@@ -262,17 +262,6 @@ class Task(L.LightningModule, ABC):
                 f"loss/{bad[0]} is {losses[bad[0]].item()} at step {self.global_step}; "
                 "lower optimizer.lr, or set trainer.precision=32"
             )
-
-    # ------------------------------------------------------------------ validation
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within this context the model computes with its averaged weights, if it has any."""
-        with nullcontext() if self.ema is None else self.ema.averaged():
-            try:
-                yield
-            finally:
-                release(self.model)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -27,6 +27,7 @@ from vistok.training.callbacks import (
     ValidationLine,
 )
 from vistok.training.checkpointing import Checkpoints
+from vistok.training.ema import AveragedWeights
 from vistok.training.lightning_internals import leave_signals_alone
 from vistok.training.metrics_file import MetricsFile
 from vistok.training.sharding import ShardedStrategy
@@ -116,6 +117,7 @@ def build_trainer(
             RandomState(),
             *own,
             DataWatch(folder / "skipped.tsv"),
+            AveragedWeights(),
             ValidationLine(),
             DataWatch(folder / "skipped.tsv"),  # behind what draws after a validation
             *([ProgressBar()] if show_bar else []),

@@ -32,7 +32,7 @@ class FlexTokEncoder(LatentTransformerEncoder):
         causal: registers see the patches and the registers before them; see
             `LatentTransformerEncoder`.
         nested: start the registers where every prefix of them covers the image.
-        attention: auto, dense or flex, under the causal mask; see `nn/attention.py`.
+        attention: dense or flex, under the causal mask; see `nn/attention.py`.
         content: strength of the patches' content at the start, over that of the positions.
         norm_in: normalise the sequence before the first block.
     """
@@ -52,7 +52,7 @@ class FlexTokEncoder(LatentTransformerEncoder):
         activation_checkpointing: bool = False,
         causal: bool = True,
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         content: float = 1.0,
         norm_in: bool = False,
     ) -> None:

@@ -40,7 +40,7 @@ class HitaDecoder(Decoder):
         num_heads: attention heads.
         shift: k, 0 to H.
         activation_checkpointing: see `Transformer`.
-        attention: auto, dense or flex; see `nn/attention.py`.
+        attention: dense or flex; see `nn/attention.py`.
         block: "biased" or "normalized", as in the encoder.
     """
 
@@ -54,7 +54,7 @@ class HitaDecoder(Decoder):
         num_heads: int,
         shift: int = 4,
         activation_checkpointing: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         block: str = "biased",
     ) -> None:
         super().__init__()

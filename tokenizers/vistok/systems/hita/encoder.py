@@ -61,7 +61,7 @@ class HitaEncoder(Encoder):
         causal_depth: number of causal blocks.
         num_heads: attention heads.
         activation_checkpointing: see `Transformer`.
-        attention: auto, dense or flex, in the causal blocks; see `nn/attention.py`.
+        attention: dense or flex, in the causal blocks; see `nn/attention.py`.
         block: "biased", SwiGLU blocks with biases and norms that learn, or "normalized", without
             biases and with plain norms, also of queries and keys, and a norm that learns at the
             end.
@@ -77,7 +77,7 @@ class HitaEncoder(Encoder):
         causal_depth: int,
         num_heads: int,
         activation_checkpointing: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         block: str = "biased",
         embed: str = "conv",
     ) -> None:

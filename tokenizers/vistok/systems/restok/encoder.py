@@ -59,7 +59,7 @@ class ResTokEncoder(Encoder):
         num_heads: attention heads.
         merge_layers: indices of the blocks that merge, rising.
         activation_checkpointing: recompute each block in the backward pass.
-        attention: auto, dense or flex, under the mask; see `nn/attention.py`.
+        attention: dense or flex, under the mask; see `nn/attention.py`.
         merge_axis: what a merge halves, the "columns" of a grid or its "longest" side.
         places: where rotary positions lie: "queued", the grids one behind the other and the
             latents behind them on a diagonal, or "centered", every token at the centre of its part
@@ -78,7 +78,7 @@ class ResTokEncoder(Encoder):
         num_heads: int,
         merge_layers: Sequence[int],
         activation_checkpointing: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         merge_axis: str = "columns",
         places: str = "queued",
         level_vectors: str = "block",
@@ -90,7 +90,6 @@ class ResTokEncoder(Encoder):
             raise ArgumentError(f"level_vectors={level_vectors}: must be block or merge")
         self.merge_axis, self.level_vectors = merge_axis, level_vectors
         self.attention = check_kind(attention)
-        self.num_heads = num_heads
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
@@ -148,7 +147,7 @@ class ResTokEncoder(Encoder):
         cells = features.shape[1]
         x, merges = self.norm_in(self.sequence(features)), 0
         for number, block in enumerate(self.blocks):
-            mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x, self.num_heads)
+            mask = mask_for(self.attention, self.get_buffer(f"mask{merges}"), x)
             inputs = (x, self.get_buffer(f"turn{merges}"), mask)
             between = None
             if number in self.merge_layers:

@@ -44,7 +44,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         class_token: prepend a learned token, as the paper does.
         activation_checkpointing: see `Transformer`.
         nested: as in the encoder.
-        attention: auto, dense or flex, where tokens are masked; see `nn/attention.py`.
+        attention: dense or flex, where tokens are masked; see `nn/attention.py`.
         border: as in TiTok's decoder.
     """
 
@@ -66,7 +66,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "auto",
+        attention: str = "dense",
         border: str = "black",
     ) -> None:
         super().__init__(

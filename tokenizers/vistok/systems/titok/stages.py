@@ -31,12 +31,12 @@ class LearnCodes(Stage):
     def resolve(self, config: dict[str, Any], source: Source) -> dict[str, Any]:
         """Exchange the pixel head for one over the proxy's codes."""
         tokenizer, proxy = config["tokenizer"], source.tokenizer
-        grid, cells = proxy.encoder.grid, proxy.encoder.num_tokens
-        if grid is None or proxy.quantizer.num_indices != 1 or proxy.num_tokens != cells:
+        grid, quantizer = proxy.encoder.grid, proxy.quantizer
+        if grid is None or quantizer.num_indices != 1 or not quantizer.per_token:
             raise self.refuse(
                 source,
                 f"must be a 2D tokenizer with one id per cell, found {type(proxy).__name__} with "
-                f"{type(proxy.quantizer).__name__}",
+                f"{type(quantizer).__name__}",
             )
         if tokenizer["decoder"].get("_target_") != "latent_vit_decoder":
             raise ConfigError(
@@ -49,7 +49,7 @@ class LearnCodes(Stage):
             **kept,
             "_target_": "proxy_decoder",
             "patch_size": side,
-            "num_codes": proxy.quantizer.codebook_sizes[0],
+            "num_codes": quantizer.codebook_sizes[0],
             "code_dim": proxy.decoder.dim,
             "pixel_decoder": copy.deepcopy(source.config["tokenizer"]["decoder"]),
             "learns": "codes",
@@ -109,4 +109,4 @@ class ProxyCodes(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode and search."""
-        return self.quantizer.encode(self.encoder(images))[..., 0]
+        return self.quantizer.encode(self.encoder(images), self.encoder.grid)[..., 0]
