@@ -118,7 +118,7 @@ def test_weights_of_another_architecture():
     first = next(iter(state))
     with pytest.raises(CheckpointError, match="missing"):
         load_weights(small, {k: v for k, v in state.items() if k != first}, "x")
-    with pytest.raises(CheckpointError, match=r"'new' is unknown.*and 0 more"):
+    with pytest.raises(CheckpointError, match="'new' is not expected"):
         load_weights(small, {**state, "new": torch.zeros(1)}, "x")
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())  # untouched
 
