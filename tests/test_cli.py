@@ -31,6 +31,7 @@ assert not heavy, heavy
         ("train.py", "uv run train.py resume=runs/<run>"),
         ("eval.py", "run=runs/<run>"),
         ("scripts/export.py", "out="),
+        ("scripts/import_weights.py", "maskgit_vqgan"),
         ("scripts/make_shards.py", "shard_size"),
         ("scripts/check_shards.py", "decode=false"),
         ("scripts/bench_data.py", "seconds=8"),
@@ -49,10 +50,11 @@ def test_help_is_light(script, word):
 
 
 def test_help_of_the_importer_names_every_source(cli):
-    """It asks the registry, so it waits for torch."""
+    """It reads the names off the sources, without torch; the registry knows the same ones."""
     code, lines, out = cli("import_weights", "--help")
     assert code == 0 and not lines
-    assert len(registered("importer")) >= 8 and ", ".join(registered("importer")) in out
+    assert len(registered("importer")) >= 8
+    assert ", ".join(registered("importer")) in " ".join(out.split())
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list", "experiments"]], ids=" ".join)
