@@ -165,7 +165,7 @@ def compose_run(
 
 
 def is_plain(overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> bool:
-    """Return whether a run asks Hydra for no more than its folder: no launcher, callback, log or chdir."""
+    """Return whether a run asks Hydra for no more than its folder: no launcher, log or callback."""
     others = [o for o in overrides if not o.startswith("hydra.run.dir=")]
     asked = any(o.lstrip("+~").startswith(("hydra.", "hydra/")) for o in others)
     return not asked and "hydra" not in _written([*user_config_dirs(), *extra_dirs])
@@ -186,9 +186,9 @@ def _refuse_misfits(
 ) -> None:
     """Raise if an override sets a key to a value of another kind, before a library does.
 
-    Checked are numbers and flags anywhere, and lists and groups of keys on the top level. Which kind
-    a key has shows without the overrides; that is composed only if some config has another kind
-    under this name.
+    Checked are numbers and flags anywhere, and lists and groups of keys on the top level. Which
+    kind a key has shows without the overrides; that is composed only if some config has another
+    kind under this name.
     """
     misfits = {
         key: override
