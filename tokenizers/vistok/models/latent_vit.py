@@ -303,12 +303,6 @@ class LatentTransformerDecoder(Decoder):
         start = 0 if self.class_token is None else 1
         return slice(start, start + len(self.patch_positions))
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The patches `(B, rows * columns, W)` in the sequence behind any block."""
-        if sequence.shape[1] == len(self.patch_positions):  # behind the last nothing else is left
-            return sequence
-        return sequence[:, self._patches]
-
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the head at the linear map that reconstructs `images` best."""

@@ -221,10 +221,6 @@ class QFormerDecoder(Decoder):
         x = self.transformer(queries, memory, *positions, mask, taps)
         return self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The cells `(B, rows * columns, W)` in the sequence behind any block: all of it."""
-        return sequence
-
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the CNN as a map that hands on what the code says of `images`."""

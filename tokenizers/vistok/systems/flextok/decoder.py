@@ -223,11 +223,11 @@ class FlowDecoder(Decoder):
                 x = checkpoint(block, x, condition, count, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, condition, count)
-            taps.offer(f"block.{number}", self.patch_tokens(x))
+            taps.offer(f"block.{number}", self._patches_of(x))
         shift, scale = self.modulate_out(nn.functional.silu(condition))[:, None].chunk(2, dim=-1)
-        return self.norm_out(self.patch_tokens(x)) * (1 + scale) + shift
+        return self.norm_out(self._patches_of(x)) * (1 + scale) + shift
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
+    def _patches_of(self, sequence: Tensor) -> Tensor:
         """The patches `(B, rows * columns, W)` in the sequence behind any block."""
         return sequence[:, : self.patch_positions.shape[0]]
 

@@ -113,16 +113,12 @@ class HitaDecoder(Decoder):
         """What the CNN gets: `(B, rows * columns, W)`, raster order."""
         x = self.norm_in(self.embed(quantized) + self.positions)
         x = self.transformer(x, self.mask, taps=taps, places=self._cells)
-        return self.norm_out(self.patch_tokens(x))
+        return self.norm_out(x[:, self._cells])
 
     @property
     def _cells(self) -> slice:
         """Where they lie in the sequence."""
         return slice(self.first, self.first + self.grid[0] * self.grid[1])
-
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The cells `(B, rows * columns, W)` in the sequence behind any block."""
-        return sequence[:, self._cells]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

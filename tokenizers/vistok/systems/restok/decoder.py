@@ -128,10 +128,10 @@ class ResTokDecoder(Decoder):
                 x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, self.turn)
-            taps.offer(f"block.{number}", self.patch_tokens(x))
-        return self.patch_tokens(x)
+            taps.offer(f"block.{number}", self._cells_of(x))
+        return self._cells_of(x)
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
+    def _cells_of(self, sequence: Tensor) -> Tensor:
         """The cells `(B, rows * columns, W)` in the sequence behind any block."""
         return sequence[:, self.num_tokens :]
 
