@@ -160,9 +160,7 @@ def test_a_flexible_tokenizer_reads_texts_too():
     _, lengths = tok.tokenize_to_target(images, psnr=target, text=text)
     for row, k in enumerate(lengths.tolist()):
         assert k == next((j + 1 for j in range(3) if quality[j][row] >= target), 4)
-    tok.train()(tok.to_model_range(images), text=text).predictions["image"].values[
-        "image"
-    ].value.sum().backward()
+    tok.train()(tok.to_model_range(images), text=text).predictions["image"].value.sum().backward()
     assert tok.decoder.text_embed.weight.grad.any()
 
 
