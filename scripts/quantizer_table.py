@@ -1,4 +1,4 @@
-"""Write docs/guide/quantizers.md, one row per config: `python scripts/quantizer_table.py [--check]`."""
+"""Write the guide's page of quantizers: `python scripts/quantizer_table.py [--check]`."""
 
 import math
 import re
