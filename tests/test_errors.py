@@ -304,23 +304,25 @@ def interrupted_writes(monkeypatch, how: str, after: int):
         return real_save(content, file, *args, **kwargs)
 
     def fsync(descriptor):
-        if count > after and how == "fsync":
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if count > after:
+            metrics = os.path.samestat(os.fstat(descriptor), os.stat("run/metrics.jsonl"))
+            if how == ("metrics" if metrics else "fsync"):
+                raise OSError(errno.ENOSPC, "No space left on device")
         return real_fsync(descriptor)
 
     monkeypatch.setattr(torch, "save", save)
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("how", ["save", "fsync"])
+@pytest.mark.parametrize("how", ["save", "fsync", "metrics"])
 def test_disk_full_keeps_the_previous_checkpoint(fails, cli, words, tmp_path, monkeypatch, how):
     run = tmp_path / "run"
     words = [*words, f"hydra.run.dir={run}", "callbacks.checkpoint_every=2", "trainer.max_steps=6"]
     words += ["trainer.val_check_interval=100"]
     with monkeypatch.context() as patch:
-        interrupted_writes(patch, how, after=1)
-        expected = ("last.ckpt", "could not be written", "No space left", "previous checkpoint")
-        fails("train", *words, words=expected)
+        interrupted_writes(patch, how, after=0 if how == "metrics" else 1)
+        told = ("metrics.jsonl",) if how == "metrics" else ("last.ckpt", "previous checkpoint")
+        fails("train", *words, words=(*told, "could not be written", "No space left"))
     last = run / "checkpoints" / "last.ckpt"
     assert [p.name for p in last.parent.iterdir()] == ["last.ckpt"]
     assert read_checkpoint(last)["global_step"] == 2
