@@ -142,7 +142,7 @@ NAMES = [
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_encoder_and_decoder_by_hand(normalized):
-    """In float64; next to the official code without its teacher: docs/flexible_length.md."""
+    """In float64; next to the official code without its teacher: docs/systems/hita.md."""
     tok = awake(small(*SHIFTED, *(NORMALIZED if normalized else []))).double()
     encoder, decoder = tok.encoder, tok.decoder
     heads = encoder.transformer.blocks[0].attn.num_heads
