@@ -27,13 +27,13 @@ needs_lite0 = pytest.mark.skipif(
 )
 
 
-def smallest(name: str) -> list[str]:
-    """Words that make a tokenizer of `configs/tokenizer` as small as tests want it.
+def smallest(name: str, configs: Path = CONFIGS) -> list[str]:
+    """Words that make a tokenizer of `configs` as small as tests want it.
 
     Its config says them in lines `# smallest: KEY=VALUE ...`, on top of those of the configs that
     it builds on. A config without such lines is tested as it is.
     """
-    path = CONFIGS / "tokenizer" / f"{name}.yaml"
+    path = configs / "tokenizer" / f"{name}.yaml"
     bases = yaml.safe_load(path.read_text()).get("defaults", [])
     words = [word for base in bases if base in TOKENIZERS for word in smallest(base)]
     lines = re.findall(r"^# smallest: (.*)$", path.read_text(), re.MULTILINE)
