@@ -20,7 +20,7 @@ from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number, check_whole
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import ModulatedBlock, attend_by_position_, init_transformer_
-from vistok.nn.data_init import least_squares
+from vistok.nn.data_init import chunks, least_squares
 from vistok.nn.flow import Guidance, integrate, mix, time_features
 from vistok.nn.patches import patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
@@ -223,11 +223,11 @@ class FlowDecoder(Decoder):
                 x = checkpoint(block, x, condition, count, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, condition, count)
-            taps.offer(f"block.{number}", self.patch_tokens(x))
+            taps.offer(f"block.{number}", self._patches_of(x))
         shift, scale = self.modulate_out(nn.functional.silu(condition))[:, None].chunk(2, dim=-1)
-        return self.norm_out(self.patch_tokens(x)) * (1 + scale) + shift
+        return self.norm_out(self._patches_of(x)) * (1 + scale) + shift
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
+    def _patches_of(self, sequence: Tensor) -> Tensor:
         """The patches `(B, rows * columns, W)` in the sequence behind any block."""
         return sequence[:, : self.patch_positions.shape[0]]
 
@@ -238,9 +238,7 @@ class FlowDecoder(Decoder):
         time = torch.sigmoid(torch.randn(len(images), generator=generator)).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images.device)
         rows = []
-        for q, n, t in zip(
-            quantized.split(32), mix(images, noise, time).split(32), time.split(32), strict=True
-        ):
+        for n, q, t in chunks(mix(images, noise, time), quantized, time):
             rows.append(self.features(n, t, self.registers(q)).float())
         target = images if self.predicts == "image" else noise - images
         target = patchify(target, self.patch_size)
