@@ -30,17 +30,25 @@ from vistok.training.sharding import ShardWriter, pieces_of
 def test_every_block_with_attention_is_gathered_by_itself(name):
     """None is left in the part that is gathered for the whole step."""
     tokenizer = tiny_tokenizer(tokenizer=name)
-    blocks = [
-        block
-        for module in tokenizer.modules()
-        if isinstance(module, nn.ModuleList)
-        for block in module
-        if any("Attention" in type(part).__name__ for part in block.modules())
+    gathered = set(sharding.blocks_of(tokenizer))
+    attentions = [
+        (name, module)
+        for name, module in tokenizer.named_modules()
+        if "Attention" in type(module).__name__ and "cnn" not in name  # those are gathered whole
     ]
-    assert blocks or name == "vqgan_tiny"
-    for block in blocks:
-        if type(block).__name__ != "AttentionBlock":  # of CNNs, which are gathered whole
-            assert isinstance(block, sharding.BLOCKS), type(block)
+    for name, attention in attentions:
+        assert [block for block in gathered if attention in block.modules()], name
+    assert not any(a is not b and a in b.modules() for a in gathered for b in gathered)
+
+
+def test_a_system_names_what_is_gathered_by_itself():
+    """Blocks of any class, in a list of that name; nothing needs to know the class."""
+    net = nn.Module()
+    net.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    net.inner = nn.Module()
+    net.inner.blocks = nn.ModuleList([nn.Conv2d(1, 1, 1)])
+    net.others, net.more_blocks = nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList([nn.Linear(2, 2)])
+    assert list(sharding.blocks_of(net)) == [*net.blocks, *net.inner.blocks]
 
 
 # ---------------------------------------------------------------------- folders

@@ -407,7 +407,7 @@ class Tokenizer(nn.Module):
     def _refuse_length(self, what: str) -> NoReturn:
         raise ConfigError(
             f"{what}: {type(self).__name__} has a fixed length of {self.num_tokens} tokens; other "
-            "budgets need a flexible tokenizer, such as tokenizer=one_d_piece_tiny"
+            "budgets need a flexible tokenizer (docs/flexible_length.md)"
         )
 
     def _sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
