@@ -502,7 +502,7 @@ def test_released_restok_starts_the_preset(tmp_path):
         "tokenizer.encoder.cnn.base_channels=64", "tokenizer.encoder.merge_layers=[0,1]",
         "tokenizer.encoder.cnn.channel_multipliers=[1,1,2]",
         "tokenizer.encoder.num_latent_tokens=8",
-        "tokenizer.encoder._target_=vistok.systems.restok.weights.ReshapedResTokEncoder",
+        "tokenizer.encoder._target_=reshaped_restok_encoder",
         *(f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in sizes),
         f"quantizer.codebook_size={CODES}", "quantizer.codebook_dim=6",
     )  # fmt: skip

@@ -146,6 +146,8 @@ def old_form(config):
         config = {k: old_form(v) for k, v in config.items() if k != "format"}
         if config.get("_target_") in paths:
             config["_target_"] = paths[config["_target_"]]
+        if "border" in config:
+            config["borders"] = {"edge": "repeated", "black": "black"}[config.pop("border")]
     return config
 
 

@@ -51,6 +51,20 @@ def test_what_would_be_right_is_said(override, message):
     assert str(error.value).startswith(f"{override}: ") and message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [("quantizer.dim=x", "a number"), ("trainer.deterministic=perhaps", "true or false")],
+)
+def test_a_kind_that_a_reference_or_a_users_config_gives(override, kind, tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "mine.yaml").write_text(
+        "defaults: [default]\ndeterministic: True # mine\n"
+    )
+    words = ["trainer=mine"] if "trainer" in override else []
+    with pytest.raises(ConfigError, match=f"^{override}: expected {kind}"):
+        compose("train", [*words, override], [tmp_path])
+
+
 def test_what_may_be_null_below_stays_so():
     config = compose("train", ["quantizer=vq", "quantizer.codebook_dim=null", "name=mine"])
     assert config.quantizer.codebook_dim is None and config.name == "mine"

@@ -113,11 +113,35 @@ def _train(argv: list[str]) -> None:
         config = c.apply_overrides(c.closed(stored_config(run)), rest)
         _run_training(c.to_container(config), run, checkpoint)
         return
-    # Composed once here for errors that people can read, then again by Hydra, which owns
-    # --multirun, launchers and sweepers.
+    if not flags and c.is_plain(overrides, folders):
+        return _train_here(overrides, folders)
+    # Composed here for errors that people can read, then again by Hydra, which owns --multirun,
+    # launchers and sweepers.
     for job in c.sweep(overrides) if many else [overrides]:
         c.to_container(c.compose("train", job, folders))
     _hydra_main(overrides, folders, flags)
+
+
+def _train_here(overrides: list[str], folders: list[Path]) -> None:
+    """A single run, in this process, for which the config is composed once."""
+    from vistok.core import configuration as c
+
+    config, folder, words = c.compose_run(overrides, folders)
+    folder = _relative(Path(os.path.abspath(folder)))
+    folder.mkdir(parents=True, exist_ok=True)
+    before = sys.argv
+    # Lightning starts the other ranks with these words: they must agree on the folder.
+    command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
+    dirs = [f"--config-dir={path}" for path in folders]
+    sys.argv = [before[0], *command, *words, c.quoted(f"hydra.run.dir={folder}"), *dirs]
+    try:
+        _start_or_resume(config, folder, words)
+    except BaseException:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    finally:
+        sys.argv = before
 
 
 def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> None:

@@ -18,7 +18,7 @@ from vistok.core.values import check_number
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.blocks import Transformer, attend_by_position_, init_transformer_
-from vistok.nn.data_init import least_squares, principal_components
+from vistok.nn.data_init import chunks, least_squares, principal_components, scale_of
 from vistok.nn.patches import pad_edges, patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
@@ -143,13 +143,14 @@ class LatentTransformerEncoder(Encoder):
         patches = patchify(images, self.patch_size).flatten(0, 1)
         count = min(self.dim - self.num_position_dims, patches.shape[1])
         mean, components, deviations = principal_components(patches, count)
-        strength = (self.num_position_dims / deviations.square().sum()).sqrt() * self.content
+        deviation = scale_of(deviations.square().sum().sqrt())
+        strength = self.num_position_dims**0.5 / deviation * self.content
         weight = components * strength
         self.patch_embed.weight.zero_()
         self.patch_embed.bias.zero_()
         self.patch_embed.weight[:count] = weight
         self.patch_embed.bias[:count] = -weight @ mean
-        latents = torch.cat([self(chunk).float() for chunk in images.split(32)])
+        latents = torch.cat([self(chunk).float() for chunk in chunks(images)])
         self.latent_means += latents.mean(dim=0)
 
 
@@ -311,7 +312,7 @@ class LatentTransformerDecoder(Decoder):
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the head at the linear map that reconstructs `images` best."""
-        features = torch.cat([self.features(chunk) for chunk in quantized.split(32)])
+        features = torch.cat([self.features(part) for _, part in chunks(images, quantized)])
         patches = patchify(images, self.patch_size)
         weight, bias = least_squares(features.flatten(0, 1), patches.flatten(0, 1))
         self.head.weight.copy_(weight)

@@ -15,7 +15,7 @@ from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.blocks import init_transformer_
-from vistok.nn.data_init import start_at_components_, start_conv_
+from vistok.nn.data_init import chunks, start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table
 from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
 
@@ -122,12 +122,11 @@ class QFormerEncoder(Encoder):
     def initialize(self, images: Tensor) -> None:
         """Start the embedding and the projection at the principal components of what they see."""
         self.cnn.initialize(images)
-        chunks = images.split(32)
-        maps = torch.cat([self.cnn(chunk).float() for chunk in chunks[:4]])
+        maps = torch.cat([self.cnn(chunk).float() for chunk in chunks(images[:128])])
         start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.cnn.grid))
-        cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
+        cells = torch.cat([self.cells(chunk).float() for chunk in chunks(images)])
         start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
-        latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
+        latents = torch.cat([self.latents(chunk).float() for chunk in chunks(images)])
         start_at_components_(self.project, latents.flatten(0, 1), self.dim)
 
 
@@ -231,7 +230,10 @@ class QFormerDecoder(Decoder):
         """Start the CNN as a map that hands on what the code says of `images`."""
         start_conv_(self.conv_out, self.maps(quantized[:64]))
         self.cnn.initialize(
-            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+            torch.cat(
+                [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]
+            ),
+            images[:64],
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
+from vistok.nn.data_init import chunks
 from vistok.quantizers.base import Quantizer
 
 
@@ -148,24 +149,44 @@ class Tokenizer(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialize(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
         """Set what learns faster from a good start, before the first step.
 
         In the order of the data's way: the encoder from images, the quantizer (projections and
-        codebook) from latents, the decoder from quantized latents.
+        codebook) from latents, the decoder from quantized latents. Images go through in chunks, and
+        encoder and decoder look at no more of them than they need, so memory is bounded.
 
         Args:
-            images: training images `(M, C, H, W)` in [-1, 1], the same on every rank.
+            images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
+            say: told which part comes next.
         """
         was_training = self.training
         self.eval()
-        signal = torch.cat([self.to_signal(chunk) for chunk in images.split(32)])
-        self.encoder.initialize(signal)
-        latents = torch.cat([self.encode(chunk).float() for chunk in signal.split(32)])
-        self.quantizer.initialize_from(latents.flatten(0, 1))
-        quantized = torch.cat([self.quantize(chunk).quantized for chunk in latents.split(32)])
-        self.decoder.initialize(quantized, signal)
+        few = self._signals(images[: self.init_images])
+        say(f"encoder, from {len(few)} images")
+        self.encoder.initialize(few)
+        say(f"codebook, from {len(images)} images")
+        latents = [self.encode(self._signals(chunk)).float() for chunk in chunks(images)]
+        self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
+        say(f"decoder, from {len(few)} images")
+        seen = torch.cat(latents)[: len(few)]
+        quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
+        self.decoder.initialize(quantized, few)
         self.train(was_training)
+
+    @property
+    def init_images(self) -> int:
+        """How many images encoder and decoder start from: those with 65536 squares of 8 pixels."""
+        height, width = self.image_size
+        return max(1, 2**22 // (height * width))
+
+    def _signals(self, images: Tensor) -> Tensor:
+        """Return the signals of images, uint8 or in [-1, 1], on this tokenizer's device."""
+        ready = (
+            self.to_model_range(part) if part.dtype == torch.uint8 else part.to(self.device)
+            for part in chunks(images)
+        )
+        return torch.cat([self.to_signal(part) for part in ready])
 
     # ------------------------------------------------------------------ parts
 

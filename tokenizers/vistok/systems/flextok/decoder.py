@@ -20,7 +20,7 @@ from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.values import check_number, check_whole
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import ModulatedBlock, attend_by_position_, init_transformer_
-from vistok.nn.data_init import least_squares
+from vistok.nn.data_init import chunks, least_squares
 from vistok.nn.flow import Guidance, integrate, mix, time_features
 from vistok.nn.patches import patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
@@ -238,9 +238,7 @@ class FlowDecoder(Decoder):
         time = torch.sigmoid(torch.randn(len(images), generator=generator)).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images.device)
         rows = []
-        for q, n, t in zip(
-            quantized.split(32), mix(images, noise, time).split(32), time.split(32), strict=True
-        ):
+        for n, q, t in chunks(mix(images, noise, time), quantized, time):
             rows.append(self.features(n, t, self.registers(q)).float())
         target = images if self.predicts == "image" else noise - images
         target = patchify(target, self.patch_size)

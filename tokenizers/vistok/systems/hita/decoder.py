@@ -13,6 +13,7 @@ from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import Transformer, init_transformer_
+from vistok.nn.data_init import chunks
 from vistok.nn.positions import grid_points, position_table, spread_points
 from vistok.systems.hita.encoder import options_of
 
@@ -127,7 +128,10 @@ class HitaDecoder(Decoder):
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the CNN's last layer at the linear map that reconstructs `images` best."""
         self.cnn.initialize(
-            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+            torch.cat(
+                [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]
+            ),
+            images[:64],
         )
 
     @property

@@ -14,6 +14,7 @@ from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
 from vistok.nn.blocks import init_transformer_
+from vistok.nn.data_init import chunks
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
@@ -138,7 +139,10 @@ class ResTokDecoder(Decoder):
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the CNN's last layer at the linear map that reconstructs `images` best."""
         self.cnn.initialize(
-            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+            torch.cat(
+                [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]
+            ),
+            images[:64],
         )
 
     @property
