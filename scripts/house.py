@@ -250,9 +250,14 @@ def _code(tree: ast.Module) -> str:
     tree = ast.parse(ast.unparse(tree))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if not isinstance(node, ast.Lambda | ast.IfExp) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant):
-                body[0].value = ast.Constant(None)
+        if (
+            isinstance(node, ast.Lambda | ast.IfExp)
+            or not body
+            or not isinstance(body[0], ast.Expr)
+        ):
+            continue
+        if isinstance(body[0].value, ast.Constant):
+            body[0].value = ast.Constant(None)
     return ast.unparse(tree)
 
 

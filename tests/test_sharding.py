@@ -10,7 +10,8 @@ from torch import nn
 
 import vistok
 from helpers import SIZES, TINY, losses_of, tiny_tokenizer
-from test_distributed_training import TWO, ended, floats, plan, start
+from ranks import TWO, assert_ended, fork
+from test_distributed_training import floats, plan
 from test_pipeline import assert_same_training, state_of
 from test_sudden_death import content_of, flip
 from vistok.checkpoints import write as checkpoints
@@ -231,21 +232,15 @@ def runs(photos, tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        whole = start([*words, *TWO, *SHARDED, "hydra.run.dir=two"])
+        whole = fork([*words, *TWO, *SHARDED, "hydra.run.dir=two"])
         assert train([*words, "hydra.run.dir=one"]) == 0
         stop = plan(folder, 1, "os.kill(os.getpid(), signal.SIGTERM)")
         assert_ended(whole, 0)
-        cut = start([*words, *TWO, *SHARDED, stop, "hydra.run.dir=cut"])
+        cut = fork([*words, *TWO, *SHARDED, stop, "hydra.run.dir=cut"])
         assert_ended(cut, 75)
     finally:
         os.chdir(before)
     return words, folder
-
-
-def assert_ended(process, code):
-    ended_with, out, err = ended(process)
-    assert ended_with == code, out + err
-    return out
 
 
 @pytest.mark.slow
@@ -285,7 +280,7 @@ def test_rotary_blocks_train_as_one_process(photos, tmp_path, monkeypatch):
     words = [w for w in TINY if w not in SIZES["titok_tiny"]]
     words += ["tokenizer=restok_tiny", *SIZES["restok_tiny"], "data=folder", f"data.train={photos}"]
     words += ["data.val_fraction=0.3", "data.eval_batch_size=2", "trainer.max_steps=4"]
-    two = start([*words, *TWO, *SHARDED, "hydra.run.dir=two"])
+    two = fork([*words, *TWO, *SHARDED, "hydra.run.dir=two"])
     assert train([*words, "hydra.run.dir=one"]) == 0
     assert_ended(two, 0)
     first, second = (list(floats(tmp_path / run, "loss/total").values()) for run in ("two", "one"))
@@ -298,7 +293,7 @@ def test_a_sharded_run_goes_on_exactly(runs, tmp_path):
     words, folder = runs
     run = shutil.copytree(folder / "cut", tmp_path / "run")
     assert state_of(run)["global_step"] == 4
-    out = assert_ended(start([*words, *TWO, *SHARDED, f"hydra.run.dir={run}", "resume=auto"]), 0)
+    out = assert_ended(fork([*words, *TWO, *SHARDED, f"hydra.run.dir={run}", "resume=auto"]), 0)
     assert "last.ckpt" in out
     assert losses_of(run) == losses_of(folder / "two")
     assert_same_training(run, folder / "two")
@@ -310,7 +305,7 @@ def test_a_damaged_piece_costs_steps_and_nothing_else(runs, tmp_path):
     words, folder = runs
     run = shutil.copytree(folder / "cut", tmp_path / "run")
     flip(run / "checkpoints" / "last.ckpt" / "00001-of-00002.ckpt", 4000)
-    out = assert_ended(start([*words, *TWO, *SHARDED, f"hydra.run.dir={run}", "resume=auto"]), 0)
+    out = assert_ended(fork([*words, *TWO, *SHARDED, f"hydra.run.dir={run}", "resume=auto"]), 0)
     assert "00001-of-00002.ckpt: damaged" in out and "older" in out
     assert losses_of(run) == losses_of(folder / "two")
     assert_same_training(run, folder / "two")
@@ -326,7 +321,7 @@ def test_a_sharded_run_goes_on_with_other_ranks(runs, tmp_path, ranks):
         job = [*words, "trainer.devices=3", "data.batch_size=2"]
     else:
         job = [*words, "trainer.devices=1"]
-    assert_ended(start([*job, *SHARDED, f"hydra.run.dir={run}", "resume=auto"]), 0)
+    assert_ended(fork([*job, *SHARDED, f"hydra.run.dir={run}", "resume=auto"], ranks), 0)
     path = run / "checkpoints" / "last.ckpt"
     assert len(list(path.iterdir())) == ranks and state_of(run)["global_step"] == 6
     if ranks == 1:
