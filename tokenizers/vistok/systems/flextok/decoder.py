@@ -186,7 +186,7 @@ class FlowDecoder(Decoder):
     def output(
         self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
     ) -> Tensor:
-        """What the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
+        """Return what the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
         patches = self.head(self.features(noisy, time, registers, taps))
         return unpatchify(patches, self.grid, self.patch_size)
 
@@ -204,7 +204,7 @@ class FlowDecoder(Decoder):
     def features(
         self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
     ) -> Tensor:
-        """What the head sees: `(B, rows * columns, W)`, raster order."""
+        """Return what the head sees: `(B, rows * columns, W)`, raster order."""
         dtype = self.patch_embed.weight.dtype
         # The walk is float32, also where the weights are not.
         patches = self.patch_embed(patchify(noisy.to(dtype), self.patch_size))
