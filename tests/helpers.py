@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +118,48 @@ def losses_of(run: Path) -> dict[int, str]:
     return {int(row["step"]): row["loss/total"] for row in rows}
 
 
-def config_of(*overrides: str) -> dict:
-    """A training config, resolved."""
-    from vistok.core.configuration import compose, quoted, to_container
+@cache
+def _parsed(override: str):
+    """An override as Hydra reads it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return to_container(compose("train", [quoted(o) for o in overrides]))
+    from vistok.core.configuration import quoted
+
+    return OverridesParser.create().parse_override(quoted(override))
+
+
+@cache
+def _composed(*choices: str):
+    """The training config of these files, unresolved."""
+    from vistok.core.configuration import compose
+
+    return compose("train", choices)
+
+
+@cache
+def _resolved(*overrides: str) -> dict:
+    from hydra.core.override_parser.types import OverrideType
+    from omegaconf import OmegaConf
+
+    from vistok.core.configuration import groups, to_container
+
+    parsed = [_parsed(o) for o in overrides]
+    files = groups()
+    values = [p.type == OverrideType.CHANGE and p.key_or_group not in files for p in parsed]
+    choices = [p.input_line for p, value in zip(parsed, values, strict=True) if not value]
+    config = copy.deepcopy(_composed(*choices))
+    for p, value in zip(parsed, values, strict=True):
+        if value:
+            OmegaConf.update(config, p.key_or_group, p.value(), merge=True)
+    return to_container(config)
+
+
+def config_of(*overrides: str) -> dict:
+    """A training config, resolved; a fresh copy.
+
+    Hydra composes each choice of files once; values are set in a copy of it, as Hydra does.
+    """
+    return copy.deepcopy(_resolved(*overrides))
 
 
 def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.core.taps import NO_TAPS, Taps
+from vistok.core.values import Count, ImageSize
 from vistok.models.decoder import Decoder
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.length import LengthPolicy, LevelPolicy
@@ -52,9 +51,9 @@ class ReTok(FlexibleTokenizer):
         encoder: QFormerEncoder,
         quantizer: Quantizer,
         decoder: Decoder,
-        image_size: int | Sequence[int],
+        image_size: ImageSize,
         length: LengthPolicy | LevelPolicy,
-        channels: int = 3,
+        channels: Count = 3,
     ) -> None:
         if not quantizer.per_token:
             raise ConfigError(

@@ -5,6 +5,9 @@ the tokenizer is one more part, gathered for a whole step. The quantizer is not 
 are moved by statistics and restarts, row by row, and it is small. Its gradients, and those of
 whatever else is whole, are averaged once per step (`average_gradients`).
 
+Lightning's strategy leaves the sharding to us; torch's distributed checkpoints have no seals, are
+not written whole or not at all, and their metadata is a pickle, which could run code.
+
 Paper: Zhao et al. 2023, https://arxiv.org/abs/2304.11277; torch.distributed.fsdp.fully_shard.
 """
 
