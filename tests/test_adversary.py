@@ -223,12 +223,10 @@ def assert_as_one(two, one):
     for column in ("loss/total", "loss/adversarial", "loss/discriminator"):
         first, second = floats(two, column), floats(one, column)
         assert first.keys() == second.keys() and len(first) == 6
-        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5, abs=1e-6), (
-            column
-        )
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4, abs=1e-5)
     states = [state_of(run)["players"]["adversarial"]["discriminator"] for run in (two, one)]
     for key, value in states[0].items():
-        torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=3e-4)
 
 
 @pytest.mark.slow

@@ -88,6 +88,25 @@ def test_train_help_shows_keys_that_exist(cli):
     assert compose("train", words).quantizer.codebook_size == 4096
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 60])
+def test_train_help_shows_the_experiments_there_are(count, cli, tmp_path, monkeypatch):
+    """Whatever they are called, the default first; and with many of them it stays short."""
+    folder = tmp_path / "configs"
+    (folder / "experiment").mkdir(parents=True)
+    for n in range(count):
+        text = "# Default: the last one.\n" if n == count - 1 else f"# Number {n}.\n"
+        (folder / "experiment" / f"system{n:02d}_tiny.yaml").write_text(text)
+    (folder / "experiment" / "system_l256.yaml").write_text("# Days on a GPU.\n")
+    monkeypatch.setattr("vistok.core.configuration.config_dir", lambda: folder)
+    _, _, out = cli("train", "--help")
+    shown = out.partition("\nExperiments")[2].partition("\n\n")[0].splitlines()[1:]
+    assert shown[0].split() == [f"system{count - 1:02d}_tiny", "Default:", "the", "last", "one."]
+    assert shown[1:3] == [f"  system{n:02d}_tiny  Number {n}." for n in range(min(count - 1, 2))]
+    assert count < 4 or shown[3].startswith("  and system02_tiny")
+    assert len(shown) == {1: 1, 2: 2, 4: 4, 60: 5}[count] and "system_l256" not in out
+    assert shown[-1].endswith(" ...") == (count == 60)
+
+
 def test_import_help_names_every_importer(cli):
     """It reads their names off the sources; the registry has them from importing those."""
     _, _, out = cli("import_weights", "--help")

@@ -410,7 +410,7 @@ def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
     ids, pictures = oracle(p, images.double(), **{k: v.double() for k, v in given.items()})
     assert torch.equal(tok.tokenize(images)[..., 0], ids) and ids.unique().numel() > 3
     found = tok.detokenize(ids[..., None], **given)
-    assert torch.allclose(found, pictures.clamp(0, 1).float(), atol=1e-5)
+    assert torch.allclose(found, pictures.clamp(0, 1).float(), atol=5e-5)
     assert found.std() > 0.05
     raw = tok.decode(
         tok.quantizer.decode(ids[..., None]), **given
@@ -432,7 +432,7 @@ def test_prefixes_are_decoded_as_published(source, tmp_path):
         ids, pictures = oracle(p, images.double(), keep=count)
         found = tok.tokenize(images, num_tokens=count)
         assert torch.equal(found[..., 0], ids[:, :count])
-        assert torch.allclose(tok.detokenize(found), pictures.clamp(0, 1).float(), atol=1e-5)
+        assert torch.allclose(tok.detokenize(found), pictures.clamp(0, 1).float(), atol=5e-5)
 
 
 def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):

@@ -205,22 +205,26 @@ def _start_or_resume(config: dict, folder: Path, words: list[str]) -> None:
 def _run_training(
     config: dict, folder: Path, checkpoint: Path | None = None, words: list[str] | None = None
 ) -> None:
+    _import_plugins(config["plugins"])
+    from vistok.core.registry import resolve
+    from vistok.training.run import train as run
+
+    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
+    run(task, config, folder, checkpoint, words)
+
+
+def _import_plugins(names: str | Sequence[str]) -> None:
+    """Import the user's modules, which register what is theirs, also from the present folder."""
     import importlib
 
-    plugins = config["plugins"]
-    for name in [plugins] if isinstance(plugins, str) else plugins:
+    for name in [names] if isinstance(names, str) else names:
         sys.path.insert(0, os.getcwd())
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise ConfigError(f"plugins=[{name}]: {error}") from error
         finally:
-            sys.path.pop(0)
-    from vistok.core.registry import resolve
-    from vistok.training.run import train as run
-
-    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
-    run(task, config, folder, checkpoint, words)
+            sys.path.remove(os.getcwd())
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -236,6 +240,7 @@ def _evaluate(argv: list[str]) -> None:
     config = c.compose("eval", own, folders)
     if not _value(own, "run"):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
+    _import_plugins(config.plugins)
     from vistok.evaluation.run import evaluate as run
 
     run(c.to_container(config), data)
@@ -255,6 +260,7 @@ def _export(argv: list[str]) -> None:
             raise ConfigError(
                 f"{key} is missing; use: {typed('export')} run=runs/<run> out=exported/<name>"
             )
+    _import_plugins(config.plugins)
     from vistok.export.exporter import export_run
 
     export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
@@ -275,6 +281,7 @@ def _import_weights(argv: list[str]) -> None:
                 f"{key} is missing; use: import_weights.py source=titok weights=FILE "
                 "out=exported/<name>"
             )
+    _import_plugins(config.plugins)
     from vistok.export.importer import import_weights as run
 
     run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from vistok.core.errors import ArgumentError, ConfigError, as_written, nearest
-from vistok.core.values import is_number, is_whole
+from vistok.core.signatures import Arguments, arguments_of
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -29,45 +28,6 @@ _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _ARTICLES}
 _names: dict[str, dict[str, str]] = {kind: {} for kind in _ARTICLES}
 
 _imported: set[str] = set()  # floors
-
-#: Arguments that count or measure something, whatever part has them: the least of them is 1.
-_COUNTS = {
-    "base_channels",
-    "causal_depth",
-    "channel_multipliers",
-    "channels",
-    "code_dim",
-    "depth",
-    "dim",
-    "image_size",
-    "input_size",
-    "latent_dim",
-    "num_codes",
-    "num_heads",
-    "num_holistic_tokens",
-    "num_latent_tokens",
-    "num_res_blocks",
-    "num_text_tokens",
-    "patch_size",
-    "stem",
-    "text_dim",
-    "width",
-}
-
-#: Widths that a config takes from `tokenizer.latent_dim`, or from the width of what they meet.
-_FOLLOWING = ("dim", "latent_dim")
-
-#: What the annotation of an argument asks for: in words, and whether a value is that.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", is_whole),
-    "float": ("a number", is_number),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "Sequence[int]": (
-        "a list of whole numbers",
-        lambda value: isinstance(value, (list, tuple)) and all(map(is_whole, value)),
-    ),
-    "None": ("null", lambda value: value is None),
-}
 
 
 @overload
@@ -202,7 +162,7 @@ def build(config: Any, key: str = "", /, **given: Any) -> Any:
     Raises:
         ConfigError: naming the class or the key that is wrong.
     """
-    _check_arguments(config, key)
+    check_arguments(config, key, given)
     return _build(config, key, given)
 
 
@@ -227,39 +187,64 @@ def _inner(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _check_arguments(config: Any, key: str, but: Collection[str] = ()) -> None:
-    """Refuse numbers that the annotation of an argument excludes, and counts below 1.
+def check_arguments(
+    config: Any, key: str = "", given: Collection[str] = (), but: Collection[str] = ()
+) -> None:
+    """Hold a config to the annotations of the constructors that it names.
 
     Args:
         config: as for `build`.
         key: where it lies in the run's config.
-        but: names of arguments to leave unchecked.
+        given: names of arguments that the outermost part gets besides.
+        but: names of arguments to pass over, wherever they are.
+
+    Raises:
+        ConfigError: naming the full key of an argument that is wrong, missing, or not one.
     """
     if isinstance(config, (list, tuple)):
         for i, value in enumerate(config):
-            _check_arguments(value, f"{key}[{i}]", but)
-    if not isinstance(config, Mapping):
-        return
-    parameters: Mapping[str, inspect.Parameter] = {}
-    if "_target_" in config:
+            check_arguments(value, f"{key}[{i}]", but=but)
+    elif isinstance(config, Mapping) and "_target_" in config:
         cls = resolve(config["_target_"], key=_inner(key, "_target_"))
-        parameters = inspect.signature(cls).parameters
-    for name, value in config.items():
-        _check_arguments(value, _inner(key, name), but)
+        values = {name: value for name, value in config.items() if name != "_target_"}
+        _check(values, arguments_of(cls), key, config["_target_"], given, but)
+    elif isinstance(config, Mapping):
+        for name, value in config.items():
+            check_arguments(value, _inner(key, name), but=but)
+
+
+def _check(
+    values: Mapping[str, Any],
+    arguments: Arguments,
+    key: str,
+    owner: str,
+    given: Collection[str],
+    but: Collection[str],
+) -> None:
+    for name, value in values.items():
+        here = _inner(key, name)
         if name in but:
             continue
-        annotation = parameters[name].annotation if name in parameters else ""
-        if not isinstance(annotation, str):
-            annotation = inspect.formatannotation(annotation)
-        names = annotation.split(" | ")
-        if not _KINDS.keys() >= set(names):
-            continue  # a part, a choice of words, ...
-        kinds = [_KINDS[kind] for kind in names]
-        right, least = any(fits(value) for _, fits in kinds), ""
-        if name in _COUNTS:
-            numbers = value if isinstance(value, (list, tuple)) else [value]
-            right = right and bool(numbers) and all(n is None or n >= 1 for n in numbers)
-            least = ", 1 or more"
-        if not right:
-            wanted = " or ".join(words for words, _ in kinds) + least
-            raise ConfigError(f"{_inner(key, name)}={as_written(value)}: must be {wanted}")
+        if name not in arguments.rules and not arguments.open:
+            known = {*arguments.rules, *but} - set(given)
+            raise ConfigError(f"{here}: no such argument of {owner}{nearest(name, known)}")
+        check_arguments(value, here, but=but)
+        rule = arguments.rules.get(name)
+        if rule is not None and not rule.test(_unbuilt(value, resolve)):
+            raise ConfigError(rule.complaint(here, _unbuilt(value, str)))
+        if name in arguments.groups:
+            _check(value, arguments.groups[name], here, here, (), but)
+    for name in arguments.required:
+        if name not in {*values, *given, *but}:
+            rule = arguments.rules[name]
+            needed = rule.words if rule else "it"
+            raise ConfigError(f"{_inner(key, name)} is missing: {owner} needs {needed}")
+
+
+def _unbuilt(value: Any, stand_in: Callable[[Any], Any]) -> Any:
+    """Return a value, with something that stands in for each part that it describes."""
+    if isinstance(value, Mapping) and "_target_" in value:
+        return stand_in(value["_target_"])
+    if isinstance(value, (list, tuple)):
+        return [_unbuilt(item, stand_in) for item in value]
+    return value

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vistok.core.errors import ConfigError
-from vistok.core.values import check_whole
+from vistok.core.values import check, whole
 
 
 def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
@@ -33,7 +33,7 @@ def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
 
 def at_least(least: int, name: str, value: Any) -> int:
     """Return a whole number of at least `least`."""
-    check_whole(f"data.{name}", value, least)
+    check(f"data.{name}", value, whole(least))
     return value
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
+from vistok.core.values import check
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.pretrained import Teacher
 from vistok.models.term import Step, Term, check_taps
 from vistok.models.tokenizer import Tokenizer
 from vistok.nn.frozen import Frozen
+
+#: Where projected and taught features are compared.
+PlacesOf = Literal["tokens", "teacher"]
 
 
 @register("alignment")
@@ -37,11 +43,10 @@ class Alignment(Term):
         tokenizer: Tokenizer,
         teacher: Teacher,
         tap: str = "decoder.block.1",
-        grid: str = "tokens",
+        grid: PlacesOf = "tokens",
     ) -> None:
         super().__init__()
-        if grid not in ("tokens", "teacher"):
-            raise ArgumentError(f"grid={grid}: must be tokens or teacher")
+        check("grid", grid, PlacesOf)
         check_taps(tokenizer, [tap])
         width, places = tokenizer.tap_shapes()[tap]
         if places is None or len(places) != 2:
@@ -95,7 +100,7 @@ class HierarchicalAlignment(Alignment):
         tokenizer: Tokenizer,
         teacher: Teacher,
         tap: str = "decoder.block.1",
-        grid: str = "tokens",
+        grid: PlacesOf = "tokens",
     ) -> None:
         super().__init__(tokenizer, teacher, tap, grid)
         if not isinstance(tokenizer, FlexibleTokenizer):

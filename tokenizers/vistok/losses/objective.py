@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError, nearest
-from vistok.core.registry import build, register, registered, resolve
-from vistok.core.values import check_number, check_whole
+from vistok.core.registry import build, check_arguments, register, registered, resolve
+from vistok.core.signatures import check_values
+from vistok.core.values import Index, NonNegative
 from vistok.models.term import MakeOptimizer, Player, Step, Term, check_taps
 from vistok.models.tokenizer import Tokenizer
 
@@ -29,10 +30,10 @@ class Entry:
         ramp_samples: samples over which its weight rises from 0, linearly; 0 for at once.
     """
 
-    weight: float
+    weight: NonNegative
     of: str = "image"
-    start_samples: int = 0
-    ramp_samples: int = 0
+    start_samples: Index = 0
+    ramp_samples: Index = 0
 
     def counts(self, samples_seen: int) -> bool:
         """Return whether the term has started."""
@@ -190,6 +191,7 @@ def build_objective(
         entries[name] = _entry(options, here)
         own = {k: v for k, v in options.items() if k not in _COMMON}
         given = {"tokenizer": tokenizer} if "tokenizer" in inspect.signature(cls).parameters else {}
+        check_arguments(options, here, given, but=_COMMON)
         # A player's weights must not move the random numbers that the tokenizer's training draws.
         with torch.random.fork_rng(devices=[], enabled=issubclass(cls, Player)):
             built = build(own, here, **given)
@@ -208,9 +210,7 @@ def _entry(options: Mapping[str, Any], key: str, weight: float | None = None) ->
             raise ConfigError(f"{key}.weight is missing: how much the term counts, such as 1.0")
         values["weight"] = weight
     try:
-        check_number("weight", values["weight"], 0)
-        for name in ("start_samples", "ramp_samples"):
-            check_whole(name, values.get(name, 0), 0)
+        check_values(Entry, values)
     except ArgumentError as error:
         raise ConfigError(f"{key}.{error}") from error
     return Entry(**values)

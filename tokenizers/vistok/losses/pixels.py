@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-from vistok.core.errors import ArgumentError
 from vistok.core.ranks import all_reduce_mean_with_grad
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
+from vistok.core.values import Positive
 from vistok.models.term import Step, Term
 
 
@@ -46,10 +49,9 @@ class LogMSELoss(_Pointwise):
             logarithm each, so with "batch" the split of a step matters.
     """
 
-    def __init__(self, floor: float = 1e-4, per: str = "sample") -> None:
+    def __init__(self, floor: Positive = 1e-4, per: Literal["sample", "batch"] = "sample") -> None:
         super().__init__()
-        if per not in ("sample", "batch"):
-            raise ArgumentError(f"per={per}: must be sample or batch")
+        check_values(LogMSELoss, locals())
         self.floor = floor
         self.per = per
 

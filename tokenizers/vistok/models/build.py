@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vistok.core.errors import ConfigError, as_written
-from vistok.core.registry import _FOLLOWING, _check_arguments, build, resolve
-from vistok.core.values import check_whole
+from vistok.core.registry import build, check_arguments, resolve
+from vistok.core.values import Count, check
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.tokenizer import Tokenizer
@@ -21,9 +21,20 @@ _CONTRACTS: dict[str, tuple[str, type]] = {
     "quantizer": ("a quantizer", Quantizer),
 }
 
+#: Widths that a config takes from `tokenizer.latent_dim`, or from the width of what they meet.
+_FOLLOWING = ("dim", "latent_dim")
 
-def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
-    """A tokenizer from the `tokenizer` and `quantizer` parts of a resolved config."""
+
+def build_tokenizer(config: Mapping[str, Any], teachers: bool = True) -> Tokenizer:
+    """A tokenizer from the `tokenizer` and `quantizer` parts of a resolved config.
+
+    Args:
+        config: of a run or an export.
+        teachers: build what parts have as their `teacher`, which only training needs; without,
+            they are given None.
+    """
+    if not teachers:
+        config = {**config, "tokenizer": _without_teachers(config["tokenizer"])}
     ends = config["tokenizer"] if isinstance(config["tokenizer"], Mapping) else {}
     described = {key: config[key] for key in ("tokenizer", "quantizer")}
     described |= {f"tokenizer.{key}": ends[key] for key in ("encoder", "decoder") if key in ends}
@@ -33,10 +44,16 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
         _check_contract(key, part.get("_target_"))
     parts = {key: value for key, value in config["tokenizer"].items() if key != "latent_dim"}
     # First what others follow from in the configs: latent_dim itself may follow from a width.
-    _check_arguments(parts, "tokenizer", but=_FOLLOWING)
-    check_whole("tokenizer.latent_dim", config["tokenizer"].get("latent_dim", 1), 1)
+    check_arguments(parts, "tokenizer", {"quantizer"}, but=_FOLLOWING)
+    check("tokenizer.latent_dim", config["tokenizer"].get("latent_dim", 1), Count)
     quantizer = build(config["quantizer"], "quantizer")
     return build(parts, "tokenizer", quantizer=quantizer)
+
+
+def _without_teachers(config: Any) -> Any:
+    if not isinstance(config, Mapping):
+        return config
+    return {k: None if k == "teacher" else _without_teachers(v) for k, v in config.items()}
 
 
 def _check_contract(key: str, target: Any) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps
+from vistok.core.values import Count, ImageSize, Sizes
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.conv import (
@@ -59,15 +60,15 @@ class CNNEncoder(Encoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int = 2,
-        stem: int = 1,
+        image_size: ImageSize,
+        channels: Count,
+        base_channels: Count,
+        channel_multipliers: Sizes,
+        num_res_blocks: Count = 2,
+        stem: Count = 1,
         attention: bool = True,
         level_attention: bool = True,
-        latent_dim: int | None = None,
+        latent_dim: Count | None = None,
     ) -> None:
         super().__init__()
         factor = stem * 2 ** (len(channel_multipliers) - 1)
@@ -183,22 +184,21 @@ class CNNDecoder(Decoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        latent_dim: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int = 3,
-        stem: int = 1,
+        image_size: ImageSize,
+        channels: Count,
+        latent_dim: Count,
+        base_channels: Count,
+        channel_multipliers: Sizes,
+        num_res_blocks: Count = 3,
+        stem: Count = 1,
         attention: bool = True,
-        upsample: str = "nearest",
+        upsample: Literal["nearest", "depth_to_space"] = "nearest",
         adaptive_norm: bool = False,
         level_attention: bool = True,
     ) -> None:
         super().__init__()
+        check_values(CNNDecoder, locals())
         self.grid = grid_of(image_size, stem * 2 ** (len(channel_multipliers) - 1))
-        if upsample not in ("nearest", "depth_to_space"):
-            raise ArgumentError(f"upsample={upsample}: must be nearest or depth_to_space")
         self.dim = latent_dim
         self.stem = stem
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]

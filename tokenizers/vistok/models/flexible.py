@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vistok.core.errors import ConfigError
 from vistok.core.registry import register
+from vistok.core.values import Count, ImageSize
 from vistok.models.arguments import as_budgets, as_numbers, as_tensor, in_words
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -43,9 +44,9 @@ class FlexibleTokenizer(Tokenizer):
         encoder: Encoder,
         quantizer: Quantizer,
         decoder: Decoder,
-        image_size: int | Sequence[int],
+        image_size: ImageSize,
         length: LengthPolicy | LevelPolicy,
-        channels: int = 3,
+        channels: Count = 3,
     ) -> None:
         super().__init__(encoder, quantizer, decoder, image_size, channels)
         length.budgets(encoder.num_tokens)  # refuses a policy for longer codes

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
-from vistok.core.values import check_number
+from vistok.core.values import Count, ImageSize, NonNegative, check
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
+from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import Transformer, attend_by_position_, init_transformer_
 from vistok.nn.data_init import chunks, least_squares, principal_components, scale_of
 from vistok.nn.patches import pad_edges, patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
+
+#: What a convolution sees beyond the image.
+Border = Literal["black", "edge"]
 
 
 @register("latent_vit_encoder")
@@ -61,23 +64,22 @@ class LatentTransformerEncoder(Encoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        patch_size: int,
-        num_latent_tokens: int,
-        width: int,
-        depth: int,
-        num_heads: int,
+        image_size: ImageSize,
+        channels: Count,
+        patch_size: Count,
+        num_latent_tokens: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
         class_token: bool = True,
         activation_checkpointing: bool = False,
         causal: bool = False,
         nested: bool = False,
-        attention: str = "dense",
-        content: float = 0.125,
+        attention: AttentionKind = "dense",
+        content: NonNegative = 0.125,
         norm_in: bool = True,
     ) -> None:
         super().__init__()
-        check_number("content", content, 0)
         self.patch_grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.content = content
@@ -194,23 +196,22 @@ class LatentTransformerDecoder(Decoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        patch_size: int,
-        num_latent_tokens: int,
-        latent_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
+        image_size: ImageSize,
+        channels: Count,
+        patch_size: Count,
+        num_latent_tokens: Count,
+        latent_dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "dense",
-        border: str = "black",
+        attention: AttentionKind = "dense",
+        border: Border = "black",
     ) -> None:
         super().__init__()
-        if border not in ("black", "edge"):
-            raise ArgumentError(f"border={border}: must be black or edge")
+        check("border", border, Border)
         self.border = border
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
@@ -302,12 +303,6 @@ class LatentTransformerDecoder(Decoder):
         """Where they lie in the sequence."""
         start = 0 if self.class_token is None else 1
         return slice(start, start + len(self.patch_positions))
-
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The patches `(B, rows * columns, W)` in the sequence behind any block."""
-        if sequence.shape[1] == len(self.patch_positions):  # behind the last nothing else is left
-            return sequence
-        return sequence[:, self._patches]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor, nn
 
-from vistok.core.errors import ArgumentError, nearest
+from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
 from vistok.core.sample_random import integers, shared_integer, uniform
-from vistok.core.values import check_number, check_whole
+from vistok.core.signatures import check_values
+from vistok.core.values import Count, Share, choice
 
-_DISTRIBUTIONS = ("uniform", "powers_of_two", "rounded_up", "full")
-
-#: What FlexTok's released code calls them.
+#: What FlexTok's released code calls the distributions.
 _OFFICIAL = {"pow2": "powers_of_two", "uniform_pow2": "rounded_up"}
+
+_DISTRIBUTION = choice("uniform", "powers_of_two", "rounded_up", "full", meant=_OFFICIAL)
 
 
 @register("length")
@@ -37,16 +40,13 @@ class LengthPolicy(nn.Module):
             on all ranks and in all batches that it accumulates: their shapes agree.
     """
 
-    def __init__(self, distribution: str = "uniform", per: str = "sample") -> None:
+    def __init__(
+        self,
+        distribution: Annotated[str, _DISTRIBUTION] = "uniform",
+        per: Literal["sample", "batch"] = "sample",
+    ) -> None:
         super().__init__()
-        if distribution not in _DISTRIBUTIONS:
-            meant = _OFFICIAL.get(str(distribution), str(distribution))
-            raise ArgumentError(
-                f"distribution={distribution}: must be one of "
-                f"{', '.join(_DISTRIBUTIONS)}{nearest(meant, _DISTRIBUTIONS)}"
-            )
-        if per not in ("sample", "batch"):
-            raise ArgumentError(f"per={per}: must be sample or batch")
+        check_values(LengthPolicy, locals())
         self.distribution = distribution
         self.per = per
 
@@ -90,12 +90,11 @@ class LevelPolicy(nn.Module):
         full_probability: of keeping all, 0 to 1.
     """
 
-    def __init__(self, shortest: int = 4, full_probability: float = 0.8) -> None:
+    def __init__(self, shortest: Count = 4, full_probability: Share = 0.8) -> None:
         super().__init__()
-        check_whole("shortest", shortest, 1)
+        check_values(LevelPolicy, locals())
         if shortest & (shortest - 1):
             raise ArgumentError(f"shortest={shortest}: must be a power of two, where a level ends")
-        check_number("full_probability", full_probability, 0, 1)
         self.shortest = shortest
         self.full_probability = full_probability
         self.per = "sample"

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps
+from vistok.core.values import Count, ImageSize, Positive, Sizes
 from vistok.models.cnn import level_taps, offer_level
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -40,24 +42,23 @@ class MaskGITEncoder(Encoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        latent_dim: int,
-        num_res_blocks: int = 2,
+        image_size: ImageSize,
+        channels: Count,
+        base_channels: Count,
+        channel_multipliers: Sizes,
+        latent_dim: Count,
+        num_res_blocks: Count = 2,
         mean: float | Sequence[float] = 0.0,
-        std: float | Sequence[float] = 1.0,
+        std: Positive | Sequence[Positive] = 1.0,
     ) -> None:
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
+        check_values(MaskGITEncoder, locals())
         for name, given in (("mean", mean), ("std", std)):
             values = list(given) if isinstance(given, Sequence) else [given]
             if len(values) not in (1, channels):
                 raise ArgumentError(f"{name}: {len(values)} values for {channels} channels")
-            if name == "std" and min(values) <= 0:
-                raise ArgumentError(f"std={given}: must be above 0")
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
         self.grid: tuple[int, int] = grid  # type: ignore[assignment]
@@ -112,12 +113,12 @@ class MaskGITDecoder(Decoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        latent_dim: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int = 2,
+        image_size: ImageSize,
+        channels: Count,
+        latent_dim: Count,
+        base_channels: Count,
+        channel_multipliers: Sizes,
+        num_res_blocks: Count = 2,
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, nearest
 from vistok.core.registry import register
+from vistok.core.values import Count
 
 #: EfficientNet-Lite0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946; 4.7 M parameters), timm's
 #: `tf_efficientnet_lite0` with ImageNet weights that come with a package: nothing is downloaded.
@@ -106,7 +107,7 @@ class Teacher(Pretrained):
         ArgumentError: as `Pretrained`, or if the network has no map.
     """
 
-    def __init__(self, name: str, weights: str | Path | None, input_size: int) -> None:
+    def __init__(self, name: str, weights: str | Path | None, input_size: Count) -> None:
         super().__init__(name, weights, input_size)
         self.input_size = input_size
         # Whether there is a map shows now, and not in the first step of a run.

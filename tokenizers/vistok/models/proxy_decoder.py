@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,12 @@ from torch import Tensor, nn
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.outputs import Prediction
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
+from vistok.core.values import Count, ImageSize
 from vistok.models.decoder import Decoder
 from vistok.models.latent_vit import LatentTransformerDecoder
+from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import init_transformer_
 from vistok.nn.frozen import Frozen
 
@@ -50,23 +52,24 @@ class ProxyDecoder(LatentTransformerDecoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        patch_size: int,
-        num_latent_tokens: int,
-        latent_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        num_codes: int,
-        code_dim: int,
+        image_size: ImageSize,
+        channels: Count,
+        patch_size: Count,
+        num_latent_tokens: Count,
+        latent_dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
+        num_codes: Count,
+        code_dim: Count,
         pixel_decoder: Decoder,
-        learns: str = "codes",
+        learns: Literal["codes", "pixels"] = "codes",
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "dense",
+        attention: AttentionKind = "dense",
     ) -> None:
+        check_values(ProxyDecoder, locals())
         super().__init__(
             image_size,
             channels,
@@ -81,8 +84,6 @@ class ProxyDecoder(LatentTransformerDecoder):
             nested,
             attention,
         )
-        if learns not in ("codes", "pixels"):
-            raise ArgumentError(f"learns={learns}: must be codes or pixels")
         if pixel_decoder.dim != code_dim:
             raise ArgumentError(f"code_dim={code_dim}: its pixel_decoder takes {pixel_decoder.dim}")
         self.learns = learns

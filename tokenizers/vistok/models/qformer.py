@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
+from vistok.core.values import Count, Index, check
 from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -18,6 +19,9 @@ from vistok.nn.blocks import init_transformer_
 from vistok.nn.data_init import chunks, start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table
 from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
+
+#: What is normalised on the way in.
+Norm = Literal["input", "embedding"]
 
 
 @register("qformer_encoder")
@@ -51,22 +55,23 @@ class QFormerEncoder(Encoder):
     def __init__(
         self,
         cnn: CNNEncoder,
-        num_latent_tokens: int,
-        dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
+        num_latent_tokens: Count,
+        dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
         activation_checkpointing: bool = False,
-        padding_start: int | None = None,
-        norm: str = "input",
+        padding_start: Index | None = None,
+        norm: Norm = "input",
     ) -> None:
         super().__init__()
+        check("norm", norm, Norm)
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
         self.conv_out = nn.Conv2d(cnn.dim, dim, 3, padding=1)
         self.embed = nn.Linear(dim, width)
-        self.norm_first = _is_first(norm)
+        self.norm_first = norm == "input"
         self.norm_in = nn.LayerNorm(dim if self.norm_first else width)
         self.query = nn.Linear(width, width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
@@ -130,12 +135,6 @@ class QFormerEncoder(Encoder):
         start_at_components_(self.project, latents.flatten(0, 1), self.dim)
 
 
-def _is_first(norm: str) -> bool:
-    if norm not in ("input", "embedding"):
-        raise ArgumentError(f"norm={norm}: must be input or embedding")
-    return norm == "input"
-
-
 @register("qformer_decoder")
 class QFormerDecoder(Decoder):
     """Grid queries, all of them the first token at the start, read the code; a CNN does the rest.
@@ -161,22 +160,23 @@ class QFormerDecoder(Decoder):
     def __init__(
         self,
         cnn: CNNDecoder,
-        num_latent_tokens: int,
-        latent_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
+        num_latent_tokens: Count,
+        latent_dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
         activation_checkpointing: bool = False,
-        padding_start: int | None = None,
-        norm: str = "input",
+        padding_start: Index | None = None,
+        norm: Norm = "input",
     ) -> None:
         super().__init__()
+        check("norm", norm, Norm)
         if cnn.dim != latent_dim:
             raise ArgumentError(f"cnn.latent_dim={cnn.dim}: must be latent_dim={latent_dim}")
         self.dim = latent_dim
         self.grid = cnn.grid
         self.embed = nn.Linear(latent_dim, width)
-        self.norm_first = _is_first(norm)
+        self.norm_first = norm == "input"
         self.norm_in = nn.LayerNorm(latent_dim if self.norm_first else width)
         self.transformer = QFormer(width, depth, num_heads, activation_checkpointing)
         self.norm_out = nn.LayerNorm(width)
@@ -220,10 +220,6 @@ class QFormerDecoder(Decoder):
         positions = (self.grid_positions, self.latent_positions[: memory.shape[1]])
         x = self.transformer(queries, memory, *positions, mask, taps)
         return self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
-
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The cells `(B, rows * columns, W)` in the sequence behind any block: all of it."""
-        return sequence
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

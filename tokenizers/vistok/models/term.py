@@ -55,6 +55,9 @@ class Term(nn.Module, ABC):
     accepts: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+
     @abstractmethod
     def forward(self, step: Step) -> Tensor:
         """Return a float32 scalar, without its weight."""

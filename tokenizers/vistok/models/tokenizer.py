@@ -13,6 +13,7 @@ from vistok.core.geometry import as_pair
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
+from vistok.core.values import Count, ImageSize
 from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -49,8 +50,8 @@ class Tokenizer(nn.Module):
         encoder: Encoder,
         quantizer: Quantizer,
         decoder: Decoder,
-        image_size: int | Sequence[int],
-        channels: int = 3,
+        image_size: ImageSize,
+        channels: Count = 3,
     ) -> None:
         super().__init__()
         if not encoder.dim == quantizer.dim == decoder.dim:
@@ -407,7 +408,7 @@ class Tokenizer(nn.Module):
     def _refuse_length(self, what: str) -> NoReturn:
         raise ConfigError(
             f"{what}: {type(self).__name__} has a fixed length of {self.num_tokens} tokens; other "
-            "budgets need a flexible tokenizer, such as tokenizer=one_d_piece_tiny"
+            "budgets need a flexible tokenizer (docs/flexible_length.md)"
         )
 
     def _sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:

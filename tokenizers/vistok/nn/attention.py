@@ -7,14 +7,13 @@ blocks of a constant mask, which FlexAttention would have us make anew in every 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vistok.core.errors import ArgumentError, nearest
 from vistok.core.torch_internals import version_of
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ Mask: TypeAlias = "Tensor | BlockMask"
 #: FlexAttention, which passes over blocks of 128 x 128 pairs that are all hidden. The numbers are
 #: the same up to rounding. Where torch has no FlexAttention with a gradient, on CPUs, training is
 #: dense in any case.
-ATTENTION = ("dense", "flex")
+AttentionKind = Literal["dense", "flex"]
 
 #: What `in_blocks` made of masks that hold for all samples, with the state that they were in. Kept
 #: here, since a module would have to copy, move and pickle it; an entry goes with its mask.
@@ -65,25 +64,11 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(shape)
 
 
-def check_kind(attention: str) -> str:
-    """Return `attention`, if it is one of `ATTENTION`.
-
-    Raises:
-        ArgumentError: if it is not.
-    """
-    if attention not in ATTENTION:
-        raise ArgumentError(
-            f"attention={attention}: must be {' or '.join(ATTENTION)}"
-            f"{nearest(str(attention), ATTENTION)}"
-        )
-    return attention
-
-
 def mask_for(attention: str, mask: Tensor, x: Tensor) -> Mask:
     """Return the mask in the form in which the layers of a transformer are to have it.
 
     Args:
-        attention: one of `ATTENTION`.
+        attention: an `AttentionKind`.
         mask: bool, broadcasts to `(B, 1, L, L)`, True = visible; the same for all heads.
         x: `(B, L, W)`, what the layers get.
     """

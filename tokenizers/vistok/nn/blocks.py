@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError
 from vistok.core.taps import NO_TAPS, Taps
-from vistok.nn.attention import Mask, attend, check_kind, mask_for
+from vistok.core.values import check
+from vistok.nn.attention import AttentionKind, Mask, attend, mask_for
 
 
 class Attention(nn.Module):
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
         mlp_ratio: hidden width of the MLPs over W.
         activation_checkpointing: recompute each block in the backward pass; less memory, about
             a third more time, the same numbers.
-        attention: how it is computed under a mask, one of `vistok.nn.attention.ATTENTION`.
+        attention: how it is computed under a mask, see `AttentionKind`.
         block: further options of the blocks, see `Block`.
     """
 
@@ -187,11 +188,12 @@ class Transformer(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         activation_checkpointing: bool = False,
-        attention: str = "dense",
+        attention: AttentionKind = "dense",
         **block: Any,
     ) -> None:
         super().__init__()
-        self.attention = check_kind(attention)
+        check("attention", attention, AttentionKind)
+        self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio, **block) for _ in range(depth)

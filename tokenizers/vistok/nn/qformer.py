@@ -161,7 +161,7 @@ def token_positions(
         if not 0 <= padding_start < count:
             raise ArgumentError(
                 f"padding_start={padding_start}: must be 0 to {count - 1}, or "
-                f"null, with num_latent_tokens={count}; an eighth of it, as in ReTok's paper, is "
+                f"null, with num_latent_tokens={count}; an eighth of it, as published, is "
                 f"{count // 8}"
             )
         table = torch.cat([table, table[padding_start:]])

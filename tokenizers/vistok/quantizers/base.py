@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_sum, world_size
@@ -73,9 +73,7 @@ class Quantizer(nn.Module, ABC):
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         for size in self.codebook_sizes:
             if size < 2:
-                raise ConfigError(
-                    f"quantizer.codebook_size={size}: a codebook needs 2 or more codes"
-                )
+                raise ArgumentError(f"codebook_size={size}: a codebook needs 2 or more codes")
         self.loss_weights = dict(loss_weights or {})
         projects = self.codebook_dim != dim
         self.project_in: nn.Module = (

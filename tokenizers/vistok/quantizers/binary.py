@@ -9,12 +9,12 @@ from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.sample_random import uniform
-from vistok.core.values import check_whole
+from vistok.core.signatures import check_values
+from vistok.core.values import CodebookSize, Count, Index, NonNegative, Positive
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
     binary_radices,
     bits_of,
-    check_positive,
     pack_digits,
     straight_through,
     unpack_digits,
@@ -58,18 +58,16 @@ class BinaryLatents(Quantizer):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int = 2**16,
-        num_codebooks: int = 1,
-        temperature: float = 1.0,
-        final_temperature: float | None = None,
-        anneal_steps: int = 0,
-        binarization_weight: float = 0.0,
+        dim: Count,
+        codebook_size: CodebookSize = 2**16,
+        num_codebooks: Count = 1,
+        temperature: Positive = 1.0,
+        final_temperature: Positive | None = None,
+        anneal_steps: Index = 0,
+        binarization_weight: NonNegative = 0.0,
     ) -> None:
-        check_whole("num_codebooks", num_codebooks, 1)
-        check_whole("anneal_steps", anneal_steps, 0)
+        check_values(BinaryLatents, locals())
         final = temperature if final_temperature is None else final_temperature
-        check_positive(temperature=temperature, final_temperature=final)
         bits = bits_of(codebook_size)
         super().__init__(
             dim,

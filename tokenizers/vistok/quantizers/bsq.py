@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.registry import register
+from vistok.core.values import CodebookSize, Count, NonNegative, Positive
 from vistok.quantizers.lfq import LFQ
 
 
@@ -38,15 +41,15 @@ class BSQ(LFQ):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int = 2**18,
-        num_codebooks: int = 1,
-        entropy: str = "per_bit",
-        temperature: float = 1.0,
-        diversity_gamma: float = 1.0,
-        entropy_eps: float = 1e-5,
-        commitment_weight: float = 0.0,
-        entropy_weight: float = 0.1,
+        dim: Count,
+        codebook_size: CodebookSize = 2**18,
+        num_codebooks: Count = 1,
+        entropy: Literal["joint", "per_codebook", "per_bit"] = "per_bit",
+        temperature: Positive = 1.0,
+        diversity_gamma: NonNegative = 1.0,
+        entropy_eps: NonNegative = 1e-5,
+        commitment_weight: NonNegative = 0.0,
+        entropy_weight: NonNegative = 0.1,
     ) -> None:
         super().__init__(
             dim,

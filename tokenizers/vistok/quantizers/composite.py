@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ConfigError
 from vistok.core.sample_random import integers, uniform
+from vistok.core.values import filled_list
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.vq import VectorQuantizer
+
+Books = Annotated[Sequence[Quantizer], filled_list(Quantizer, "a list of quantizers")]
 
 
 class Composite(Quantizer):

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
-from vistok.core.values import check_whole
+from vistok.core.signatures import OptionsOf
+from vistok.core.values import (
+    CodebookSize,
+    Count,
+    NonNegative,
+    Positive,
+    Share,
+    Sizes,
+    check,
+)
 from vistok.quantizers.composite import sample_depths
-from vistok.quantizers.multi_scale_vq import MultiScale, MultiScaleVQ
+from vistok.quantizers.multi_scale_vq import MultiScale, MultiScaleVQ, Places
 from vistok.quantizers.product_vq import Product
 from vistok.quantizers.residual_vq import ResidualVQ
 from vistok.quantizers.vq import VectorQuantizer
@@ -49,16 +58,17 @@ class SharedIndexVQ(VectorQuantizer):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
+        dim: Count,
+        codebook_size: CodebookSize,
         *,
-        semantic_dim: int = 32,
-        pixel_dim: int = 8,
-        pixel_weight: float = 1.0,
-        **codebook_options: Any,
+        semantic_dim: Count = 32,
+        pixel_dim: Count = 8,
+        pixel_weight: Positive = 1.0,
+        **codebook_options: Annotated[
+            Any, OptionsOf(VectorQuantizer, but=("metric", "codebook_dim"))
+        ],
     ) -> None:
-        if pixel_weight <= 0:
-            raise ConfigError(f"quantizer.pixel_weight={pixel_weight} must be positive")
+        check("pixel_weight", pixel_weight, Positive)
         self.widths = [semantic_dim, pixel_dim]  # before super, which calls _metric
         self.pixel_scale = math.sqrt(pixel_weight)
         width = semantic_dim + pixel_dim
@@ -122,19 +132,19 @@ class MultiScaleSharedIndexVQ(MultiScale):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
+        dim: Count,
+        codebook_size: CodebookSize,
         *,
-        semantic_dim: int = 32,
-        pixel_dim: int = 8,
-        pixel_weight: float = 1.0,
-        scales: Sequence[int] = (1, 2, 4, 6, 8, 10, 12, 14, 16),
-        grid: Sequence[int] | None = None,
-        commitment_weight: float = 0.25,
-        codebook_weight: float = 1.0,
-        scale_dropout: float = 0.0,
-        min_scales: int = 1,
-        **codebook_options: Any,
+        semantic_dim: Count = 32,
+        pixel_dim: Count = 8,
+        pixel_weight: Positive = 1.0,
+        scales: Sizes = (1, 2, 4, 6, 8, 10, 12, 14, 16),
+        grid: Places | None = None,
+        commitment_weight: NonNegative = 0.25,
+        codebook_weight: NonNegative = 1.0,
+        scale_dropout: Share = 0.0,
+        min_scales: Count = 1,
+        **codebook_options: Annotated[Any, OptionsOf(SharedIndexVQ)],
     ) -> None:
         book = SharedIndexVQ(
             semantic_dim + pixel_dim,
@@ -182,17 +192,17 @@ class DualToken(Product):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
-        num_layers: int = 8,
+        num_layers: Count = 8,
         shared: bool = True,
-        quantizer_dropout: float = 0.0,
-        **codebook_options: Any,
+        quantizer_dropout: Share = 0.0,
+        **codebook_options: Annotated[Any, OptionsOf(ResidualVQ)],
     ) -> None:
         if codebook_dim is None and dim % 2:
-            raise ConfigError(f"DualToken: dim={dim} cannot be halved; set quantizer.codebook_dim")
+            raise ArgumentError(f"dim={dim}: must be even, for two halves; or set codebook_dim")
         branches = [
             ResidualVQ(
                 codebook_dim or dim // 2,
@@ -233,21 +243,20 @@ class ImageFolder(Product):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
-        num_branches: int = 2,
-        scales: Sequence[int] = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11),
-        scale_dropout: float = 0.1,
-        min_scales: int = 3,
-        **options: Any,
+        num_branches: Count = 2,
+        scales: Sizes = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11),
+        scale_dropout: Share = 0.1,
+        min_scales: Count = 3,
+        **options: Annotated[Any, OptionsOf(MultiScaleVQ)],
     ) -> None:
-        check_whole("num_branches", num_branches, 1)
+        check("num_branches", num_branches, Count)
         if codebook_dim is None and dim % num_branches:
-            raise ConfigError(
-                f"quantizer.num_branches={num_branches} does not divide dim={dim}; set "
-                "quantizer.codebook_dim"
+            raise ArgumentError(
+                f"num_branches={num_branches}: does not divide dim={dim}; set codebook_dim"
             )
         branches = [
             MultiScaleVQ(

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.sample_random import integers, uniform
-from vistok.core.values import check_number, check_whole
+from vistok.core.signatures import check_values
+from vistok.core.values import (
+    Count,
+    Positive,
+    Share,
+    ShareRange,
+    filled_list,
+    whole,
+)
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.scalar import (
-    check_choice,
-    check_positive,
     check_slot,
     pack_digits,
     straight_through,
@@ -26,6 +33,9 @@ from vistok.quantizers.scalar import (
 )
 
 _TILE = 64
+
+
+Levels = Annotated[Sequence[int], filled_list(whole(2), "a list of whole numbers, 2 or more")]
 
 
 @register("fsq")
@@ -74,37 +84,25 @@ class FSQ(Quantizer):
 
     def __init__(
         self,
-        dim: int,
-        levels: Sequence[int] = (8, 8, 8, 5, 5, 5),
-        num_codebooks: int = 1,
-        grid: str = "standard",
-        slope: float = 1.0,
-        noise_dropout: float = 0.0,
-        quantization_dropout: float = 0.0,
-        corruption_probability: float = 0.0,
-        corruption_rate: Sequence[float] = (0.0, 1.0),
+        dim: Count,
+        levels: Levels = (8, 8, 8, 5, 5, 5),
+        num_codebooks: Count = 1,
+        grid: Literal["standard", "symmetric"] = "standard",
+        slope: Positive = 1.0,
+        noise_dropout: Share = 0.0,
+        quantization_dropout: Share = 0.0,
+        corruption_probability: Share = 0.0,
+        corruption_rate: ShareRange = (0.0, 1.0),
     ) -> None:
+        check_values(FSQ, locals())
         levels = list(levels)
-        check_whole("num_codebooks", num_codebooks, 1)
-        check_choice("grid", grid, ("standard", "symmetric"))
-        check_positive(slope=slope)
-        check_number("noise_dropout", noise_dropout, 0, 1)
-        check_number("quantization_dropout", quantization_dropout, 0, 1)
-        check_number("corruption_probability", corruption_probability, 0, 1)
-        if not levels or any(int(level) != level or level < 2 for level in levels):
-            raise ConfigError(f"quantizer.levels={levels}: needs integers of 2 or more")
         if grid == "standard" and 2 in levels:
-            raise ConfigError(
-                f"quantizer.levels={levels}: a channel of 2 levels is almost constant on the "
-                "standard grid (its threshold lies at z = -3.8); use quantizer.grid=symmetric"
+            raise ArgumentError(
+                f"levels={levels}: a channel of 2 levels is almost constant on the standard grid "
+                "(its threshold lies at z = -3.8); use grid=symmetric"
             )
         if grid == "standard" and slope != 1:
-            raise ConfigError(f"quantizer.slope={slope}: only the symmetric grid has a slope")
-        if len(corruption_rate) != 2 or not 0 <= corruption_rate[0] <= corruption_rate[1] <= 1:
-            raise ConfigError(
-                f"quantizer.corruption_rate={list(corruption_rate)}: must be [least, most] "
-                "with 0 <= least <= most <= 1"
-            )
+            raise ArgumentError(f"slope={slope}: only the symmetric grid has a slope")
         size = math.prod(levels)
         check_slot("levels", levels, size)
         super().__init__(dim, len(levels) * num_codebooks, [size] * num_codebooks)

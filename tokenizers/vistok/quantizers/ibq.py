@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
+from vistok.core.values import CodebookSize, Count, NonNegative, Positive
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.estimators import squared_errors
 from vistok.quantizers.search import best_codes
@@ -52,18 +53,19 @@ class IBQ(Quantizer):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
-        temperature: float = 1.0,
-        double_weight: float = 1.0,
-        commitment_weight: float = 1.0,
-        codebook_weight: float = 0.25,
-        entropy_weight: float = 0.05,
-        entropy_temperature: float = 0.01,
-        init_std: float | None = None,
+        temperature: Positive = 1.0,
+        double_weight: NonNegative = 1.0,
+        commitment_weight: NonNegative = 1.0,
+        codebook_weight: NonNegative = 0.25,
+        entropy_weight: NonNegative = 0.05,
+        entropy_temperature: Positive = 0.01,
+        init_std: Positive | None = None,
     ) -> None:
+        check_values(IBQ, locals())
         weights = {
             "double": double_weight,
             "commitment": commitment_weight,
@@ -72,12 +74,6 @@ class IBQ(Quantizer):
         }
         weights = {name: weight for name, weight in weights.items() if weight != 0}
         super().__init__(dim, codebook_dim, [codebook_size], weights)
-        for key, value in (
-            ("temperature", temperature),
-            ("entropy_temperature", entropy_temperature),
-        ):
-            if value <= 0:
-                raise ConfigError(f"quantizer.{key}={value} must be positive")
         self.temperature = temperature
         self.entropy_temperature = entropy_temperature
         std = self.codebook_dim**-0.5 if init_std is None else init_std

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_mean_with_grad
 from vistok.core.registry import register
-from vistok.core.values import check_whole
+from vistok.core.signatures import OptionsOf, check_values
+from vistok.core.values import CodebookSize, Count, NonNegative, Positive
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.scalar import (
     binary_radices,
     bits_of,
-    check_choice,
-    check_positive,
     pack_digits,
     straight_through,
     token_weights,
@@ -79,26 +78,22 @@ class LFQ(Quantizer):
         ConfigError: if a value is out of range; the message names its key.
     """
 
-    entropies = ("joint", "per_codebook", "per_bit")
-
     whiten_projection = True
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int = 2**18,
-        num_codebooks: int = 1,
-        entropy: str = "joint",
-        temperature: float = 0.01,
-        diversity_gamma: float = 1.0,
-        entropy_eps: float = 1e-5,
-        scale: float = 1.0,
-        commitment_weight: float = 0.25,
-        entropy_weight: float = 0.1,
+        dim: Count,
+        codebook_size: CodebookSize = 2**18,
+        num_codebooks: Count = 1,
+        entropy: Literal["joint", "per_codebook", "per_bit"] = "joint",
+        temperature: Positive = 0.01,
+        diversity_gamma: NonNegative = 1.0,
+        entropy_eps: NonNegative = 1e-5,
+        scale: Positive = 1.0,
+        commitment_weight: NonNegative = 0.25,
+        entropy_weight: NonNegative = 0.1,
     ) -> None:
-        check_whole("num_codebooks", num_codebooks, 1)
-        check_choice("entropy", entropy, self.entropies)
-        check_positive(temperature=temperature, scale=scale)
+        check_values(type(self), locals())
         bits = bits_of(codebook_size)
         super().__init__(
             dim,
@@ -113,8 +108,8 @@ class LFQ(Quantizer):
         self.entropy_eps = entropy_eps
         self.scale = scale
         if entropy == "joint" and self.codebook_dim > MAX_JOINT_BITS and entropy_weight:
-            raise ConfigError(
-                f"quantizer.entropy=joint: the exact entropy takes at most {MAX_JOINT_BITS} bits, "
+            raise ArgumentError(
+                f"entropy=joint: the exact entropy takes at most {MAX_JOINT_BITS} bits, "
                 f"this token has {self.codebook_dim}; use entropy=per_codebook or per_bit"
             )
 
@@ -192,17 +187,15 @@ class GroupLFQ(LFQ):
         **kwargs: those of `LFQ`.
     """
 
-    entropies = ("pooled", "per_group")
-
     def __init__(
         self,
-        dim: int,
-        codebook_size: int = 2**8,
-        num_codebooks: int = 4,
-        entropy: str = "pooled",
-        **kwargs: Any,
+        dim: Count,
+        codebook_size: CodebookSize = 2**8,
+        num_codebooks: Count = 4,
+        entropy: Literal["pooled", "per_group"] = "pooled",
+        **options: Annotated[Any, OptionsOf(LFQ)],
     ) -> None:
-        super().__init__(dim, codebook_size, num_codebooks, entropy, **kwargs)
+        super().__init__(dim, codebook_size, num_codebooks, entropy, **options)  # type: ignore
 
     def _entropies(self, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Sample and batch entropy, in nats per group."""

@@ -6,20 +6,36 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
+from vistok.core.signatures import OptionsOf, check_values
+from vistok.core.values import (
+    CodebookSize,
+    Count,
+    Index,
+    NonNegative,
+    Share,
+    Sizes,
+    filled_list,
+)
 from vistok.quantizers import estimators
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.composite import Composite, assign_codes, keep_active, sample_depths
 from vistok.quantizers.vq import VectorQuantizer
+
+#: [rows, columns] or [N].
+Places = Annotated[
+    Sequence[int],
+    filled_list(Count, "[rows, columns], for example [8,16]", (1, 2)),
+]
 
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -66,30 +82,26 @@ class MultiScale(Composite):
 
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         book: VectorQuantizer,
         *,
-        scales: Sequence[int] = VAR_SCALES,
-        grid: Sequence[int] | None = None,
-        num_phi: int = 4,
-        phi_ratio: float = 0.5,
-        commitment_weight: float = 0.25,
-        codebook_weight: float = 1.0,
-        scale_dropout: float = 0.0,
-        min_scales: int = 1,
+        scales: Sizes = VAR_SCALES,
+        grid: Places | None = None,
+        num_phi: Index = 4,
+        phi_ratio: Share = 0.5,
+        commitment_weight: NonNegative = 0.25,
+        codebook_weight: NonNegative = 1.0,
+        scale_dropout: Share = 0.0,
+        min_scales: Count = 1,
     ) -> None:
-        scales = tuple(int(scale) for scale in scales)
-        if not scales or min(scales) < 1 or list(scales) != sorted(scales):
-            raise ConfigError(f"quantizer.scales={list(scales)} must be ascending and positive")
-        if grid is not None and not _is_grid(grid):
-            raise ConfigError(
-                f"quantizer.grid={grid}: must be null (the encoder's grid) or [rows, columns], "
-                "for example [8,16]"
-            )
-        if not 1 <= min_scales <= len(scales):
-            raise ConfigError(f"quantizer.min_scales={min_scales} is not in [1, {len(scales)}]")
+        check_values(MultiScale, locals())
+        scales = tuple(scales)
+        if list(scales) != sorted(scales):
+            raise ArgumentError(f"scales={list(scales)}: must be ascending")
+        if min_scales > len(scales):
+            raise ArgumentError(f"min_scales={min_scales}: must be 1 to {len(scales)}")
         if "entropy" in book.loss_weights:
-            raise ConfigError("quantizer.entropy_weight: the multi-scale losses have no entropy")
+            raise ArgumentError("entropy_weight: the multi-scale losses have no entropy")
         weights = {"commitment": commitment_weight, "codebook": codebook_weight}
         super().__init__(dim, book.dim, [book], book.codebook_sizes, weights)
         self.scales = scales
@@ -295,19 +307,19 @@ class MultiScaleVQ(MultiScale):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
-        scales: Sequence[int] = VAR_SCALES,
-        grid: Sequence[int] | None = None,
-        num_phi: int = 4,
-        phi_ratio: float = 0.5,
-        commitment_weight: float = 0.25,
-        codebook_weight: float = 1.0,
-        scale_dropout: float = 0.0,
-        min_scales: int = 1,
-        **codebook_options: Any,
+        scales: Sizes = VAR_SCALES,
+        grid: Places | None = None,
+        num_phi: Index = 4,
+        phi_ratio: Share = 0.5,
+        commitment_weight: NonNegative = 0.25,
+        codebook_weight: NonNegative = 1.0,
+        scale_dropout: Share = 0.0,
+        min_scales: Count = 1,
+        **codebook_options: Annotated[Any, OptionsOf(VectorQuantizer)],
     ) -> None:
         # Weights of 0: the losses of the codebook itself are not computed.
         book = VectorQuantizer(
@@ -329,12 +341,6 @@ class MultiScaleVQ(MultiScale):
             scale_dropout=scale_dropout,
             min_scales=min_scales,
         )
-
-
-def _is_grid(value: Any) -> bool:
-    """Return whether an option is [rows, columns], or [N] for a line."""
-    whole = isinstance(value, Sequence) and all(type(side) is int and side > 0 for side in value)
-    return whole and 1 <= len(value) <= 2
 
 
 def _in_rows(grid: Grid) -> Grid:

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
-from vistok.core.values import check_number, check_whole
+from vistok.core.signatures import check_values
+from vistok.core.values import CodebookSize, Count, Index, Share
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.product_vq import Product
 from vistok.quantizers.vq import VectorQuantizer
@@ -52,29 +53,26 @@ class Perturb(Quantizer):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
+        dim: Count,
+        codebook_size: CodebookSize,
         inner: Quantizer,
         *,
-        alpha: float = 1.0,
-        beta: float = 0.1,
-        delta: int = 100,
-        anneal_start: int = 200_000,
-        anneal_end: int = 600_000,
-        final_ratio: float = 0.5,
+        alpha: Share = 1.0,
+        beta: Share = 0.1,
+        delta: Count = 100,
+        anneal_start: Index = 200_000,
+        anneal_end: Index = 600_000,
+        final_ratio: Share = 0.5,
     ) -> None:
         if inner.dim != dim or any(size != codebook_size for size in inner.codebook_sizes):
-            raise ConfigError(
-                f"quantizer.dim={dim}, codebook_size={codebook_size} are not those of "
-                f"quantizer.inner: {inner.dim}, {list(inner.codebook_sizes)}"
+            raise ArgumentError(
+                f"inner: has dim={inner.dim} and codebook sizes {list(inner.codebook_sizes)}; "
+                f"must be dim={dim} and codebook_size={codebook_size}"
             )
-        for name, share in (("alpha", alpha), ("beta", beta), ("final_ratio", final_ratio)):
-            check_number(name, share, 0, 1)
-        check_whole("delta", delta, 1)
-        if not 0 <= anneal_start <= anneal_end:
-            raise ConfigError(
-                f"quantizer.anneal_start={anneal_start}: must be 0 to quantizer.anneal_end="
-                f"{anneal_end}"
+        check_values(Perturb, locals())
+        if anneal_start > anneal_end:
+            raise ArgumentError(
+                f"anneal_start={anneal_start}: must be 0 to anneal_end={anneal_end}"
             )
         super().__init__(dim, None, inner.codebook_sizes, inner.loss_weights)
         self.inner = inner

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
-from vistok.core.values import check_whole
-from vistok.quantizers.base import Quantizer, token_mean
-from vistok.quantizers.composite import Composite, mean_over
+from vistok.core.signatures import OptionsOf
+from vistok.core.values import CodebookSize, Count, NonNegative, check
+from vistok.quantizers.base import token_mean
+from vistok.quantizers.composite import Books, Composite, mean_over
 from vistok.quantizers.vq import VectorQuantizer
 
 
@@ -38,13 +39,13 @@ class Product(Composite):
     """
 
     def __init__(
-        self, dim: int, books: Sequence[Quantizer], *, disentanglement_weight: float = 0.0
+        self, dim: Count, books: Books, *, disentanglement_weight: NonNegative = 0.0
     ) -> None:
         weights = {name: w for book in books for name, w in book.loss_weights.items()}
         if disentanglement_weight != 0:
             if len(books) < 2 or len({book.dim for book in books}) > 1:
-                raise ConfigError(
-                    "quantizer.disentanglement_weight compares codes: it needs two or more books "
+                raise ArgumentError(
+                    "disentanglement_weight: compares codes, and needs two or more books "
                     f"of one width, found widths {[book.dim for book in books]}"
                 )
             weights["disentanglement"] = disentanglement_weight
@@ -131,19 +132,18 @@ class ProductVQ(Product):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
-        num_codebooks: int = 8,
-        disentanglement_weight: float = 0.0,
-        **codebook_options: Any,
+        num_codebooks: Count = 8,
+        disentanglement_weight: NonNegative = 0.0,
+        **codebook_options: Annotated[Any, OptionsOf(VectorQuantizer)],
     ) -> None:
-        check_whole("num_codebooks", num_codebooks, 1)
+        check("num_codebooks", num_codebooks, Count)
         if codebook_dim is None and dim % num_codebooks:
-            raise ConfigError(
-                f"quantizer.num_codebooks={num_codebooks} does not divide dim={dim}; set "
-                "quantizer.codebook_dim"
+            raise ArgumentError(
+                f"num_codebooks={num_codebooks}: does not divide dim={dim}; set codebook_dim"
             )
         books = [
             VectorQuantizer(codebook_dim or dim // num_codebooks, codebook_size, **codebook_options)

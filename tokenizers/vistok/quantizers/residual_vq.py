@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
-from vistok.core.values import check_number, check_whole
+from vistok.core.signatures import OptionsOf, check_values
+from vistok.core.values import CodebookSize, Count, Share
 from vistok.quantizers.base import token_mean
 from vistok.quantizers.composite import (
     Composite,
@@ -58,24 +59,23 @@ class ResidualVQ(Composite):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
-        num_layers: int = 8,
+        num_layers: Count = 8,
         shared: bool = False,
-        quantizer_dropout: float = 0.0,
-        **codebook_options: Any,
+        quantizer_dropout: Share = 0.0,
+        **codebook_options: Annotated[Any, OptionsOf(VectorQuantizer, but=("metric",))],
     ) -> None:
-        check_whole("num_layers", num_layers, 1)
-        check_number("quantizer_dropout", quantizer_dropout, 0, 1)
+        check_values(ResidualVQ, locals())
         if codebook_options.get("assignment") == "gumbel":
-            raise ConfigError(
-                "quantizer.assignment=gumbel brings a gradient per layer, but a residual has one "
+            raise ArgumentError(
+                "assignment=gumbel: brings a gradient per layer, but a residual has one "
                 "around the sum; use nearest or stochastic"
             )
         if codebook_options.get("entropy_weight"):
-            raise ConfigError("quantizer.entropy_weight: the residual losses have no entropy")
+            raise ArgumentError("entropy_weight: the residual losses have no entropy")
         width = codebook_dim or dim
         layers = [
             VectorQuantizer(width, codebook_size, metric="euclidean", **codebook_options)

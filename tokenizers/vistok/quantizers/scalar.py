@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError
 from vistok.core.ranks import all_reduce_sum, world_size
 
 MAX_CODES = 2**18
@@ -51,26 +49,13 @@ def check_slot(key: str, value: object, num_codes: int) -> None:
     """Refuse a vocabulary that one index slot cannot or should not hold.
 
     Raises:
-        ConfigError: naming `quantizer.<key>=<value>`.
+        ArgumentError: naming `<key>=<value>`.
     """
     if num_codes > MAX_CODES:
-        raise ConfigError(
-            f"quantizer.{key}={value}: {num_codes} codes in one index slot, at most {MAX_CODES}; "
-            "split the token over several slots with quantizer.num_codebooks"
+        raise ArgumentError(
+            f"{key}={value}: {num_codes} codes in one index slot, at most {MAX_CODES}; "
+            "split the token over several slots with num_codebooks"
         )
-
-
-def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a name that is not among `choices`."""
-    if value not in choices:
-        raise ConfigError(f"quantizer.{key}={value}: must be one of {', '.join(choices)}")
-
-
-def check_positive(**values: float) -> None:
-    """Refuse values that are not above 0."""
-    for key, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"quantizer.{key}={value}: must be above 0")
 
 
 def bits_of(codebook_size: int) -> int:
@@ -78,8 +63,8 @@ def bits_of(codebook_size: int) -> int:
     size = int(codebook_size)
     if size != codebook_size or size < 2 or size & (size - 1):
         below = 1 << max(1, size.bit_length() - 1)
-        raise ConfigError(
-            f"quantizer.codebook_size={codebook_size}: binary codes need a power of two, "
+        raise ArgumentError(
+            f"codebook_size={codebook_size}: binary codes need a power of two, "
             f"for example {below} or {2 * below}"
         )
     check_slot("codebook_size", codebook_size, size)

@@ -13,8 +13,9 @@ from vistok.core.errors import ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
+from vistok.core.values import Sizes
 from vistok.quantizers.base import Quantizer
-from vistok.quantizers.composite import mean_over
+from vistok.quantizers.composite import Books, mean_over
 
 
 @register("segments")
@@ -32,7 +33,7 @@ class Segments(Quantizer):
         lengths: tokens of each.
     """
 
-    def __init__(self, books: Sequence[Quantizer], lengths: Sequence[int]) -> None:
+    def __init__(self, books: Books, lengths: Sizes) -> None:
         first = books[0]
         for book in books:
             if not book.per_token:

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.core.registry import register
+from vistok.core.values import CodebookSize, Count, NonNegative, Positive
 from vistok.quantizers.soft_assignment import mapped_codes
-from vistok.quantizers.vq import VectorQuantizer
+from vistok.quantizers.vq import Estimator, Metric, VectorQuantizer
 
 
 @register("simvq")
@@ -37,17 +38,17 @@ class SimVQ(VectorQuantizer):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
         bias: bool = True,
-        metric: str = "euclidean",
-        estimator: str = "straight_through",
-        commitment_weight: float = 0.25,
-        codebook_weight: float = 1.0,
-        entropy_weight: float = 0.0,
-        entropy_temperature: float = 0.01,
+        metric: Metric = "euclidean",
+        estimator: Estimator = "straight_through",
+        commitment_weight: NonNegative = 0.25,
+        codebook_weight: NonNegative = 1.0,
+        entropy_weight: NonNegative = 0.0,
+        entropy_temperature: Positive = 0.01,
     ) -> None:
         super().__init__(
             dim,

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_mean_with_grad
 from vistok.core.registry import register
-from vistok.core.values import check_whole
+from vistok.core.signatures import check_values
+from vistok.core.values import CodebookSize, Count, Decay, NonNegative, Positive
 from vistok.quantizers.base import Quantizer
-from vistok.quantizers.scalar import check_positive, straight_through, token_weights
+from vistok.quantizers.scalar import straight_through, token_weights
 
 
 @register("token_bridge")
@@ -66,27 +67,22 @@ class TokenBridge(Quantizer):
 
     def __init__(
         self,
-        dim: int,
-        codebook_dim: int | None = 16,
-        codebook_size: int = 64,
-        value_range: float = 5.0,
-        std_range: float = 3.0,
+        dim: Count,
+        codebook_dim: Count | None = 16,
+        codebook_size: CodebookSize = 64,
+        value_range: Positive = 5.0,
+        std_range: Positive = 3.0,
         calibrate: bool = True,
-        moment_weight: float = 0.01,
+        moment_weight: NonNegative = 0.01,
         post_training: bool = False,
-        decay: float = 0.99,
+        decay: Decay = 0.99,
     ) -> None:
-        check_positive(value_range=value_range, std_range=std_range)
-        if not 0 <= decay < 1:
-            raise ConfigError(f"quantizer.decay={decay} must lie in [0, 1)")
-        check_whole("codebook_size", codebook_size, 2)
-        if codebook_dim is not None:
-            check_whole("codebook_dim", codebook_dim, 1)
+        check_values(TokenBridge, locals())
         levels = normal_levels(codebook_size, std_range)
         if not torch.all(levels.diff() > 1e-4):
-            raise ConfigError(
-                f"quantizer.codebook_size={codebook_size}: too many levels for "
-                f"quantizer.std_range={std_range}, whose outer bins are empty; use at most 512"
+            raise ArgumentError(
+                f"codebook_size={codebook_size}: too many levels for "
+                f"std_range={std_range}, whose outer bins are empty; use at most 512"
             )
         channels = codebook_dim or dim
         super().__init__(dim, channels, [codebook_size] * channels, {"moment": moment_weight})

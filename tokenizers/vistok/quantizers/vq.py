@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.core.errors import ConfigError, nearest
+from vistok.core.errors import ArgumentError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_gather_rows
 from vistok.core.registry import register
 from vistok.core.sample_random import integers
+from vistok.core.signatures import check_values
+from vistok.core.values import CodebookSize, Count, Decay, NonNegative, Positive
 from vistok.quantizers import estimators
 from vistok.quantizers.base import Quantizer, token_mean
 from vistok.quantizers.codebook_stats import CodebookStats
@@ -27,13 +30,8 @@ from vistok.quantizers.soft_assignment import (
     soft_straight_through,
 )
 
-_CHOICES = {
-    "codebook": ("ema", "gradient"),
-    "metric": ("cosine", "euclidean"),
-    "estimator": ("straight_through", "rotation", "diveq", "synchronous"),
-    "assignment": ("nearest", "stochastic", "gumbel"),
-    "revival": ("restart", "clustering", "none"),
-}
+Metric = Literal["cosine", "euclidean"]
+Estimator = Literal["straight_through", "rotation", "diveq", "synchronous"]
 
 _ROWS = 8192  # codes that are normalised at a time
 
@@ -86,28 +84,29 @@ class VectorQuantizer(Quantizer):
 
     def __init__(
         self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int | None = None,
+        dim: Count,
+        codebook_size: CodebookSize,
+        codebook_dim: Count | None = None,
         *,
-        codebook: str = "ema",
-        metric: str = "cosine",
-        estimator: str = "straight_through",
-        assignment: str = "nearest",
-        temperature: float = 1.0,
-        ema_decay: float = 0.99,
-        commitment_weight: float = 0.25,
-        codebook_weight: float = 1.0,
+        codebook: Literal["ema", "gradient"] = "ema",
+        metric: Metric = "cosine",
+        estimator: Estimator = "straight_through",
+        assignment: Literal["nearest", "stochastic", "gumbel"] = "nearest",
+        temperature: Positive = 1.0,
+        ema_decay: Decay = 0.99,
+        commitment_weight: NonNegative = 0.25,
+        codebook_weight: NonNegative = 1.0,
         legacy_beta: bool = False,
-        entropy_weight: float = 0.0,
-        entropy_temperature: float = 0.01,
+        entropy_weight: NonNegative = 0.0,
+        entropy_temperature: Positive = 0.01,
         kmeans_init: bool = True,
-        kmeans_iterations: int = 10,
-        revival: str = "restart",
-        dead_code_threshold: float = 0.03,
-        diveq_noise: float = 1e-3,
-        synchronous_strength: float = 1.0,
+        kmeans_iterations: Count = 10,
+        revival: Literal["restart", "clustering", "none"] = "restart",
+        dead_code_threshold: NonNegative = 0.03,
+        diveq_noise: NonNegative = 1e-3,
+        synchronous_strength: NonNegative = 1.0,
     ) -> None:
+        _check(locals())
         learns = codebook == "gradient"
         weights = {"commitment": commitment_weight, "codebook": codebook_weight}
         if legacy_beta:
@@ -130,7 +129,6 @@ class VectorQuantizer(Quantizer):
         self.revival = revival
         self.diveq_noise = diveq_noise
         self.synchronous_strength = synchronous_strength
-        _check(locals())
 
         codes = torch.randn(self.codebook_size, self.codebook_dim)
         if not self.cosine:  # the U(±1/K) of VQGAN
@@ -310,43 +308,30 @@ class VectorQuantizer(Quantizer):
 
 
 def _check(arguments: dict) -> None:
-    """Refuse values and pairs that cannot work, naming the key."""
-    for key, choices in _CHOICES.items():
-        value = arguments[key]
-        if value not in choices:
-            raise ConfigError(
-                f"quantizer.{key}={value!r} is not one of {', '.join(choices)}"
-                f"{nearest(str(value), choices)}"
-            )
+    """Refuse values and pairs that cannot work."""
+    check_values(VectorQuantizer, arguments)
     codebook, estimator = arguments["codebook"], arguments["estimator"]
     assignment = arguments["assignment"]
     if codebook == "ema":
         if estimator in ("diveq", "synchronous"):
-            raise ConfigError(
-                f"quantizer.estimator={estimator}: it trains the codes by gradient; set "
-                "quantizer.codebook=gradient"
+            raise ArgumentError(
+                f"estimator={estimator}: trains the codes by gradient; set codebook=gradient"
             )
         if assignment == "gumbel":
-            raise ConfigError(
-                "quantizer.assignment=gumbel trains the codes by gradient; set "
-                "quantizer.codebook=gradient"
+            raise ArgumentError(
+                "assignment=gumbel: trains the codes by gradient; set codebook=gradient"
             )
         if arguments["legacy_beta"]:
-            raise ConfigError("quantizer.legacy_beta swaps two losses; codebook=ema has only one")
+            raise ArgumentError("legacy_beta=true: swaps two losses; codebook=ema has only one")
     if assignment != "nearest" and estimator == "rotation":
-        raise ConfigError(
-            f"quantizer.estimator=rotation diverges with quantizer.assignment={assignment}; use "
+        raise ArgumentError(
+            f"estimator=rotation: diverges with assignment={assignment}; use "
             "estimator=straight_through or assignment=nearest"
         )
     if assignment == "gumbel" and estimator != "straight_through":
-        raise ConfigError(
-            f"quantizer.assignment=gumbel brings its own gradient; estimator={estimator} is not "
-            "used, set quantizer.estimator=straight_through"
+        raise ArgumentError(
+            f"assignment=gumbel: brings its own gradient, so estimator={estimator} is not used; "
+            "set estimator=straight_through"
         )
     if estimator == "diveq" and arguments["revival"] == "none":
-        raise ConfigError("quantizer.estimator=diveq needs quantizer.revival=restart or clustering")
-    if not 0 <= arguments["ema_decay"] < 1:
-        raise ConfigError(f"quantizer.ema_decay={arguments['ema_decay']} must lie in [0, 1)")
-    for key in ("temperature", "entropy_temperature"):
-        if arguments[key] <= 0:
-            raise ConfigError(f"quantizer.{key}={arguments[key]} must be positive")
+        raise ArgumentError("estimator=diveq: needs revival=restart or clustering")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.core.taps import NO_TAPS, Taps
+from vistok.core.values import Count, ImageSize
 from vistok.models.decoder import Decoder
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.qformer import QFormerEncoder
-from vistok.models.qformer_weights import _gigatok
+from vistok.models.qformer_weights import released_qformer
 from vistok.quantizers.base import Quantizer
 
 
@@ -52,9 +51,9 @@ class ReTok(FlexibleTokenizer):
         encoder: QFormerEncoder,
         quantizer: Quantizer,
         decoder: Decoder,
-        image_size: int | Sequence[int],
+        image_size: ImageSize,
         length: LengthPolicy | LevelPolicy,
-        channels: int = 3,
+        channels: Count = 3,
     ) -> None:
         if not quantizer.per_token:
             raise ConfigError(
@@ -85,4 +84,4 @@ def retok(published: Published, image_size: int | None) -> Released:
         "per": "batch",
     }
     model = {"_target_": "retok", "length": length}
-    return _gigatok(published, image_size, model)
+    return released_qformer(published, image_size, model)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from vistok.core.ranks import average_gradients
 from vistok.core.registry import register
-from vistok.core.values import check_number, check_whole
+from vistok.core.values import Decay, Index, NonNegative, filled_list
 from vistok.losses.gan.players import hinge_discriminator_loss, hinge_generator_loss
 from vistok.models.term import MakeOptimizer, Player, Step
+
+
+class AdamOptions(TypedDict):
+    """How the discriminator learns."""
+
+    lr: NonNegative
+    betas: Annotated[
+        Sequence[float], filled_list(Decay, "two numbers, 0 or more and below 1", (2,))
+    ]
+    weight_decay: NonNegative
 
 
 @register("adversary")
@@ -33,14 +43,12 @@ class Adversary(Player):
     def __init__(
         self,
         discriminator: nn.Module,
-        optimizer: Mapping[str, Any],
-        gradient_clip_val: float | None = 1.0,
-        warmup_samples: int = 0,
+        optimizer: AdamOptions,
+        gradient_clip_val: NonNegative | None = 1.0,
+        warmup_samples: Index = 0,
     ) -> None:
-        check_whole("warmup_samples", warmup_samples, 0)
-        check_number("optimizer.lr", optimizer.get("lr"), 0)
         self.discriminator = discriminator.requires_grad_(False)
-        self.options = dict(optimizer)
+        self.options = optimizer
         self.clip = gradient_clip_val
         self.warmup_samples = warmup_samples
         self.optimizer: torch.optim.Optimizer | None = None

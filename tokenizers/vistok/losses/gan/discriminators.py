@@ -7,6 +7,7 @@ import itertools
 from torch import Tensor, nn
 
 from vistok.core.registry import register
+from vistok.core.values import Count
 from vistok.nn.conv import group_norm
 
 
@@ -26,7 +27,9 @@ class PatchDiscriminator(nn.Module):
             pixels on a side.
     """
 
-    def __init__(self, channels: int = 3, base_channels: int = 64, num_layers: int = 3) -> None:
+    def __init__(
+        self, channels: Count = 3, base_channels: Count = 64, num_layers: Count = 3
+    ) -> None:
         super().__init__()
         widths = [base_channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]

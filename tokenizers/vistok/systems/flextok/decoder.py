@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +13,15 @@ from vistok.core.geometry import as_pair, grid_of
 from vistok.core.outputs import Prediction
 from vistok.core.registry import register
 from vistok.core.sample_random import normal, uniform
+from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps
-from vistok.core.values import check_number, check_whole
+from vistok.core.values import (
+    Count,
+    ImageSize,
+    NonNegative,
+    Share,
+    whole,
+)
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import ModulatedBlock, attend_by_position_, init_transformer_
 from vistok.nn.data_init import chunks, least_squares
@@ -76,46 +80,37 @@ class FlowDecoder(Decoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        patch_size: int,
-        num_latent_tokens: int,
-        latent_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        predicts: str = "velocity",
-        null_probability: float = 0.1,
-        steps: int = 25,
-        guidance: float = 7.5,
+        image_size: ImageSize,
+        channels: Count,
+        patch_size: Count,
+        num_latent_tokens: Count,
+        latent_dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
+        predicts: Literal["velocity", "image"] = "velocity",
+        null_probability: Share = 0.1,
+        steps: Count = 25,
+        guidance: NonNegative = 7.5,
         seed: int = 0,
         apg: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        time_dim: int = 256,
-        slowest_time: float = 4.0792,
+        time_dim: Annotated[int, whole(2)] = 256,
+        slowest_time: NonNegative = 4.0792,
     ) -> None:
         super().__init__()
+        check_values(FlowDecoder, locals())
         self.shape = (channels, *as_pair(image_size))
         self.grid = grid_of(image_size, patch_size)
         self.patch_size = patch_size
         self.dim = latent_dim
         self.num_tokens = num_latent_tokens
-        if predicts not in ("velocity", "image"):
-            raise ConfigError(f"tokenizer.decoder.predicts={predicts}: must be velocity or image")
         self.predicts = predicts
-        if not (isinstance(null_probability, (int, float)) and 0 <= null_probability <= 1):
-            raise ConfigError(
-                f"tokenizer.decoder.null_probability={null_probability}: must be from 0 to 1"
-            )
         self.null_probability = null_probability
-        self._check_sampling(steps, guidance, "tokenizer.decoder.")
-        check_whole("time_dim", time_dim, 2)
+        self._check_sampling(steps, guidance)
         if time_dim % 2:
             raise ArgumentError(f"time_dim={time_dim}: must be even, for sines and cosines")
-        check_number("slowest_time", slowest_time, 0)
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise ConfigError(f"tokenizer.decoder.seed={seed!r}: must be a whole number")
         self.steps, self.guidance, self.seed, self.apg = steps, guidance, seed, apg
         self.activation_checkpointing = activation_checkpointing
         pixels = patch_size * patch_size * channels
@@ -223,11 +218,11 @@ class FlowDecoder(Decoder):
                 x = checkpoint(block, x, condition, count, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, condition, count)
-            taps.offer(f"block.{number}", self.patch_tokens(x))
+            taps.offer(f"block.{number}", self._patches_of(x))
         shift, scale = self.modulate_out(nn.functional.silu(condition))[:, None].chunk(2, dim=-1)
-        return self.norm_out(self.patch_tokens(x)) * (1 + scale) + shift
+        return self.norm_out(self._patches_of(x)) * (1 + scale) + shift
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
+    def _patches_of(self, sequence: Tensor) -> Tensor:
         """The patches `(B, rows * columns, W)` in the sequence behind any block."""
         return sequence[:, : self.patch_positions.shape[0]]
 
@@ -317,16 +312,12 @@ class FlowDecoder(Decoder):
                 raise ConfigError(f"seed={s!r}: must be a whole number of 64 bits")
         return seeds
 
-    def _check_sampling(self, steps: Any, guidance: Any, prefix: str = "") -> None:
-        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-            raise ConfigError(f"{prefix}steps={steps!r}: must be a whole number, 1 or more")
-        number = isinstance(guidance, Real) and not isinstance(guidance, bool)
-        if not (number and 0 <= float(guidance) < math.inf):
-            raise ConfigError(f"{prefix}guidance={guidance!r}: must be a number, 0 or more")
+    def _check_sampling(self, steps: Any, guidance: Any) -> None:
+        check_values(FlowDecoder, {"steps": steps, "guidance": guidance})
         if guidance != 1 and not self.null_probability:
-            raise ConfigError(
-                f"{prefix}guidance={guidance}: needs an unconditional branch, which "
-                "tokenizer.decoder.null_probability=0 did not train; use guidance=1"
+            raise ArgumentError(
+                f"guidance={guidance}: needs an unconditional branch, which null_probability=0 "
+                "does not train; use guidance=1"
             )
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vistok.core.registry import register
+from vistok.core.values import Count, ImageSize, NonNegative
 from vistok.models.latent_vit import LatentTransformerEncoder
+from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import NORMALIZED
 
 
@@ -41,19 +43,19 @@ class FlexTokEncoder(LatentTransformerEncoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        patch_size: int,
-        num_latent_tokens: int,
-        width: int,
-        depth: int,
-        num_heads: int,
+        image_size: ImageSize,
+        channels: Count,
+        patch_size: Count,
+        num_latent_tokens: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
         class_token: bool = False,
         activation_checkpointing: bool = False,
         causal: bool = True,
         nested: bool = False,
-        attention: str = "dense",
-        content: float = 1.0,
+        attention: AttentionKind = "dense",
+        content: NonNegative = 1.0,
         norm_in: bool = False,
     ) -> None:
         super().__init__(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vistok.core.registry import register
+from vistok.core.values import Count, ImageSize
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.flexible import FlexibleTokenizer
@@ -47,9 +46,9 @@ class FlexTok(FlexibleTokenizer):
         encoder: Encoder,
         quantizer: Quantizer,
         decoder: Decoder,
-        image_size: int | Sequence[int],
+        image_size: ImageSize,
         length: LengthPolicy,
-        channels: int = 3,
+        channels: Count = 3,
         autoencoder: LatentSpace | None = None,
     ) -> None:
         super().__init__(encoder, quantizer, decoder, image_size, length, channels)

@@ -8,7 +8,7 @@ from typing import Any
 from vistok.core.errors import ConfigError
 from vistok.core.geometry import cell_side
 from vistok.core.registry import register
-from vistok.core.values import check_whole
+from vistok.core.values import Count, check
 from vistok.models.latent_space import LatentSpace
 from vistok.models.stage import Source, Stage
 from vistok.models.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class LearnLatents(Stage):
         # A patch stays as large as it was, counted in pixels.
         factor = cell_side(found.image_size, space.grid, f"stage.autoencoder={source.path}")
         for name, part in parts.items():
-            check_whole(f"tokenizer.{name}.patch_size", part["patch_size"], 1)
+            check(f"tokenizer.{name}.patch_size", part["patch_size"], Count)
             patch, rest = divmod(part["patch_size"], factor)
             if rest or not patch:
                 raise ConfigError(

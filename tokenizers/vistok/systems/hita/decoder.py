@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
+from vistok.core.values import Count, Index
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
+from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import Transformer, init_transformer_
 from vistok.nn.data_init import chunks
 from vistok.nn.positions import grid_points, position_table, spread_points
-from vistok.systems.hita.encoder import options_of
+from vistok.systems.hita.encoder import BLOCKS, BlockKind
 
 
 @register("hita_decoder")
@@ -48,20 +51,21 @@ class HitaDecoder(Decoder):
     def __init__(
         self,
         cnn: CNNDecoder,
-        num_holistic_tokens: int,
-        latent_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        shift: int = 4,
+        num_holistic_tokens: Count,
+        latent_dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
+        shift: Index = 4,
         activation_checkpointing: bool = False,
-        attention: str = "dense",
-        block: str = "biased",
+        attention: AttentionKind = "dense",
+        block: BlockKind = "biased",
     ) -> None:
         super().__init__()
+        check_values(HitaDecoder, locals())
         if cnn.dim != width:
             raise ArgumentError(f"cnn.latent_dim={cnn.dim}: must be width={width}")
-        if not 0 <= shift <= num_holistic_tokens:
+        if shift > num_holistic_tokens:
             raise ArgumentError(
                 f"shift={shift}: must be 0 to num_holistic_tokens={num_holistic_tokens}"
             )
@@ -77,7 +81,7 @@ class HitaDecoder(Decoder):
             num_heads,
             activation_checkpointing=activation_checkpointing,
             attention=attention,
-            **options_of(block),
+            **BLOCKS[block],
         )
         self.norm_out = nn.LayerNorm(width) if block == "normalized" else nn.Identity()
         init_transformer_(self)
@@ -113,16 +117,12 @@ class HitaDecoder(Decoder):
         """What the CNN gets: `(B, rows * columns, W)`, raster order."""
         x = self.norm_in(self.embed(quantized) + self.positions)
         x = self.transformer(x, self.mask, taps=taps, places=self._cells)
-        return self.norm_out(self.patch_tokens(x))
+        return self.norm_out(x[:, self._cells])
 
     @property
     def _cells(self) -> slice:
         """Where they lie in the sequence."""
         return slice(self.first, self.first + self.grid[0] * self.grid[1])
-
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The cells `(B, rows * columns, W)` in the sequence behind any block."""
-        return sequence[:, self._cells]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:

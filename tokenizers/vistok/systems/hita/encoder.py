@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
+from vistok.core.values import Count
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
+from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import NORMALIZED, Transformer, attend_by_position_, init_transformer_
 from vistok.nn.data_init import chunks, start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table, spread_points
 
-#: What the blocks of encoder and decoder may be made of; see `Block`.
-BLOCKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+#: What the blocks of encoder and decoder may be made of.
+BlockKind = Literal["biased", "normalized"]
+
+#: Their options; see `Block`.
+BLOCKS: Mapping[BlockKind, Mapping[str, Any]] = MappingProxyType(
     {"biased": {"mlp": "swiglu", "multiple": 8}, "normalized": NORMALIZED}
 )
-
-
-def options_of(block: str) -> Mapping[str, Any]:
-    """Return the options of a kind of blocks.
-
-    Raises:
-        ConfigError: if there is no such kind.
-    """
-    if block not in BLOCKS:
-        raise ArgumentError(f"block={block}: must be {' or '.join(BLOCKS)}")
-    return BLOCKS[block]
 
 
 @register("hita_encoder")
@@ -71,19 +65,18 @@ class HitaEncoder(Encoder):
     def __init__(
         self,
         cnn: CNNEncoder,
-        num_holistic_tokens: int,
-        width: int,
-        depth: int,
-        causal_depth: int,
-        num_heads: int,
+        num_holistic_tokens: Count,
+        width: Count,
+        depth: Count,
+        causal_depth: Count,
+        num_heads: Count,
         activation_checkpointing: bool = False,
-        attention: str = "dense",
-        block: str = "biased",
-        embed: str = "conv",
+        attention: AttentionKind = "dense",
+        block: BlockKind = "biased",
+        embed: Literal["conv", "linear"] = "conv",
     ) -> None:
         super().__init__()
-        if embed not in ("conv", "linear"):
-            raise ArgumentError(f"embed={embed}: must be conv or linear")
+        check_values(HitaEncoder, locals())
         self.dim = width
         self.num_holistic_tokens = num_holistic_tokens
         self.num_tokens = num_holistic_tokens + cnn.num_tokens
@@ -97,7 +90,7 @@ class HitaEncoder(Encoder):
             depth,
             num_heads,
             activation_checkpointing=activation_checkpointing,
-            **options_of(block),
+            **BLOCKS[block],
         )
         self.norm_causal = nn.LayerNorm(width)
         self.causal = Transformer(
@@ -106,7 +99,7 @@ class HitaEncoder(Encoder):
             num_heads,
             activation_checkpointing=activation_checkpointing,
             attention=attention,
-            **options_of(block),
+            **BLOCKS[block],
         )
         self.norm_out = nn.LayerNorm(width) if block == "normalized" else nn.Identity()
         init_transformer_(self)

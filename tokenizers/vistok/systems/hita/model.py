@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.registry import register
+from vistok.core.values import Count, ImageSize
 from vistok.models.decoder import Decoder
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
@@ -43,8 +43,8 @@ class Hita(Tokenizer):
         encoder: HitaEncoder,
         quantizer: Quantizer,
         decoder: Decoder,
-        image_size: int | Sequence[int],
-        channels: int = 3,
+        image_size: ImageSize,
+        channels: Count = 3,
         holistic_quantizer: Quantizer | None = None,
     ) -> None:
         books = [holistic_quantizer or copy.deepcopy(quantizer), quantizer]

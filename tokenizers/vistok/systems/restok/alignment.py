@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
+from vistok.core.values import NonNegative
 from vistok.models.pretrained import Teacher
 from vistok.models.term import Step, Term
 from vistok.models.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ class FoundationAlignment(Term):
 
     taps = ("encoder.coarsest", "decoder.latents")
 
-    def __init__(self, tokenizer: Tokenizer, teacher: Teacher, margin: float = 0.25) -> None:
+    def __init__(self, tokenizer: Tokenizer, teacher: Teacher, margin: NonNegative = 0.25) -> None:
         super().__init__()
         encoder, decoder = tokenizer.encoder, tokenizer.decoder
         if not (isinstance(encoder, ResTokEncoder) and isinstance(decoder, ResTokDecoder)):

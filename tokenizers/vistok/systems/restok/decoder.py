@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
+from vistok.core.values import Count, check
 from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
@@ -18,7 +19,7 @@ from vistok.nn.data_init import chunks
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
-from vistok.systems.restok.hierarchy import LevelLinear, check_places, queued_points
+from vistok.systems.restok.hierarchy import LevelLinear, Places, queued_points
 
 
 @register("restok_decoder")
@@ -50,16 +51,17 @@ class ResTokDecoder(Decoder):
     def __init__(
         self,
         cnn: CNNDecoder | MaskGITDecoder,
-        num_latent_tokens: int,
-        latent_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
+        num_latent_tokens: Count,
+        latent_dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
         activation_checkpointing: bool = False,
-        places: str = "queued",
+        places: Places = "queued",
         norms: bool = True,
     ) -> None:
         super().__init__()
+        check("places", places, Places)
         self.dim = latent_dim
         self.grid = cnn.grid
         self.num_tokens = num_latent_tokens
@@ -77,7 +79,7 @@ class ResTokDecoder(Decoder):
         self.cnn = cnn
         self.dropped = nn.Parameter(torch.randn(1, 1, latent_dim) * 0.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        if check_places(places) == "queued":
+        if places == "queued":
             points = queued_points([num_latent_tokens, cnn.grid])
         else:
             attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
@@ -128,10 +130,10 @@ class ResTokDecoder(Decoder):
                 x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, self.turn)
-            taps.offer(f"block.{number}", self.patch_tokens(x))
-        return self.patch_tokens(x)
+            taps.offer(f"block.{number}", self._cells_of(x))
+        return self._cells_of(x)
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
+    def _cells_of(self, sequence: Tensor) -> Tensor:
         """The cells `(B, rows * columns, W)` in the sequence behind any block."""
         return sequence[:, self.num_tokens :]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
+from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
+from vistok.core.values import Count, Index
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
 from vistok.models.maskgit_cnn import MaskGITEncoder
-from vistok.nn.attention import check_kind, mask_for
+from vistok.nn.attention import AttentionKind, mask_for
 from vistok.nn.blocks import init_transformer_
 from vistok.nn.data_init import chunks, start_at_components_
 from vistok.nn.positions import level_points
@@ -23,8 +26,8 @@ from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, rotation
 from vistok.systems.restok.hierarchy import (
     LevelLinear,
+    Places,
     block_causal_mask,
-    check_places,
     halved,
     merge_residual,
     queued_points,
@@ -71,25 +74,22 @@ class ResTokEncoder(Encoder):
     def __init__(
         self,
         cnn: CNNEncoder | MaskGITEncoder,
-        num_latent_tokens: int,
-        dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        merge_layers: Sequence[int],
+        num_latent_tokens: Count,
+        dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
+        merge_layers: Sequence[Index],
         activation_checkpointing: bool = False,
-        attention: str = "dense",
-        merge_axis: str = "columns",
-        places: str = "queued",
-        level_vectors: str = "block",
+        attention: AttentionKind = "dense",
+        merge_axis: Literal["columns", "longest"] = "columns",
+        places: Places = "queued",
+        level_vectors: Literal["block", "merge"] = "block",
     ) -> None:
         super().__init__()
-        if merge_axis not in ("columns", "longest"):
-            raise ArgumentError(f"merge_axis={merge_axis}: must be columns or longest")
-        if level_vectors not in ("block", "merge"):
-            raise ArgumentError(f"level_vectors={level_vectors}: must be block or merge")
+        check_values(ResTokEncoder, locals())
         self.merge_axis, self.level_vectors = merge_axis, level_vectors
-        self.attention = check_kind(attention)
+        self.attention = attention
         self.dim = dim
         self.num_tokens = num_latent_tokens
         self.levels = pooling_pyramid(num_latent_tokens)
@@ -118,7 +118,7 @@ class ResTokEncoder(Encoder):
         for merges in range(len(self.grids)):
             grids = self.grids[merges::-1]  # coarse to fine, as they stand in the sequence
             sizes = [rows * columns for rows, columns in grids] + counts
-            if check_places(places) == "queued":
+            if places == "queued":
                 points = queued_points([*grids, num_latent_tokens])
             else:
                 points = level_points([*grids, *self.levels], cnn.grid)

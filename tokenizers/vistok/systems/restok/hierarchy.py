@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,18 +82,7 @@ def block_causal_mask(counts: Sequence[int]) -> Tensor:
 
 #: Where the rotary positions of tokens lie: parts of a sequence one behind the other, as in the
 #: released code, or each token at the centre of its part of the image.
-PLACES = ("queued", "centered")
-
-
-def check_places(places: str) -> str:
-    """Return `places`, if it is one of `PLACES`.
-
-    Raises:
-        ConfigError: if it is not.
-    """
-    if places not in PLACES:
-        raise ArgumentError(f"places={places}: must be {' or '.join(PLACES)}")
-    return places
+Places = Literal["queued", "centered"]
 
 
 def queued_points(parts: Sequence[Grid | int]) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +9,9 @@ from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.core.sample_random import uniform
 from vistok.core.taps import NO_TAPS, Taps
-from vistok.core.values import check_number
-from vistok.models.latent_vit import LatentTransformerDecoder
+from vistok.core.values import Count, ImageSize, Share
+from vistok.models.latent_vit import Border, LatentTransformerDecoder
+from vistok.nn.attention import AttentionKind
 
 
 @register("text_decoder")
@@ -52,22 +51,22 @@ class TextTransformerDecoder(LatentTransformerDecoder):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        channels: int,
-        patch_size: int,
-        num_latent_tokens: int,
-        latent_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        text_dim: int = 768,
-        num_text_tokens: int = 77,
-        text_dropout: float = 0.1,
+        image_size: ImageSize,
+        channels: Count,
+        patch_size: Count,
+        num_latent_tokens: Count,
+        latent_dim: Count,
+        width: Count,
+        depth: Count,
+        num_heads: Count,
+        text_dim: Count = 768,
+        num_text_tokens: Count = 77,
+        text_dropout: Share = 0.1,
         class_token: bool = True,
         activation_checkpointing: bool = False,
         nested: bool = False,
-        attention: str = "dense",
-        border: str = "black",
+        attention: AttentionKind = "dense",
+        border: Border = "black",
     ) -> None:
         super().__init__(
             image_size,
@@ -84,7 +83,6 @@ class TextTransformerDecoder(LatentTransformerDecoder):
             attention,
             border,
         )
-        check_number("text_dropout", text_dropout, 0, 1)
         self.text_shape = (num_text_tokens, text_dim)
         self.text_dropout = text_dropout
         self.text_embed = nn.Linear(text_dim, width)
