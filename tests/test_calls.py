@@ -198,7 +198,7 @@ def test_sampling_is_checked_whether_or_not_anything_is_decoded(target):
         ({"stepz": 2}, "stepz: FlowDecoder takes no such argument"),
         ({"steps": "x"}, "steps=x: must be a whole number"),
         ({"guidance": -1}, "guidance=-1: must be a number"),
-        ({"seed": "x"}, "seed='x': must be a whole number"),
+        ({"seed": "x"}, "seed=x: must be a whole number"),
     ):
         with pytest.raises(ConfigError, match=words):
             tok.tokenize_to_target(images, **target, **wrong)
