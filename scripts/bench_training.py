@@ -101,8 +101,9 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    from vistok.losses.objective import build_objective
     from vistok.models.build import build_tokenizer
-    from vistok.tasks.reconstruction import build_loss
+    from vistok.models.term import Step
     from vistok.training.memory import keep_freed_memory
     from vistok.training.optimizers import build_optimizer
 
@@ -113,7 +114,7 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     products = [word for word in words if word != "compile"]
     torch.set_float32_matmul_precision(products[0] if products else "highest")
     tokenizer = build_tokenizer(config).to(device).train()
-    loss = build_loss(config["loss"])
+    objective = build_objective(config["loss"], tokenizer)
     settings = config["optimizer"]
     optimizer = build_optimizer(
         tokenizer, settings["lr"], settings["betas"], settings["weight_decay"]
@@ -128,7 +129,7 @@ def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     def backward(forward: Callable[..., Any]) -> None:
         with autocast:
             output = forward(images * 2 - 1)
-            total = loss(output, tokenizer.quantizer.loss_weights, 0)["total"]
+            total = objective(Step(images * 2 - 1, output, tokenizer))["total"]
         total.backward()
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Write docs/quantizers.md, one row per config: `python scripts/quantizer_table.py [--check]`."""
+"""Write the guide's page of quantizers: `python scripts/quantizer_table.py [--check]`."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from vistok.core.registry import build  # noqa: E402
 from vistok.quantizers.base import Quantizer  # noqa: E402
 
 CONFIGS = ROOT / "configs"
-PAGE = ROOT / "docs" / "quantizers.md"
+PAGE = ROOT / "docs" / "guide" / "quantizers.md"
 WIDTH, GRID = 256, (16, 16)  # the latents that the numbers are for
 
 HEADER = f"""# Quantizers

@@ -5,8 +5,23 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: processes that share cores with several threads each would wait for one
+# another at every barrier.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("VISTOK_CONFIG_DIR", "VISTOK_DEBUG", "WANDB_API_KEY"):
     os.environ.pop(name, None)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Mark the fast tier; files that take long come first, so that both processes end together."""
+    long = set()
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("slow", "ranks", "nightly")):
+            item.add_marker(pytest.mark.fast)
+        elif not item.get_closest_marker("nightly"):
+            long.add(item.path)
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")

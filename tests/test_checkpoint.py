@@ -1,6 +1,7 @@
 """Configs to modules and back: the registry lets in what is ours, and nothing else."""
 
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import vistok
 from helpers import TINY, config_of, images_of, tiny_tokenizer
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.load import load_weights
-from vistok.checkpoints.read import read_config
+from vistok.checkpoints.read import read_config, read_export
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.core.registry import build, registered, resolve
 from vistok.models.build import build_tokenizer
@@ -117,7 +118,7 @@ def test_weights_of_another_architecture():
     first = next(iter(state))
     with pytest.raises(CheckpointError, match="missing"):
         load_weights(small, {k: v for k, v in state.items() if k != first}, "x")
-    with pytest.raises(CheckpointError, match=r"'new' is unknown.*and 0 more"):
+    with pytest.raises(CheckpointError, match="'new' is not expected"):
         load_weights(small, {**state, "new": torch.zeros(1)}, "x")
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())  # untouched
 
@@ -155,3 +156,51 @@ def test_the_config_is_in_the_checkpoint(finished_run):
     config = read_config(finished_run / "checkpoints" / "last.ckpt")
     assert config["tokenizer"]["encoder"]["width"] == 16
     assert type(config) is dict and type(config["data"]) is dict
+
+
+def test_a_config_is_read_without_its_weights(finished_run, tmp_path, monkeypatch):
+    """Alone, in a few pages; what is damaged is not believed: the config here, weights by `load`."""
+    whole = (finished_run / "checkpoints" / "last.ckpt").read_bytes()
+    content = torch.load(finished_run / "checkpoints" / "last.ckpt", weights_only=True)
+    alone = tmp_path / "alone.ckpt"
+    alone.write_bytes(whole)
+    mapped, real = [], torch.load
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *a, **k: mapped.append(k["mmap"]) or real(*a, **k))
+        patch.setattr("hashlib.sha256", None)  # all bytes would be read
+        config = read_config(alone)
+    assert config == content["hyper_parameters"]["config"] and mapped == [True]
+
+    with zipfile.ZipFile(alone) as file:
+        places = {name: file.getinfo(name).header_offset for name in file.namelist()}
+    (pickled,) = [place for name, place in places.items() if name.endswith("/data.pkl")]
+    end = min(place for place in places.values() if place > pickled)
+    for place in range(pickled + 60, end, (end - pickled) // 25):
+        alone.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            assert read_config(alone) == config  # padding behind the pickle
+        except CheckpointError as error:
+            assert "alone.ckpt" in str(error) and "\n" not in str(error)
+        with pytest.raises(CheckpointError, match="damaged"):
+            vistok.load(alone)
+    weights = max(places.values())
+    alone.write_bytes(whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1 :])
+    with pytest.raises(CheckpointError, match="damaged"):
+        vistok.load(alone)
+
+
+def test_an_older_file_of_torch_has_a_config_too(finished_run, tmp_path):
+    content = torch.load(finished_run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert read_config(tmp_path / "old.ckpt") == content["hyper_parameters"]["config"]
+    del content["hyper_parameters"]
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"other\.ckpt: .*no config in it"):
+        read_config(tmp_path / "other.ckpt")
+
+
+def test_the_config_of_an_export_needs_no_weights(exported, tmp_path):
+    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    assert read_config(tmp_path)["tokenizer"]["encoder"]["width"] == 16
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        read_export(tmp_path)

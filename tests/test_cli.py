@@ -9,7 +9,7 @@ import torch
 
 import vistok
 from helpers import CONFIGS, PATIENCE, ROOT, TINY
-from vistok.cli import main
+from vistok.cli import main, train
 from vistok.core.configuration import header, notes
 from vistok.core.registry import registered
 
@@ -31,6 +31,7 @@ assert not heavy, heavy
         ("train.py", "uv run train.py resume=runs/<run>"),
         ("eval.py", "run=runs/<run>"),
         ("scripts/export.py", "out="),
+        ("scripts/import_weights.py", "maskgit_vqgan"),
         ("scripts/make_shards.py", "shard_size"),
         ("scripts/check_shards.py", "decode=false"),
         ("scripts/bench_data.py", "seconds=8"),
@@ -46,13 +47,6 @@ def test_help_is_light(script, word):
     )
     assert result.returncode == 0, result.stderr
     assert word in result.stdout
-
-
-def test_help_of_the_importer_names_every_source(cli):
-    """It asks the registry, so it waits for torch."""
-    code, lines, out = cli("import_weights", "--help")
-    assert code == 0 and not lines
-    assert len(registered("importer")) >= 8 and ", ".join(registered("importer")) in out
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list", "experiments"]], ids=" ".join)
@@ -94,13 +88,30 @@ def test_train_help_shows_keys_that_exist(cli):
     assert compose("train", words).quantizer.codebook_size == 4096
 
 
-def test_import_help_names_every_importer(cli):
+@pytest.mark.parametrize("count", [1, 2, 4, 60])
+def test_train_help_shows_the_experiments_there_are(count, cli, tmp_path, monkeypatch):
+    """Whatever they are called, the default first; and with many of them it stays short."""
+    folder = tmp_path / "configs"
+    (folder / "experiment").mkdir(parents=True)
+    for n in range(count):
+        text = "# Default: the last one.\n" if n == count - 1 else f"# Number {n}.\n"
+        (folder / "experiment" / f"system{n:02d}_tiny.yaml").write_text(text)
+    (folder / "experiment" / "system_l256.yaml").write_text("# Days on a GPU.\n")
+    monkeypatch.setattr("vistok.core.configuration.config_dir", lambda: folder)
+    _, _, out = cli("train", "--help")
+    shown = out.partition("\nExperiments")[2].partition("\n\n")[0].splitlines()[1:]
+    assert shown[0].split() == [f"system{count - 1:02d}_tiny", "Default:", "the", "last", "one."]
+    assert shown[1:3] == [f"  system{n:02d}_tiny  Number {n}." for n in range(min(count - 1, 2))]
+    assert count < 4 or shown[3].startswith("  and system02_tiny")
+    assert len(shown) == {1: 1, 2: 2, 4: 4, 60: 5}[count] and "system_l256" not in out
+    assert shown[-1].endswith(" ...") == (count == 60)
 
+
+def test_import_help_names_every_importer(cli):
+    """It reads their names off the sources; the registry has them from importing those."""
     _, _, out = cli("import_weights", "--help")
-    named = " ".join(out.partition("Keys\n  source=")[2].partition("weights=")[0].split()).split(
-        ", "
-    )
-    assert named == list(registered("importer"))
+    named = out.partition("Keys\n  source=")[2].partition("weights=")[0]
+    assert " ".join(named.split()).split(", ") == list(registered("importer"))
 
 
 def entries(out):
@@ -210,6 +221,77 @@ def test_python_m_vistok_is_the_command(word, code, out, err):
 def test_cfg_prints_the_whole_config(cli):
     code, _, out = cli("train", "--cfg", "job", "quantizer.codebook_size=77")
     assert code == 0 and "codebook_size: 77" in out and "warmup_samples" in out
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """Training that only takes note of what it is given; and how often Hydra composed."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.hydra_config import HydraConfig
+
+    seen = {"composed": 0}
+    compose = ConfigLoaderImpl.load_configuration
+
+    def counted(self, *args, **kwargs):
+        seen["composed"] += 1
+        return compose(self, *args, **kwargs)
+
+    def run(config, folder, checkpoint=None, words=None):
+        seen.update(config=config, folder=str(folder), words=words, argv=sys.argv[1:])
+        seen.update(hydra=HydraConfig.initialized(), mark=os.environ.get("MARK"))
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    monkeypatch.setattr("vistok.cli._run_training", run)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # as in a fresh process
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["data=folder", "data.train=/photos/{a,b}", "name=mine", "trainer.precision=bf16"],
+        ["experiment=vqgan_tiny", "init_from=null", "seed=3", "~baseline", "+quantizer.foo=x"],
+        ["baseline=null", "resume=null", "data.image_size=[16,32]", "trainer.max_steps=7"],
+    ],
+)
+def test_a_plain_run_composes_once(started, words):
+    """And what it is given is what Hydra's own main gives."""
+    folder = "hydra.run.dir='runs/a b/${name}_${hydra.job.name}_${hydra.job.override_dirname}'"
+    argv = sys.argv
+    assert train([*words, folder]) == 0 and sys.argv is argv
+    first = dict(started)
+    assert first["composed"] == 1 and not first["hydra"]
+    assert train([*words, folder, "hydra.verbose=false"]) == 0 and sys.argv is argv
+    assert started["composed"] > 2 and started["hydra"]
+    for part in ("config", "folder", "words"):
+        assert started[part] == first[part]
+    assert os.path.isdir(first["folder"])
+    # The other ranks, which start with these words, are given the same.
+    assert train(first["argv"]) == 0
+    assert {**started, "composed": 0} == {**first, "composed": 0}
+
+
+def test_what_only_hydra_can_do_is_left_to_it(started, tmp_path):
+    assert train(["+hydra.job.env_set.MARK=here", "hydra.run.dir=a"]) == 0
+    assert started["hydra"] and started["mark"] == "here"
+    mine = tmp_path / "mine" / "experiment"
+    mine.mkdir(parents=True)
+    text = "# @package _global_\nname: {}\n"
+    (mine / "plain.yaml").write_text(text.format("plain"))
+    assert train(["experiment=plain", f"--config-dir={tmp_path}/mine", "hydra.run.dir=b"]) == 0
+    assert not started["hydra"] and started["config"]["name"] == "plain"
+    assert f"--config-dir={tmp_path}/mine" in started["argv"]
+    more = "hydra:\n  job:\n    env_set:\n      MARK: there\n"
+    (mine / "more.yaml").write_text(text.format("more") + more)
+    assert train(["experiment=more", f"--config-dir={tmp_path}/mine", "hydra.run.dir=c"]) == 0
+    assert started["hydra"] and started["mark"] == "there"
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(fails, tmp_path):
+    fails("train", "quantizer.codebook_size=1", "hydra.run.dir=runs/here", words="codebook_size=1")
+    assert not (tmp_path / "runs" / "here").exists()
 
 
 def test_user_config_folder(cli, tmp_path, photos, monkeypatch):

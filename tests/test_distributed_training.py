@@ -1,15 +1,13 @@
 """Whole runs on two ranks, by Lightning's own launcher and by torchrun, against one process."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from helpers import PATIENCE, ROOT, TINY, losses_of, metrics_of
+from helpers import ROOT, TINY, losses_of, metrics_of
+from ranks import TWO, assert_ended, ended, fork, start, start_command
 from test_pipeline import assert_same_training, state_of
 from vistok.cli import train
 from vistok.core.errors import ConfigError
@@ -34,9 +32,14 @@ Reconstruction.on_train_end = on_train_end
 
 @pytest.fixture
 def words(photos, tmp_path, monkeypatch):
-    """A VQ with an EMA codebook, dead codes that restart, and accumulation-free steps of 4."""
+    """Words of a run in an empty folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "probe.py").write_text(PROBE)
+    return words_of(photos)
+
+
+def words_of(photos):
+    """A VQ with an EMA codebook, dead codes that restart, and accumulation-free steps of 4."""
     return [
         *TINY,
         "data=folder",
@@ -55,38 +58,6 @@ def words(photos, tmp_path, monkeypatch):
     ]
 
 
-TWO = ["trainer.devices=2", "data.batch_size=2"]
-
-
-def start(words, *launcher, **environment):
-    """A training process of its own."""
-    launcher = launcher or (sys.executable,)
-    return start_command([*launcher, str(ROOT / "train.py"), *words], **environment)
-
-
-def start_command(command, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK")}
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,  # so that a test that fails leaves nothing behind
-    )
-
-
-def ended(process):
-    """Exit code, output and errors; fails if the job hangs."""
-    try:
-        out, err = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"the job hangs\n{out}\n{err}")
-    return process.returncode, out, err
-
-
 def floats(run, column):
     return {int(r["step"]): float(r[column]) for r in metrics_of(run) if r.get(column)}
 
@@ -102,19 +73,19 @@ def assert_as_one_process(two, one, tmp_path):
     for column in ("loss/total", "loss/commitment", "loss/reconstruction", "lr"):
         first, second = floats(two, column), floats(one, column)
         assert first.keys() == second.keys() and len(first) >= 6
-        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4)
     for column in ("val/psnr", "val/ssim", "val/perplexity", "samples_seen"):
-        assert floats(two, column) == pytest.approx(floats(one, column), rel=1e-4)
+        assert floats(two, column) == pytest.approx(floats(one, column), rel=3e-4)
     for column in ("val/codebook_usage", "train/codebook_usage"):
         assert floats(two, column) == floats(one, column) and floats(one, column)
     codebook = "tokenizer.quantizer.embedding"
     torch.testing.assert_close(
-        ranks[0]["state"][codebook], state_of(one)["state_dict"][codebook], rtol=1e-4, atol=2e-5
+        ranks[0]["state"][codebook], state_of(one)["state_dict"][codebook], rtol=1e-4, atol=1e-4
     )
     first, second = (json.loads((run / "summary.json").read_text()) for run in (two, one))
     keys = ("val_psnr", "val_ssim", "codebook_usage", "perplexity", "samples_seen", "steps")
     for key in (*keys, "baseline_kmeans_psnr"):
-        assert first[key] == pytest.approx(second[key], rel=1e-5), key
+        assert first[key] == pytest.approx(second[key], rel=3e-4), key
 
 
 def test_two_ranks_train_as_one_process(words, tmp_path):
@@ -172,18 +143,17 @@ def test_torchrun_with_accumulation_trains_as_one_process(words, tmp_path):
 def test_two_ranks_draw_what_one_process_draws(words, tmp_path, more):
     words = [w for w in words if "dead_code" not in w and "ema_decay" not in w]
     words = [*words[: words.index("loss=mse")], *more, *words[words.index("loss=mse") :]]
-    process = start([*words, *TWO, "hydra.run.dir=two"])
+    job = fork([*words, *TWO, "hydra.run.dir=two"])
     assert train([*words, "hydra.run.dir=one"]) == 0
-    code, out, err = ended(process)
-    assert code == 0, out + err
+    assert_ended(job, 0)
     first, second = (floats(tmp_path / name, "loss/total") for name in ("two", "one"))
     assert first.keys() == second.keys() and len(first) == 6
-    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4)
     split = ["trainer.global_batch_size=4", "data.batch_size=1"]  # and in what it accumulates
     assert train([*words, *split, "quantizer.dead_code_threshold=0", "hydra.run.dir=four"]) == 0
     assert train([*words, "quantizer.dead_code_threshold=0", "hydra.run.dir=zero"]) == 0
     first, second = (floats(tmp_path / name, "loss/total") for name in ("four", "zero"))
-    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4)
 
 
 # ---------------------------------------------------------------------- endings
@@ -218,43 +188,56 @@ def plan(tmp_path, rank, what, others="pass"):
     return "plugins=[accident]"
 
 
-@pytest.mark.slow
+RAISE, KILL = "raise VistokError('planned')", "os.kill(os.getpid(), signal.SIGKILL)"
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("rank", "what", "words_of_error"),
+    ("rank", "what", "words_of_error", "begin"),
     [
-        (1, "raise VistokError('planned')", "rank 1: planned"),
-        (0, "raise VistokError('planned')", "error: planned"),
-        (1, "os.kill(os.getpid(), signal.SIGKILL)", "another rank ended"),
-        (1, "time.sleep(1000)", "another rank ended, or gave no answer"),
+        (1, RAISE, "rank 1: planned", fork),
+        (0, RAISE, "error: planned", fork),
+        (1, KILL, "another rank ended", start),
+        (1, "time.sleep(1000)", "another rank ended, or did not answer", fork),
+        pytest.param(1, RAISE, "rank 1: planned", start, marks=pytest.mark.nightly),
+        pytest.param(0, RAISE, "error: planned", start, marks=pytest.mark.nightly),
+        pytest.param(1, "time.sleep(1000)", "or did not answer", start, marks=pytest.mark.nightly),
     ],
 )
-def test_a_rank_that_fails_takes_the_job_down(words, tmp_path, rank, what, words_of_error):
+def test_a_rank_that_fails_takes_the_job_down(words, tmp_path, rank, what, words_of_error, begin):
     # Ranks also have trainer.timeout to start in, so it is long; where one sleeps, the other is
     # told by then to wait for 3 s.
     accident = plan(tmp_path, rank, what, IMPATIENT if "sleep" in what else "pass")
     job = [*words, *TWO, accident, "trainer.timeout=555", "hydra.run.dir=run"]
-    code, out, err = ended(start(job))
+    code, out, err = ended(begin(job))
     assert code not in (0, 75), out + err
     assert words_of_error in err, err
     assert state_of(tmp_path / "run")["global_step"] == 2
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tmp_path_factory):
+    """A run of two ranks."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert_ended(fork([*words_of(photos), *TWO, f"hydra.run.dir={run}"]), 0)
+    return run
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("rank", [0, 1])
-def test_preemption_of_one_rank_stops_all_and_goes_on_exactly(words, tmp_path, rank):
+@pytest.mark.parametrize(
+    ("rank", "begin"), [(0, start), (1, fork), pytest.param(1, start, marks=pytest.mark.nightly)]
+)
+def test_preemption_of_one_rank_stops_all_and_goes_on_exactly(
+    words, tmp_path, uninterrupted, rank, begin
+):
     words = [*words, *TWO, "hydra.run.dir=run", "resume=auto"]
     signal_once = "os.kill(os.getpid(), signal.SIGTERM)"
-    code, out, err = ended(start([*words, plan(tmp_path, rank, signal_once)]))
+    code, out, err = ended(begin([*words, plan(tmp_path, rank, signal_once)]))
     assert code == 75 and "preempted at step 4" in err, (code, out, err)
     assert state_of(tmp_path / "run")["global_step"] == 4
-    code, out, err = ended(start(words))
-    assert code == 0, out + err
-    code, out, err = ended(start([w for w in words if "run.dir" not in w] + ["hydra.run.dir=w"]))
-    assert code == 0, out + err
-    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "w")
-    assert_same_training(tmp_path / "run", tmp_path / "w")
+    assert_ended(fork(words), 0)
+    assert losses_of(tmp_path / "run") == losses_of(uninterrupted)
+    assert_same_training(tmp_path / "run", uninterrupted)
 
 
 # ---------------------------------------------------------------------- batches, learning rate
@@ -292,7 +275,7 @@ def test_accumulation_equals_the_batch_at_once(words, tmp_path):
     for column in ("loss/total", "val/psnr", "samples_seen", "lr"):
         first, second = floats(tmp_path / "four", column), floats(tmp_path / "one", column)
         assert first.keys() == second.keys()
-        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+        assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4)
     assert train([*words, *more, *split, "trainer.max_steps=5", "hydra.run.dir=cut"]) == 0
     assert train(["resume=cut", "trainer.max_steps=9"]) == 0
     last = {step: loss for step, loss in losses_of(tmp_path / "cut").items() if step > 5}

@@ -52,7 +52,8 @@ books = load_file(sys.argv[1] + "/codebook.safetensors")
 given = load_file(sys.argv[2])
 ids, quantized, nearest = given["ids"], given["quantized"], given["latents"]
 assert books["codebook.0"].shape == (16, 8) and books["codebook.0"].dtype == torch.float32
-assert torch.equal(books["decoder_input"][ids[..., 0]], quantized)
+# The table is the product of other rows than these: equal up to rounding.
+torch.testing.assert_close(books["decoder_input"][ids[..., 0]], quantized)
 found = torch.cdist(given["latents"], books["codebook.0"]).argmin(-1)
 assert torch.equal(found, ids[..., 0])
 print("read")
@@ -114,7 +115,8 @@ def test_quantizers_of_other_kinds(tmp_path, overrides, slots, looked_up):
     for slot, table in enumerate(tok.codebooks()):
         assert torch.equal(tensors[f"codebook.{slot}"], table)
     if looked_up:
-        assert torch.equal(tensors["decoder_input"][ids[..., 0]], tok.quantizer.decode(ids))
+        vectors = tensors["decoder_input"][ids[..., 0]]
+        torch.testing.assert_close(vectors, tok.quantizer.decode(ids), atol=1e-6, rtol=1e-5)
     io = json.loads((tmp_path / "out" / "config.json").read_text())["io"]
     sizes = io["codebook_sizes"]
     assert io["joint_vocabulary_offsets"] == [sum(sizes[:q]) for q in range(slots)]

@@ -669,8 +669,14 @@ def test_an_interrupted_run_draws_the_lengths_of_a_whole_one(name, photos, tmp_p
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n.startswith("re") else ())
-        for n in [*FLEXIBLE, "gigatok_tiny", "hita_tiny", "ta_titok_tiny"]
+        "flextok_tiny",
+        "one_d_piece_tiny",
+        pytest.param("gigatok_tiny", marks=pytest.mark.slow),
+        pytest.param("hita_tiny", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in ("restok_tiny", "retok_tiny", "ta_titok_tiny")
+        ),
     ],
 )
 def test_compiling_keeps_the_numbers(name, monkeypatch):

@@ -80,7 +80,7 @@ def test_a_causal_register_moves_itself_and_later_ones_only(j, kind):
 
 @pytest.mark.parametrize("kind", [FlexTokEncoder, LatentTransformerEncoder])
 def test_what_the_first_block_sees(kind):
-    """Patches at their places and registers, as they are (FlexTok) or normalised."""
+    """Patches at their places and registers, as they are (FlexTok) or normalized."""
     torch.manual_seed(0)
     net = kind(16, 3, 8, 5, 16, 1, 2, class_token=False)
     images, seen = torch.randn(2, 3, 16, 16), []
@@ -203,7 +203,8 @@ def test_training_predicts_the_velocity_of_its_own_path():
     net = decoder()
     images, quantized = torch.randn(4, 3, 16, 24), torch.randn(4, 6, 12)
     torch.manual_seed(9)
-    prediction, target = net(quantized, images)
+    image = net(quantized, images)["image"]
+    prediction, target = image.value, image.target
     torch.manual_seed(9)
     time, noise = torch.sigmoid(torch.randn(4)), torch.randn_like(images)
     assert torch.equal(target, noise - images)
@@ -225,7 +226,8 @@ def test_an_image_predicted_gives_the_velocity_to_it():
         # From pure noise one step leads to what is predicted there.
         first = unpatchify(net.head(net.features(noise, torch.ones(2), registers)), (2, 3), 8)
         assert torch.allclose(net.reconstruct(quantized, steps=1), first, atol=1e-4)
-        prediction, target = net(quantized, torch.zeros_like(noise))
+        image = net(quantized, torch.zeros_like(noise))["image"]
+        prediction, target = image.value, image.target
         assert torch.equal(target, torch.zeros_like(noise)) and prediction.any()
     with pytest.raises(ConfigError, match="predicts=noise"):
         decoder(predicts="noise")
@@ -427,7 +429,7 @@ def test_the_null_token_takes_the_place_of_all_registers():
         net = decoder(null_probability=probability).train()
         quantized = torch.randn(400, 6, 12, requires_grad=True)
         torch.manual_seed(1)
-        net(quantized, images)[0].square().sum().backward()
+        net(quantized, images)["image"].value.square().sum().backward()
         untouched = (quantized.grad == 0).flatten(1).all(dim=1)
         shares.append(untouched.float().mean().item())
         assert (net.null.grad is not None and net.null.grad.abs().max() > 0) == (probability > 0)
@@ -500,7 +502,8 @@ def test_paper_size_forward_and_backward_on_the_meta_device(name):
         images = torch.zeros(1, 3, 256, 256)
         assert tok.encoder(images).shape == quantized.shape
         tok.encoder(images).sum().backward()
-        prediction, target = tok.decoder(quantized, images)
+        found = tok.decoder(quantized, images)["image"]
+        prediction, target = found.value, found.target
         (prediction - target).square().mean().backward()
     unused = [n for n, p in tok.named_parameters() if p.grad is None]
     assert all(n.startswith("quantizer") or n.endswith("dropped") for n in unused), unused

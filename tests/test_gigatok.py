@@ -178,7 +178,7 @@ def test_initialisation_takes_means_off(norm):
 
 
 @pytest.mark.parametrize("norm", ["input", "embedding"])
-def test_what_is_normalised_on_the_way_in(norm):
+def test_what_is_normalized_on_the_way_in(norm):
     """The features of each cell or token before they are embedded, or their embedding."""
     words = ["tokenizer.encoder.width=32", f"tokenizer.encoder.norm={norm}"]
     tok = tiny_tokenizer(*words, tokenizer="gigatok_tiny")

@@ -142,7 +142,7 @@ NAMES = [
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_encoder_and_decoder_by_hand(normalized):
-    """In float64; next to the official code without its teacher: docs/flexible_length.md."""
+    """In float64; next to the official code without its teacher: docs/systems/hita.md."""
     tok = awake(small(*SHIFTED, *(NORMALIZED if normalized else []))).double()
     encoder, decoder = tok.encoder, tok.decoder
     heads = encoder.transformer.blocks[0].attn.num_heads
@@ -224,7 +224,7 @@ def test_an_export_says_whose_ids_are_whose(tmp_path):
     assert tensors["codebook.0"].shape == (32, 8) and tensors["decoder_input"].shape == (32, 16)
     ids = tok.tokenize(images_of(2, 32))
     vectors = tensors["decoder_input"][ids[..., 0]]
-    assert torch.equal(vectors, tok.quantizer.decode(ids))
+    torch.testing.assert_close(vectors, tok.quantizer.decode(ids))  # the product of other rows
     write_export(tok, config, tmp_path / "out", {})
     back = vistok.load(tmp_path / "out")
     assert torch.equal(back.detokenize(ids), tok.detokenize(ids))

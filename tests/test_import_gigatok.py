@@ -227,7 +227,7 @@ def test_retok_decodes_prefixes_as_published(tmp_path):
     for count in (1, 3, TOKENS):
         found = tok.detokenize(tok.tokenize(images(), num_tokens=count))
         expected = oracle.pictures(codes[:, :count]).clamp(0, 1)
-        assert torch.allclose(found, expected.float(), atol=1e-5)
+        assert torch.allclose(found, expected.float(), atol=5e-5)
 
 
 def test_of_a_training_checkpoint_the_averaged_weights_are_taken(tmp_path):

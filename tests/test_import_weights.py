@@ -410,7 +410,7 @@ def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
     ids, pictures = oracle(p, images.double(), **{k: v.double() for k, v in given.items()})
     assert torch.equal(tok.tokenize(images)[..., 0], ids) and ids.unique().numel() > 3
     found = tok.detokenize(ids[..., None], **given)
-    assert torch.allclose(found, pictures.clamp(0, 1).float(), atol=1e-5)
+    assert torch.allclose(found, pictures.clamp(0, 1).float(), atol=5e-5)
     assert found.std() > 0.05
     raw = tok.decode(
         tok.quantizer.decode(ids[..., None]), **given
@@ -432,7 +432,7 @@ def test_prefixes_are_decoded_as_published(source, tmp_path):
         ids, pictures = oracle(p, images.double(), keep=count)
         found = tok.tokenize(images, num_tokens=count)
         assert torch.equal(found[..., 0], ids[:, :count])
-        assert torch.allclose(tok.detokenize(found), pictures.clamp(0, 1).float(), atol=1e-5)
+        assert torch.allclose(tok.detokenize(found), pictures.clamp(0, 1).float(), atol=5e-5)
 
 
 def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):
@@ -502,7 +502,7 @@ def test_released_restok_starts_the_preset(tmp_path):
         "tokenizer.encoder.cnn.base_channels=64", "tokenizer.encoder.merge_layers=[0,1]",
         "tokenizer.encoder.cnn.channel_multipliers=[1,1,2]",
         "tokenizer.encoder.num_latent_tokens=8",
-        "tokenizer.encoder._target_=vistok.systems.restok.weights.ReshapedResTokEncoder",
+        "tokenizer.encoder._target_=reshaped_restok_encoder",
         *(f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in sizes),
         f"quantizer.codebook_size={CODES}", "quantizer.codebook_dim=6",
     )  # fmt: skip

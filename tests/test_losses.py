@@ -10,6 +10,7 @@ from helpers import CONFIGS, compared, config_of, needs_lite0
 from vistok.core.errors import ConfigError
 from vistok.core.outputs import Prediction
 from vistok.losses import pixels as reconstruction
+from vistok.losses.features import CosineLoss
 from vistok.losses.objective import build_objective
 from vistok.losses.pixels import L1Loss, LogMSELoss, MSELoss
 
@@ -34,6 +35,22 @@ def test_losses_compute_in_float32_and_give_gradients(loss):
     assert value.dtype == torch.float32 and value.ndim == 0
     value.backward()
     assert prediction.grad is not None and (prediction.grad > 0).all()
+
+
+def test_cosines_are_those_of_places_whatever_the_length():
+    """Angles of 0, 60 and 180 degrees; the second sample counts three times."""
+    turned = [[1.0, 0.0], [0.5, 0.75**0.5], [-1.0, 0.0]]
+    value = torch.tensor([turned[:2], turned[1:]], dtype=torch.bfloat16, requires_grad=True)
+    target = torch.tensor([7.0, 0.0]).expand(2, 2, 2)
+    step = compared(value, target, kind="features", of="semantic")
+    loss = CosineLoss()(step)
+    assert loss.item() == pytest.approx((0 + 0.5 + 0.5 + 2) / 4, rel=1e-2)
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    loss.backward()
+    assert value.grad is not None and value.grad[0, 1].any() and torch.isfinite(value.grad).all()
+    weighted = Prediction(value, target, "features", torch.tensor([1.0, 3.0]))
+    step = replace(step, output=replace(step.output, predictions={"semantic": weighted}))
+    assert CosineLoss()(step).item() == pytest.approx((0.25 + 3 * 1.25) / 4, rel=1e-2)
 
 
 def test_psnr_loss_moves_as_psnr_does():

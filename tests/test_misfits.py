@@ -40,7 +40,7 @@ def test_null_for_every_top_level_key(name):
         ("seed=x", "expected a number, for example seed=0"),
         ("compile=maybe", "expected true or false, for example compile=false"),
         ("ema=3", "set ema.decay"),
-        ("alignment=x", "set alignment.teacher or"),
+        ("alignment=x", "choose one of flextok"),
         ("plugins=mine", "expected a list"),
         ("trainer.max_steps=many", "expected a number"),
     ],
@@ -51,6 +51,20 @@ def test_what_would_be_right_is_said(override, message):
     assert str(error.value).startswith(f"{override}: ") and message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [("quantizer.dim=x", "a number"), ("trainer.deterministic=perhaps", "true or false")],
+)
+def test_a_kind_that_a_reference_or_a_users_config_gives(override, kind, tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "mine.yaml").write_text(
+        "defaults: [default]\ndeterministic: True # mine\n"
+    )
+    words = ["trainer=mine"] if "trainer" in override else []
+    with pytest.raises(ConfigError, match=f"^{override}: expected {kind}"):
+        compose("train", [*words, override], [tmp_path])
+
+
 def test_what_may_be_null_below_stays_so():
     config = compose("train", ["quantizer=vq", "quantizer.codebook_dim=null", "name=mine"])
     assert config.quantizer.codebook_dim is None and config.name == "mine"
@@ -58,8 +72,8 @@ def test_what_may_be_null_below_stays_so():
 
 def test_a_resumed_run_refuses_null_too():
     config = compose("train", [])
-    with pytest.raises(ConfigError, match="alignment=null: alignment is a group of keys"):
-        apply_overrides(config, ["alignment=null"])
+    with pytest.raises(ConfigError, match="ema=null: ema is a group of keys"):
+        apply_overrides(config, ["ema=null"])
     changed = apply_overrides(config, ["baseline.patch_size=null", "init_from=null"])
     assert isinstance(changed.baseline, DictConfig)
     assert apply_overrides(changed, ["baseline=null"]).baseline is None

@@ -678,7 +678,7 @@ def test_compile_changes_little_and_its_checkpoints_fit(words, tmp_path):
     assert train([f"resume={tmp_path / 'compiled'}", "compile=false", "trainer.max_steps=4"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_default_experiment_end_to_end(cli, tmp_path):
     """The commands of the README at few steps, on the embedded photographs."""
     words = ["trainer.max_steps=12", "trainer.val_check_interval=6", "hydra.run.dir=run"]

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from vistok.tasks.run import start_weights
 
-from helpers import config_of, tiny_tokenizer
-from vistok.checkpoints.migrate import migrate_config
+from helpers import TINY, config_of
+from vistok.checkpoints.old_forms import say_forms
 from vistok.core.errors import ConfigError
 from vistok.models.build import starts_from_data
+from vistok.tasks.reconstruction import Reconstruction
 
 #: What deviates from a published form, by preset: an option and what it says by default.
 DEVIATIONS = {
@@ -65,12 +65,12 @@ CASES = [
     (described("LatentTransformerEncoder", block="vit", norm_in=True, legacy_reshape=False),
      {"norm_in": True}),
     (described("LatentTransformerEncoder", legacy_reshape=True),
-     {"_target_": "vistok.models.latent_vit_weights.ReshapedLatentEncoder"}),
+     {"_target_": "reshaped_latent_vit_encoder"}),
     (described("LatentTransformerEncoder", block="flextok", class_token=False, causal=True),
-     {"_target_": "vistok.systems.flextok.encoder.FlexTokEncoder", "class_token": False,
+     {"_target_": "flextok_encoder", "class_token": False,
       "causal": True, "content": 0.125, "norm_in": True}),
     (described("LatentTransformerEncoder", block="flextok", norm_in=False, content=1.0),
-     {"_target_": "vistok.systems.flextok.encoder.FlexTokEncoder", "class_token": True,
+     {"_target_": "flextok_encoder", "class_token": True,
       "causal": False, "content": 1.0, "norm_in": False}),
     (described("LatentTransformerDecoder"), {"border": "edge"}),
     (described("LatentTransformerDecoder", borders="repeated"), {"border": "edge"}),
@@ -88,7 +88,7 @@ CASES = [
     (described("ResTokEncoder", released=True, legacy_reshape=False),
      {"merge_axis": "columns", "places": "queued", "level_vectors": "block"}),
     (described("ResTokEncoder", released=True, legacy_reshape=True),
-     {"_target_": "vistok.systems.restok.weights.ReshapedResTokEncoder",
+     {"_target_": "reshaped_restok_encoder",
       "merge_axis": "columns", "places": "queued", "level_vectors": "block"}),
     (described("ResTokDecoder", released=False), {"places": "centered", "norms": False}),
     (described("ResTokDecoder", released=True), {"places": "queued", "norms": True}),
@@ -102,33 +102,26 @@ CASES = [
 @pytest.mark.parametrize(("old", "new"), CASES)
 def test_options_of_form_1(old, new):
     """Wherever the part is: in a tokenizer, or in what a tokenizer is made of."""
-    target = new.get("_target_", old["_target_"])
+    new = {"_target_": old["_target_"], **new}
     for where in (("encoder",), ("autoencoder", "decoder"), ("decoder", "pixel_decoder")):
-        config = tokenizer = {}
+        config = inner = {}
         for name in ("tokenizer", *where):
-            tokenizer[name] = {"_target_": "vistok.models.other.Whole"}
-            tokenizer = tokenizer[name]
-        tokenizer.update(old)
-        before = copy.deepcopy(config)
-        found = migrate_config(config)
-        assert config == before and found["format"] == 2
-        part = found["tokenizer"]
+            inner[name] = {"_target_": "vistok.models.other.Whole"}
+            inner = inner[name]
+        inner.update(copy.deepcopy(old))
+        say_forms(config)
+        part = config["tokenizer"]
         for name in where:
             part = part[name]
-        # Paths may become names; a class keeps its name.
-        assert isinstance(part["_target_"], str) and part["_target_"]
-        if not part["_target_"].islower():
-            assert part["_target_"] == target
-        assert {k: v for k, v in part.items() if k != "_target_"} == {
-            k: v for k, v in new.items() if k != "_target_"
-        }
+        assert part == new
 
 
 def test_other_parts_stay_as_they_are():
     part = {"_target_": "vistok.decoders.cnn.CNNDecoder", "released": True, "borders": 1}
-    found = migrate_config({"tokenizer": {"encoder": part}, "quantizer": part | {"block": 2}})
-    for kept in (found["tokenizer"]["encoder"], found["quantizer"]):
-        assert kept["released"] is True and kept["borders"] == 1
+    config = {"tokenizer": {"encoder": part}, "quantizer": part | {"block": 2}}
+    before = copy.deepcopy(config)
+    say_forms(config)
+    assert config == before
 
 
 # ---------------------------------------------------------------------- the start
@@ -140,28 +133,25 @@ class Data:
     asked = 0
 
     def init_batches(self, count):
-        Data.asked += 1
+        self.asked += 1
         return torch.rand(8, 3, 16, 16)
 
 
-@pytest.mark.parametrize(("words", "asked"), [({"init": "random"}, 0), ({"init": "data"}, 1), ({}, 1)])  # fmt: skip
+@pytest.mark.parametrize(("words", "asked"), [(["init=random"], 0), ([], 1)])
 def test_a_random_start_leaves_the_weights_as_they_are_drawn(words, asked):
-    from types import SimpleNamespace
-
-    tok = tiny_tokenizer()
-    before = copy.deepcopy(tok.state_dict())
-    module = SimpleNamespace(tokenizer=tok, ema=None)
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
-    Data.asked = 0
-    config = {"init_from": None, "init_images": 8, "tokenizer": {}, **words}
-    start_weights(config, module, Data(), trainer)
-    same = all(torch.equal(value, before[name]) for name, value in tok.state_dict().items())
-    assert same == (asked == 0) and Data.asked == asked
+    task = Reconstruction(config_of("experiment=titok_tiny", *TINY, *words))
+    before, data = copy.deepcopy(task.tokenizer.state_dict()), Data()
+    task.start_weights(data, torch.device("cpu"))
+    after = task.tokenizer.state_dict()
+    same = all(torch.equal(value, before[name]) for name, value in after.items())
+    assert same == (asked == 0) and data.asked == asked
 
 
 def test_a_start_that_makes_no_sense_is_refused():
     assert config_of("experiment=titok_tiny")["init"] == "data"
     with pytest.raises(ConfigError, match=r"^init=zero: must be data or random$"):
         starts_from_data({"init": "zero", "tokenizer": {}})
+    with pytest.raises(ConfigError, match=r"^init=zero"):  # as soon as the run is built
+        Reconstruction(config_of("experiment=titok_tiny", *TINY, "init=zero"))
     with pytest.raises(ConfigError, match=r"^init=random: .*tokenizer\.autoencoder.*must be data$"):
         starts_from_data({"init": "random", "tokenizer": {"autoencoder": {"dim": 1}}})

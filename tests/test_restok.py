@@ -350,7 +350,7 @@ def test_a_merged_grid_is_named_behind_the_block():
 
 def test_released_weights_read_memory_in_another_shape():
     """Token k gets the values k, k + 8, k + 16, ... of all; also of no images."""
-    target = f"tokenizer.encoder._target_={ReshapedResTokEncoder.__module__}.ReshapedResTokEncoder"
+    target = "tokenizer.encoder._target_=reshaped_restok_encoder"
     encoder, images = small(*RELEASED, target).encoder, torch.rand(2, 3, 32, 32)
     assert type(encoder) is ReshapedResTokEncoder
     mixed, plain = encoder.latents(images), ResTokEncoder.latents(encoder, images).flatten(1)
@@ -507,7 +507,8 @@ def test_foundation_loss_by_hand(teacher_words):
     images = m.tokenizer.to_model_range(images_of(4))
     value = aligned(m, images)
     features = m.objective.terms["alignment"].teacher(images)  # 2 x 2, as many as there are cells
-    summary = m.objective.terms["alignment"].encoder_projector(seen["sequence"][:, :2].mean(1))
+    coarsest = seen["sequence"][:, :2] + encoder.image_levels[1]  # merged in the last block
+    summary = m.objective.terms["alignment"].encoder_projector(coarsest.mean(1))
     x = torch.cat(
         [seen["latents"], m.objective.terms["alignment"].mask_token.expand(4, 4, -1)], dim=1
     )
@@ -554,7 +555,7 @@ def test_whom_the_foundation_loss_teaches(teacher_words):
 
 def test_foundation_loss_is_restoks(teacher_words):
     with pytest.raises(
-        ConfigError, match=r"^loss\.terms\.alignment\._target_.*belongs to ResTok.*GigaTok"
+        ConfigError, match=r"^loss\.terms\.alignment\._target_.*needs a ResTok.*GigaTok"
     ):
         module(teacher_words, "gigatok_tiny")
 

@@ -439,23 +439,26 @@ def test_metrics_survive_a_kill_at_any_byte(tmp_path):
     assert path.read_bytes() == whole + b'{"step": 5, "psnr": 21.0}\n'
 
 
-# ---------------------------------------------------------------------- thirty kills
+# ---------------------------------------------------------------------- kills
 
 
 @pytest.mark.slow
-def test_thirty_kills_change_nothing(photos, tmp_path):
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(4, 40), pytest.param(30, 250, marks=pytest.mark.nightly)]
+)
+def test_kills_change_nothing(photos, tmp_path, kills, steps):
     """SIGKILL anywhere among what a run does to its files, often inside a checkpoint."""
     words = [
         *words_of(photos),
-        "trainer.max_steps=250",
-        "trainer.val_check_interval=50",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={steps // 5}",
         "callbacks.checkpoint_every=5",
         "callbacks.codebook_window=20",
         "callbacks.num_pictures=0",
         "resume=auto",
     ]
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path), "30", *words],
+        [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path), str(kills), *words],
         capture_output=True, text=True, timeout=880,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -463,8 +466,9 @@ def test_thirty_kills_change_nothing(photos, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr + log
     report = json.loads(result.stdout.splitlines()[-1])
     print(report)
-    assert report["kills"] == 30 and report["steps_lost"] > 0
-    assert report["in_a_write"] >= 5 and report["while_starting"] >= 1
+    assert report["kills"] == kills and report["steps_lost"] > 0
+    assert report["in_a_write"] >= kills // 6
+    assert report["while_starting"] >= 1 or kills < 30
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert_same_training(killed, whole)
     assert losses_of(killed) == losses_of(whole)

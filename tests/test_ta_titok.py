@@ -59,7 +59,7 @@ def test_masked_tokens_do_not_hide_the_text():
     quantized, text = torch.randn(2, 4, 12), torch.randn(2, 3, 6)
     mask = torch.arange(4) < torch.tensor([[4], [2]])
     with torch.no_grad():
-        masked = net.reconstruct(quantized, mask, text)
+        masked = net.reconstruct(quantized, mask, text=text)
         assert torch.allclose(masked[1:], net.reconstruct(quantized[1:, :2], text=text[1:]), atol=1e-5)  # fmt: skip
         assert torch.allclose(masked[:1], net.reconstruct(quantized[:1], text=text[:1]), atol=1e-5)
         assert not torch.allclose(net.reconstruct(quantized, mask), masked, atol=1e-4)
@@ -83,7 +83,7 @@ def test_every_parameter_learns_in_every_step():
     """Several ranks want that, also when chance leaves out no text."""
     for share in (0.0, 1.0):
         net = decoder(text_dropout=share).train()
-        net(torch.randn(2, 4, 12), torch.randn(2, 3, 16, 24), text=torch.randn(2, 3, 6))[0].sum().backward()  # fmt: skip
+        net(torch.randn(2, 4, 12), torch.randn(2, 3, 16, 24), text=torch.randn(2, 3, 6))["image"].value.sum().backward()  # fmt: skip
         assert not [n for n, p in net.named_parameters() if p.grad is None]
 
 
@@ -160,9 +160,7 @@ def test_a_flexible_tokenizer_reads_texts_too():
     _, lengths = tok.tokenize_to_target(images, psnr=target, text=text)
     for row, k in enumerate(lengths.tolist()):
         assert k == next((j + 1 for j in range(3) if quality[j][row] >= target), 4)
-    tok.train()(tok.to_model_range(images), text=text).predictions["image"].values[
-        "image"
-    ].value.sum().backward()
+    tok.train()(tok.to_model_range(images), text=text).predictions["image"].value.sum().backward()
     assert tok.decoder.text_embed.weight.grad.any()
 
 

@@ -5,18 +5,16 @@ import math
 import pytest
 import torch
 
-from helpers import SIZES, awake, images_of, tiny_tokenizer
+from helpers import SIZES, awake, config_of, images_of, tiny_tokenizer
 from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.maskgit_cnn import MaskGITDecoder, MaskGITEncoder
 from vistok.models.proxy_decoder import ProxyDecoder
-from vistok.nn.blocks import Block, ModulatedBlock, Transformer
-from vistok.nn.qformer import QFormerBlock
-from vistok.nn.rotary import RotaryBlock
+from vistok.nn.blocks import Transformer
+from vistok.training.sharding import blocks_of
 
-BLOCKS = (Block, ModulatedBlock, QFormerBlock, RotaryBlock)
-
-#: Where the places of the picture begin in the sequences of encoder and decoder.
+#: Where the places of the picture begin in the sequences of encoder and decoder; of systems that
+#: are not here it is not known, but they lie in one piece.
 STARTS = {
     "titok_tiny": (1, 1),  # behind the class token
     "ta_titok_tiny": (1, 1),
@@ -26,7 +24,6 @@ STARTS = {
     "retok_tiny": (0, 0),
     "restok_tiny": (2, 4),  # behind the two merged tokens; behind the latents
     "hita_tiny": (2, 1),  # behind the holistic tokens; one place early
-    "vqgan_tiny": (0, 0),
 }
 
 
@@ -46,7 +43,8 @@ def all_taps():
 def tokenizer(name, *more):
     """With class tokens, to tell places from the rest."""
     tokens = [f"tokenizer.{part}.class_token=true" for part in ("encoder", "decoder")]
-    return awake(tiny_tokenizer(*(tokens if STARTS[name][0] == 1 else []), *more, tokenizer=name))
+    tokens = tokens if STARTS.get(name) == (1, 1) else []
+    return awake(tiny_tokenizer(*tokens, *more, tokenizer=name))
 
 
 def calls_of(tok):
@@ -90,30 +88,34 @@ def test_all_that_is_declared_is_offered(name):
             check(part, call)
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if name != "vqgan_tiny"])
+@pytest.mark.parametrize("name", SIZES)
 def test_blocks_hand_out_the_places_of_the_picture(name):
     tok = tokenizer(name)
     seen = []
-    for block in (m for m in tok.modules() if isinstance(m, BLOCKS)):
+    for block in blocks_of(tok):
         block.register_forward_hook(lambda m, i, o: seen.append(o))
-    for start, (_, call) in zip(STARTS[name], calls_of(tok), strict=False):
+    starts = STARTS.get(name, (None, None))
+    for start, (_, call) in zip(starts, calls_of(tok), strict=False):
         seen.clear()
         taps = all_taps()
         run(call, taps)
         blocks = [x for key, x in taps.features.items() if "block." in key]
-        assert len(blocks) == len(seen) > 0
+        assert len(blocks) == len(seen) and (blocks or name not in STARTS)
         for features, sequence in zip(blocks, seen, strict=True):
-            start = start if sequence.shape[1] > features.shape[1] else 0
-            end = start + features.shape[1]
-            assert torch.equal(features, sequence[:, start:end])
+            count = features.shape[1]
+            known = [start if sequence.shape[1] > count else 0]
+            possible = range(sequence.shape[1] - count + 1) if start is None else known
+            assert any(torch.equal(features, sequence[:, s : s + count]) for s in possible)
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if name != "vqgan_tiny"])
+@pytest.mark.parametrize("name", SIZES)
 def test_taps_change_no_gradient_and_have_one(name):
     """With and without recomputing the blocks."""
     found = []
     for recompute in ("false", "true"):
-        words = [f"tokenizer.{p}.activation_checkpointing={recompute}" for p in ("encoder", "decoder")]  # fmt: skip
+        own = config_of(f"tokenizer={name}")["tokenizer"]
+        parts = [p for p in ("encoder", "decoder") if "activation_checkpointing" in own[p]]
+        words = [f"tokenizer.{part}.activation_checkpointing={recompute}" for part in parts]
         tok = tokenizer(name, *words)
         for taps in (NO_TAPS, all_taps()):
             for _, call in list(calls_of(tok))[:2]:

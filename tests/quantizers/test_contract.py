@@ -24,6 +24,11 @@ from vistok.quantizers.residual_vq import ResidualVQ
 
 everywhere = pytest.mark.parametrize("name", NAMES)
 SCALES = ("image_folder", "token_flow_multi_scale", "var")
+#: Graphs of many books take long; those of `var` and `token_flow` have all that is in the nightly.
+MARKS_OF_COMPILING = dict.fromkeys(("dual_token", "residual_vq", "unitok"), pytest.mark.slow)
+MARKS_OF_COMPILING |= {
+    name: pytest.mark.slow if name == "var" else pytest.mark.nightly for name in SCALES
+}
 
 
 def independent_books(quantizer):
@@ -285,7 +290,9 @@ def test_gradients_reach_the_latents_and_every_loss_has_a_weight(name):
     assert all(not metric.requires_grad for metric in output.metrics.values())
 
 
-@everywhere
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS_OF_COMPILING.get(name, ())) for name in NAMES]
+)
 def test_compiles_without_graph_breaks(name):
     """One graph for a training forward and one for encode, with the numbers of eager mode."""
     eager = build(name)

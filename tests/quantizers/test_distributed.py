@@ -100,15 +100,15 @@ def worker(process, init, variants, folder):
     dist.destroy_process_group()
 
 
-def two_ranks(folder, variants):
-    mp.spawn(worker, (str(folder / "init"), variants, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{process}.pt") for process in range(2)]
+ALL = [*VARIANTS, *(name for name in NAMES if name not in VARIANTS)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """All variants in one pair of processes: starting them is what takes long."""
-    return two_ranks(tmp_path_factory.mktemp("ranks"), list(VARIANTS))
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder / "init"), ALL, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{process}.pt") for process in range(2)]
 
 
 def assert_same_on_both_ranks(first, second):
@@ -118,17 +118,9 @@ def assert_same_on_both_ranks(first, second):
     assert torch.equal(first["usage"], second["usage"]) and first["usage"].sum() > 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL)
 def test_both_ranks_hold_the_same_codebook(results, variant):
     assert_same_on_both_ranks(*(result[variant] for result in results))
-
-
-@pytest.mark.slow
-def test_both_ranks_hold_the_same_codebook_of_every_other_config(tmp_path):
-    others = [name for name in NAMES if name not in VARIANTS]
-    first, second = two_ranks(tmp_path, others)
-    for variant in others:
-        assert_same_on_both_ranks(first[variant], second[variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

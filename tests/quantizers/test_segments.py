@@ -33,8 +33,8 @@ def test_each_stretch_is_coded_by_its_own_quantizer(name):
     assert torch.equal(ids[:, 3:], second.encode(z[:, 3:]) + sizes)
     assert quantizer.codebook_sizes == tuple((2 * sizes).tolist())
     vectors = quantizer.decode(ids)
-    assert torch.equal(vectors[:, :3], first.decode(ids[:, :3]))
-    assert torch.equal(vectors[:, 3:], second.decode(ids[:, 3:] - sizes))
+    alone = first.decode(ids[:, :3]), second.decode(ids[:, 3:] - sizes)
+    torch.testing.assert_close(vectors, torch.cat(alone, dim=1))  # products of fewer rows
     assert torch.equal(quantizer(z).quantized, vectors)
     owners = quantizer.owners(ids)
     assert not owners[:, :3].any() and (owners[:, 3:] == 1).all()
@@ -47,7 +47,7 @@ def test_an_id_says_whose_it_is():
     ids = torch.arange(64)[None, :, None]
     table = quantizer.decode(ids)[0]
     halves = [book.decode(ids[:, :32])[0] for book in quantizer.books]
-    assert torch.equal(table, torch.cat(halves))
+    torch.testing.assert_close(table, torch.cat(halves))  # products of half the rows
     joint = quantizer.codebooks()[0]
     assert torch.equal(joint, torch.cat([book.codebooks()[0] for book in quantizer.books]))
 

@@ -57,8 +57,9 @@ def test_losses_and_gradients_equal_the_definition(metric, masked, legacy):
     (a * commitment + b * codebook + (ste * slope.double()).sum()).backward()
 
     assert torch.equal(output.indices[..., 0], ids)
-    torch.testing.assert_close(output.losses["commitment"].double(), commitment.detach())
-    torch.testing.assert_close(output.losses["codebook"].double(), codebook.detach())
+    for name, exact in (("commitment", commitment), ("codebook", codebook)):
+        found = output.losses[name].double()
+        torch.testing.assert_close(found, exact.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(output.quantized.double(), q.detach(), rtol=0, atol=1e-6)
     torch.testing.assert_close(z.grad.double(), z64.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(quantizer.embedding.grad.double(), e64.grad, rtol=1e-4, atol=1e-6)
@@ -158,8 +159,8 @@ def test_entropy_equals_the_naive_sum(metric):
     naive = -(p * p.log()).sum(-1).mean() + (p.mean(0) * p.mean(0).log()).sum()
     naive.backward()
     torch.testing.assert_close(loss.double(), naive.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(z.grad.double(), z64.grad, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(quantizer.embedding.grad.double(), e64.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(z.grad.double(), z64.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(quantizer.embedding.grad.double(), e64.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_entropy_is_bounded_and_sharp_temperatures_stay_finite():

@@ -113,11 +113,35 @@ def _train(argv: list[str]) -> None:
         config = c.apply_overrides(c.closed(stored_config(run)), rest)
         _run_training(c.to_container(config), run, checkpoint)
         return
-    # Composed once here for errors that people can read, then again by Hydra, which owns
-    # --multirun, launchers and sweepers.
+    if not flags and c.is_plain(overrides, folders):
+        return _train_here(overrides, folders)
+    # Composed here for errors that people can read, then again by Hydra, which owns --multirun,
+    # launchers and sweepers.
     for job in c.sweep(overrides) if many else [overrides]:
         c.to_container(c.compose("train", job, folders))
     _hydra_main(overrides, folders, flags)
+
+
+def _train_here(overrides: list[str], folders: list[Path]) -> None:
+    """A single run, in this process, for which the config is composed once."""
+    from vistok.core import configuration as c
+
+    config, folder, words = c.compose_run(overrides, folders)
+    folder = _relative(Path(os.path.abspath(folder)))
+    folder.mkdir(parents=True, exist_ok=True)
+    before = sys.argv
+    # Lightning starts the other ranks with these words: they must agree on the folder.
+    command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
+    dirs = [f"--config-dir={path}" for path in folders]
+    sys.argv = [before[0], *command, *words, c.quoted(f"hydra.run.dir={folder}"), *dirs]
+    try:
+        _start_or_resume(config, folder, words)
+    except BaseException:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    finally:
+        sys.argv = before
 
 
 def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> None:
@@ -181,22 +205,26 @@ def _start_or_resume(config: dict, folder: Path, words: list[str]) -> None:
 def _run_training(
     config: dict, folder: Path, checkpoint: Path | None = None, words: list[str] | None = None
 ) -> None:
+    _import_plugins(config["plugins"])
+    from vistok.core.registry import resolve
+    from vistok.training.run import train as run
+
+    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
+    run(task, config, folder, checkpoint, words)
+
+
+def _import_plugins(names: str | Sequence[str]) -> None:
+    """Import the user's modules, which register what is theirs, also from the present folder."""
     import importlib
 
-    plugins = config["plugins"]
-    for name in [plugins] if isinstance(plugins, str) else plugins:
+    for name in [names] if isinstance(names, str) else names:
         sys.path.insert(0, os.getcwd())
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise ConfigError(f"plugins=[{name}]: {error}") from error
         finally:
-            sys.path.pop(0)
-    from vistok.core.registry import resolve
-    from vistok.training.run import train as run
-
-    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
-    run(task, config, folder, checkpoint, words)
+            sys.path.remove(os.getcwd())
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -212,6 +240,7 @@ def _evaluate(argv: list[str]) -> None:
     config = c.compose("eval", own, folders)
     if not _value(own, "run"):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
+    _import_plugins(config.plugins)
     from vistok.evaluation.run import evaluate as run
 
     run(c.to_container(config), data)
@@ -231,6 +260,7 @@ def _export(argv: list[str]) -> None:
             raise ConfigError(
                 f"{key} is missing; use: {typed('export')} run=runs/<run> out=exported/<name>"
             )
+    _import_plugins(config.plugins)
     from vistok.export.exporter import export_run
 
     export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
@@ -251,6 +281,7 @@ def _import_weights(argv: list[str]) -> None:
                 f"{key} is missing; use: import_weights.py source=titok weights=FILE "
                 "out=exported/<name>"
             )
+    _import_plugins(config.plugins)
     from vistok.export.importer import import_weights as run
 
     run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)

@@ -13,9 +13,8 @@ from vistok.core.terminal import columns, counted, show, typed, wrapped
 #: The groups that people choose from most, in this order; the others follow by name.
 _FIRST = ("experiment", "tokenizer", "quantizer", "loss", "stage", "data", "logger")
 
-#: The experiments that `train --help` shows: one per kind of tokenizer, minutes on a CPU.
-_SHOWN = ("titok_tiny", "vqgan_tiny", "flextok_tiny")
-
+#: How many experiments `train --help` describes.
+_DESCRIBED = 3
 
 _IMPORTER = r'@register\("(\w+)", kind="importer"\)'
 
@@ -44,7 +43,7 @@ def overview() -> None:
 
 def train_help() -> None:
     """Print `train.py --help`, which fits one screen."""
-    train, files = typed("train"), option_files("experiment")
+    train = typed("train")
     start = {
         train: "the default run: minutes on a CPU",
         f"{train} data=folder data.train=FOLDER": "your own images",
@@ -73,10 +72,20 @@ def train_help() -> None:
         "Train a discrete visual tokenizer, or continue a run.",
         f"  {train} [key=value ...]",
         "Start with\n" + columns(start.items()),
-        "Experiments (experiment=NAME)\n" + columns((n, header(files[n])) for n in _SHOWN),
+        "Experiments (experiment=NAME), minutes on a CPU\n" + _experiments(),
         "Main keys, for example\n" + columns(keys.items()),
         "More\n" + columns(more.items()),
     )
+
+
+def _experiments() -> str:
+    """Return the tiny experiments, the default one first; only the first few with their notes."""
+    texts = {n: header(p) for n, p in option_files("experiment").items() if n.endswith("_tiny")}
+    names = sorted(texts, key=lambda name: (not texts[name].startswith("Default"), name))
+    first, others = names[:_DESCRIBED], names[_DESCRIBED:]
+    rows = columns((name, texts[name]) for name in first)
+    more = wrapped(f"and {', '.join(others)}", "  ", "  ", most=2)
+    return f"{rows}\n{more}" if others else rows
 
 
 def eval_help() -> None:
@@ -98,6 +107,7 @@ def eval_help() -> None:
         "eval.num_tokens=": "token budgets (flexible length), measured next to JPEG and WebP",
         "eval.steps=": "of a decoder that samples; likewise eval.guidance= and eval.seed=",
         "data.*": "as in training, for example data.val=/photos/val data.val_crop=tv_center",
+        "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
     }
     _show(
@@ -118,6 +128,7 @@ def export_help() -> None:
         "out=": "folder to write, for example exported/my_tokenizer",
         "weights=ema": "ema (averaged) or last",
         "overwrite=false": "true: replace an export",
+        "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
     }
     _show(
@@ -137,8 +148,9 @@ def import_help() -> None:
         "source=": ", ".join(_importers()),
         "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
         "out=": "folder to write, for example exported/titok_l32",
-        "image_size=": "for maskgit_vqgan and restok, whose weights take any (published: 256)",
+        "image_size=": "for weights that take any size (published: 256)",
         "overwrite=false": "true: replace an export",
+        "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
     }
     _show(

@@ -35,7 +35,7 @@ def load(path: str | Path, weights: str = "ema", device: str | torch.device = "c
         config, state = read_export(path)
     else:
         config, state = read_weights(find_checkpoint(path), weights)
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config, teachers=False)
     load_weights(tokenizer, state, str(path))
     return tokenizer.to(device).eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,45 @@ def _read_file(path: Path, mmap: bool) -> dict[str, Any]:
     return content
 
 
-_HEAVY = ("state_dict", "optimizer_states", "ema")
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a checkpoint or an export folder, as plain containers."""
+    """Return the config of a checkpoint or an export folder, as plain containers.
+
+    Weights stay on the disk, and only the bytes that are read are compared with their checksum:
+    who uses the weights reads them with one of the other functions, which compare all.
+
+    Raises:
+        CheckpointError: if the config is damaged or missing, or the file would run code.
+    """
     if path.is_dir() and not is_checkpoint(path):
-        return read_export(path)[0]
-    content = read_checkpoint(path, without=_HEAVY)
+        return _export_config(path)
+    first = checkpoint_files(path)[0]  # of a sharded checkpoint it has all that is not sharded
+    mapped = zipfile.is_zipfile(first)  # what torch wrote since version 1.6
+    if mapped:
+        _check_all_but_tensors(first)
+    return _config_in(_read_file(first, mmap=mapped), path)
+
+
+def _check_all_but_tensors(path: Path) -> None:
+    """Compare the checksum of the part of torch's file that says what is in it; torch does not.
+
+    Raises:
+        CheckpointError: if it differs.
+    """
     try:
-        return content["hyper_parameters"]["config"]
+        with zipfile.ZipFile(path) as file:
+            for name in file.namelist():
+                if name.endswith("/data.pkl"):
+                    file.read(name)
+    except Exception as error:  # damaged headers make it raise almost anything
+        raise CheckpointError(f"{path}: damaged ({error})") from error
+
+
+def _config_in(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        config = content["hyper_parameters"]["config"]
     except KeyError as error:
         raise CheckpointError(f"{path}: not a vistok checkpoint (it has no config)") from error
+    return migrate_config(config, path)
 
 
 def read_weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,10 +133,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Te
     if weights not in ("ema", "last"):
         raise ConfigError(f"weights={weights}: must be 'ema' or 'last'")
     content = read_checkpoint(path, without=["optimizer_states"])
-    try:
-        config = content["hyper_parameters"]["config"]
-    except KeyError as error:
-        raise CheckpointError(f"{path}: not a vistok checkpoint (it has no config)") from error
+    config = _config_in(content, path)
     if weights == "ema" and content.get("ema"):
         return config, content["ema"]["weights"]
     prefix = "tokenizer."
@@ -129,14 +154,23 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    config = _export_config(folder)
+    try:
+        return config, load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: model.safetensors is missing from the export") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: damaged export ({error})") from error
+
+
+def _export_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: {error.filename} is missing from the export") from error
-    except (json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: config.json is missing from the export") from error
+    except ValueError as error:
         raise CheckpointError(f"{folder}: damaged export ({error})") from error
     for part in ("tokenizer", "quantizer"):
         if not isinstance(config, dict) or part not in config:
             raise CheckpointError(f"{folder}/config.json: has no '{part}'")
-    return migrate_config(config, folder / "config.json"), state
+    return migrate_config(config, folder / "config.json")

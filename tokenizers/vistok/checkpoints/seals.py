@@ -1,4 +1,8 @@
-"""Seals: the last line of a checkpoint file, with the digest of all bytes before it."""
+"""Seals: the last line of a checkpoint file, with the digest of all bytes before it.
+
+`torch.save` writes checksums, but `torch.load` does not compare them; a digest in a file of its own
+could be parted from its checkpoint by a crash.
+"""
 
 from __future__ import annotations
 

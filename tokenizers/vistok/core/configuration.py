@@ -104,8 +104,16 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*choices)]
 
 
-def compose(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> DictConfig:
-    """Compose the config `name` with Hydra.
+def compose(
+    name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = (), with_hydra: bool = False
+) -> DictConfig:
+    """Compose the config `name` with Hydra; once, unless a value looks wrong.
+
+    Args:
+        name: of a file in the config folder.
+        overrides: `key=value`.
+        extra_dirs: folders of further configs.
+        with_hydra: keep the key `hydra`.
 
     Raises:
         ConfigError: in one line, with the nearest valid name.
@@ -123,22 +131,64 @@ def compose(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()
     arguments = list(overrides) + ([f"hydra.searchpath=[{search}]"] if folders else [])
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            compose_with = partial(hydra_compose, name)
-            _refuse_nulls(compose_with, arguments)
+        # The job's name is the one that Hydra's own main gives it.
+        with initialize_config_dir(str(config_dir()), job_name="cli", version_base="1.3"):
+            compose_with = partial(hydra_compose, name, return_hydra_config=with_hydra)
+            _refuse_nulls(name, compose_with, arguments)
             config = compose_with(arguments)
-            _refuse_misfits(config, compose_with, arguments)
+            _refuse_misfits(config, compose_with, arguments, folders)
             return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, name, overrides, extra_dirs)) from error
 
 
+def compose_run(
+    overrides: Sequence[str], extra_dirs: Iterable[Path] = ()
+) -> tuple[dict[str, Any], Path, list[str]]:
+    """Compose a single training run, of which Hydra says no more than its folder.
+
+    Returns:
+        Its config as plain containers, its folder, and the overrides that made the config.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    config = compose("train", overrides, extra_dirs, with_hydra=True)
+    try:
+        folder, words = Path(config.hydra.run.dir), list(config.hydra.overrides.task)
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"hydra.run.dir: {reason}") from error
+    with open_dict(config):
+        del config["hydra"]
+    return to_container(config), folder, words
+
+
+def is_plain(overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> bool:
+    """Return whether a run asks Hydra for no more than its folder: no launcher, log or callback."""
+    others = [o for o in overrides if not o.startswith("hydra.run.dir=")]
+    asked = any(o.lstrip("+~").startswith(("hydra.", "hydra/")) for o in others)
+    return not asked and "hydra" not in _written([*user_config_dirs(), *extra_dirs])
+
+
+def _written(folders: Iterable[Path]) -> str:
+    """Return all configs of some folders and their groups, as text."""
+    depths = ("*.yaml", "*/*.yaml", "*/*/*.yaml")  # not all: a folder may hold data as well
+    files = [path for folder in folders for depth in depths for path in folder.glob(depth)]
+    return "\n".join(path.read_text(errors="replace") for path in files)
+
+
 def _refuse_misfits(
-    config: DictConfig, compose_with: Callable[[list[str]], DictConfig], overrides: list[str]
+    config: DictConfig,
+    compose_with: Callable[[list[str]], DictConfig],
+    overrides: list[str],
+    extra_dirs: Iterable[Path],
 ) -> None:
     """Raise if an override sets a key to a value of another kind, before a library does.
 
-    Checked are numbers and flags anywhere, and lists and groups of keys on the top level.
+    Checked are numbers and flags anywhere, and lists and groups of keys on the top level. Which
+    kind a key has shows without the overrides; that is composed only if some config has another
+    kind under this name.
     """
     misfits = {
         key: override
@@ -151,6 +201,14 @@ def _refuse_misfits(
             or ("." not in key and isinstance(now, (bool, int, float)))
         )
     }
+    if misfits:
+        written = _written([config_dir(), *extra_dirs])
+        misfits = {
+            key: override
+            for key, override in misfits.items()
+            if _is_group(key, written)
+            or (isinstance(OmegaConf.select(config, key), str) and _is_number(key, written))
+        }
     if not misfits:
         return
     before = compose_with([o for o in overrides if o.partition("=")[0] not in misfits])
@@ -163,12 +221,30 @@ def _refuse_misfits(
             raise ConfigError(f"{override}: {_wanted(key, own)}")
 
 
-def _refuse_nulls(compose_with: Callable[[list[str]], DictConfig], overrides: list[str]) -> None:
+def _is_number(key: str, written: str) -> bool:
+    """Return whether configs hold a number, a flag or a reference by the last part of a key."""
+    name = re.escape(key.rpartition(".")[2])
+    value = r"[-+]?\.?(\d|inf|nan)|(true|false|yes|no|on|off)\b|\$"
+    return bool(re.search(rf"\b{name}:\s*({value})", written, re.IGNORECASE))
+
+
+def _is_group(key: str, written: str) -> bool:
+    """Return whether configs hold a list or a group of keys by a key of the top level."""
+    return bool(re.search(rf"^{re.escape(key)}:\s*($|#|\[|\{{)", written, re.MULTILINE))
+
+
+def _refuse_nulls(
+    name: str, compose_with: Callable[[list[str]], DictConfig], overrides: list[str]
+) -> None:
     """Raise if an override sets a top level key to null that needs a value."""
+    written = (config_dir() / f"{name}.yaml").read_text()
     nulls = {
         key: o
         for o in overrides
-        if (key := _set_to_null(o)) and key.isidentifier() and key not in _NULL_FOR_NONE
+        if (key := _set_to_null(o))
+        and key.isidentifier()
+        and key not in _NULL_FOR_NONE
+        and not re.search(rf"^{key}: null\b", written, re.MULTILINE)
     }
     if not nulls:
         return

@@ -35,8 +35,15 @@ def width() -> int:
     return max(40, min(100, shutil.get_terminal_size((80, 24)).columns))
 
 
-def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """Wrap text to the terminal, between words only; `first` and `rest` begin its lines."""
+def wrapped(text: str, first: str = "", rest: str = "", most: int | None = None) -> str:
+    """Wrap text to the terminal, between words only.
+
+    Args:
+        text: in which white space counts as one space.
+        first: begins the first line.
+        rest: begins the others.
+        most: lines at most; what does not fit becomes an ellipsis. None for all.
+    """
     return textwrap.fill(
         " ".join(text.split()),
         width(),
@@ -44,6 +51,8 @@ def wrapped(text: str, first: str = "", rest: str = "") -> str:
         subsequent_indent=rest,
         break_long_words=False,
         break_on_hyphens=False,
+        max_lines=most,
+        placeholder=" ...",
     )
 
 

@@ -22,7 +22,7 @@ from vistok.core.errors import ArgumentError, as_written, nearest
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What the values of an argument must be.
+    """A rule for the values of an argument.
 
     Attributes:
         words: that completes "must be".

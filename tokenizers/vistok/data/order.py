@@ -6,6 +6,9 @@ a data stream is one integer, and it can be continued from there on any machine.
 
 Random numbers come from numpy's Philox, a counter generator: (seed, epoch, purpose, number) is the
 whole state of each draw, and nothing has to be replayed to reach it.
+
+WebDataset and torch's loader know no such position: they shuffle in buffers, per worker and rank,
+and a resume replays an epoch or begins a new one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Sources of images: anything with a length that gives the bytes of its i-th image.
 
 Random access is what makes the rest simple: order, hold-out, ranks and resume are index
-arithmetic, and reading is one `pread`. Names inside a tar are never used as paths.
+arithmetic, and reading is one `pread`. Names inside a tar are never used as paths. WebDataset reads
+the same shards, but as streams from their beginnings.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ class FileSource:
         return None if label < 0 else label
 
     def read_other(self, index: int, extension: str) -> bytes | None:
-        """Return the bytes of a file beside the image; see `Source.read_other`."""
+        """Return the bytes of a file next to the image; see `Source.read_other`."""
         try:
             return self._path(index).with_suffix(f".{extension}").read_bytes()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The curve of a flexible tokenizer: quality against tokens and bytes, beside JPEG and WebP."""
+"""The curve of a flexible tokenizer: quality against tokens and bytes, next to JPEG and WebP."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def checked_budgets(tokenizer: Tokenizer, budgets: Any) -> list[int]:
     if not isinstance(tokenizer, FlexibleTokenizer) and set(wanted) - {most}:
         raise ConfigError(
             f"eval.num_tokens={budgets}: {type(tokenizer).__name__} has a fixed length of {most} "
-            "tokens; other budgets need a flexible tokenizer, such as tokenizer=one_d_piece_tiny"
+            "tokens; other budgets need a flexible tokenizer (docs/flexible_length.md)"
         )
     return sorted(set(wanted))
 

@@ -1,4 +1,4 @@
-"""A feature loss: pictures are alike if a network sees the same in them."""
+"""Losses on features: of pictures as a network sees them, and of what a head predicts."""
 
 from __future__ import annotations
 
@@ -52,3 +52,19 @@ class FeatureLoss(Term):
     def _features(self, images: Tensor) -> list[Tensor]:
         maps = self.network.module(images.float())  # with a gradient to the images
         return [F.normalize(features, dim=1) for features in maps]
+
+
+@register("cosine")
+class CosineLoss(Term):
+    """One minus the cosine between predicted and wanted features of each place.
+
+    Their lengths count for nothing: for features of a teacher, whose scale is its own.
+    """
+
+    accepts = ("features",)
+
+    def forward(self, step: Step) -> Tensor:
+        """Return a float32 scalar in [0, 2], the mean over places."""
+        prediction = step.prediction
+        cosines = F.cosine_similarity(prediction.value.float(), prediction.target.float(), dim=-1)
+        return prediction.mean(1 - cosines)

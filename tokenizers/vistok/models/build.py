@@ -25,8 +25,16 @@ _CONTRACTS: dict[str, tuple[str, type]] = {
 _FOLLOWING = ("dim", "latent_dim")
 
 
-def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
-    """A tokenizer from the `tokenizer` and `quantizer` parts of a resolved config."""
+def build_tokenizer(config: Mapping[str, Any], teachers: bool = True) -> Tokenizer:
+    """A tokenizer from the `tokenizer` and `quantizer` parts of a resolved config.
+
+    Args:
+        config: of a run or an export.
+        teachers: build what parts have as their `teacher`, which only training needs; without,
+            they are given None.
+    """
+    if not teachers:
+        config = {**config, "tokenizer": _without_teachers(config["tokenizer"])}
     ends = config["tokenizer"] if isinstance(config["tokenizer"], Mapping) else {}
     described = {key: config[key] for key in ("tokenizer", "quantizer")}
     described |= {f"tokenizer.{key}": ends[key] for key in ("encoder", "decoder") if key in ends}
@@ -40,6 +48,12 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     check("tokenizer.latent_dim", config["tokenizer"].get("latent_dim", 1), Count)
     quantizer = build(config["quantizer"], "quantizer")
     return build(parts, "tokenizer", quantizer=quantizer)
+
+
+def _without_teachers(config: Any) -> Any:
+    if not isinstance(config, Mapping):
+        return config
+    return {k: None if k == "teacher" else _without_teachers(v) for k, v in config.items()}
 
 
 def _check_contract(key: str, target: Any) -> None:

@@ -25,7 +25,14 @@ from vistok.nn.conv import (
     Upsample,
     group_norm,
 )
-from vistok.nn.data_init import least_squares, pixels, start_block_, start_conv_, start_upsampling_
+from vistok.nn.data_init import (
+    chunks,
+    least_squares,
+    pixels,
+    start_block_,
+    start_conv_,
+    start_upsampling_,
+)
 
 
 @register("cnn_encoder")
@@ -230,7 +237,7 @@ class CNNDecoder(Decoder):
         return F.pixel_shuffle(self.conv_out(self.features(quantized, taps)), self.stem)
 
     def features(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
+        """Return what the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
         latents = quantized.transpose(1, 2).unflatten(2, self.grid)
         x = self.conv_in(latents)
         for number, layer in enumerate(self.layers):
@@ -261,7 +268,7 @@ class CNNDecoder(Decoder):
             x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
         rows, targets = [], []
         # A few images are enough.
-        for latents, chunk in zip(quantized[:64].split(8), images[:64].split(8), strict=True):
+        for chunk, latents in chunks(images[:64], quantized[:64], most=8):
             count = _ROWS * len(chunk) // min(64, len(images))
             rows.append(pixels(self.features(latents), 3, count=count))
             targets.append(pixels(F.pixel_unshuffle(chunk, self.stem), count=count))

@@ -78,7 +78,7 @@ class Decoder(nn.Module, ABC):
             taps: collects features on the way; `tap_shapes` names them.
             conditions: the arguments named in `conditions`.
         """
-        pictures = self.reconstruct(quantized, mask, taps, **conditions)
+        pictures = self.reconstruct(quantized, mask, taps=taps, **conditions)
         return {"image": Prediction(pictures, images, "pixels")}
 
     def tap_shapes(self) -> dict[str, Tap]:

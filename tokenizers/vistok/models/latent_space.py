@@ -10,6 +10,7 @@ from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
+from vistok.nn.data_init import chunks, scale_of
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.token_bridge import TokenBridge
 from vistok.quantizers.vq import VectorQuantizer
@@ -65,9 +66,9 @@ class LatentSpace(nn.Module):
     @torch.no_grad()
     def calibrate(self, images: Tensor) -> None:
         """Set mean and deviation of the channels to those of images `(M, C, H, W)` in [-1, 1]."""
-        codes = torch.cat([self._codes(chunk).flatten(0, 1) for chunk in images.split(32)])
+        codes = torch.cat([self._codes(chunk).flatten(0, 1) for chunk in chunks(images)])
         self.mean.copy_(codes.mean(dim=0))
-        self.std.copy_(codes.std(dim=0).clamp(min=1e-6))
+        self.std.copy_(scale_of(codes.std(dim=0, correction=0)))
 
     def encode(self, images: Tensor) -> Tensor:
         """Maps `(B, dim, rows, columns)` of images `(B, C, H, W)` in [-1, 1]."""

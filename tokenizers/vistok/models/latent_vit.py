@@ -18,7 +18,7 @@ from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import Transformer, attend_by_position_, init_transformer_
-from vistok.nn.data_init import least_squares, principal_components
+from vistok.nn.data_init import chunks, least_squares, principal_components, scale_of
 from vistok.nn.patches import pad_edges, patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
 
@@ -145,13 +145,14 @@ class LatentTransformerEncoder(Encoder):
         patches = patchify(images, self.patch_size).flatten(0, 1)
         count = min(self.dim - self.num_position_dims, patches.shape[1])
         mean, components, deviations = principal_components(patches, count)
-        strength = (self.num_position_dims / deviations.square().sum()).sqrt() * self.content
+        deviation = scale_of(deviations.square().sum().sqrt())
+        strength = self.num_position_dims**0.5 / deviation * self.content
         weight = components * strength
         self.patch_embed.weight.zero_()
         self.patch_embed.bias.zero_()
         self.patch_embed.weight[:count] = weight
         self.patch_embed.bias[:count] = -weight @ mean
-        latents = torch.cat([self(chunk).float() for chunk in images.split(32)])
+        latents = torch.cat([self(chunk).float() for chunk in chunks(images)])
         self.latent_means += latents.mean(dim=0)
 
 
@@ -267,7 +268,7 @@ class LatentTransformerDecoder(Decoder):
         context: Tensor | None = None,
         taps: Taps = NO_TAPS,
     ) -> Tensor:
-        """What the head sees: `(B, rows * columns, W)`, raster order.
+        """Return what the head sees: `(B, rows * columns, W)`, raster order.
 
         Args:
             quantized: `(B, n, D)`.
@@ -299,20 +300,14 @@ class LatentTransformerDecoder(Decoder):
 
     @property
     def _patches(self) -> slice:
-        """Where they lie in the sequence."""
+        """Return where they lie in the sequence."""
         start = 0 if self.class_token is None else 1
         return slice(start, start + len(self.patch_positions))
-
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The patches `(B, rows * columns, W)` in the sequence behind any block."""
-        if sequence.shape[1] == len(self.patch_positions):  # behind the last nothing else is left
-            return sequence
-        return sequence[:, self._patches]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the head at the linear map that reconstructs `images` best."""
-        features = torch.cat([self.features(chunk) for chunk in quantized.split(32)])
+        features = torch.cat([self.features(part) for _, part in chunks(images, quantized)])
         patches = patchify(images, self.patch_size)
         weight, bias = least_squares(features.flatten(0, 1), patches.flatten(0, 1))
         self.head.weight.copy_(weight)

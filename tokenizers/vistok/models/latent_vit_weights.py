@@ -1,4 +1,4 @@
-"""Released weights of TiTok and its kin, under the names of this project."""
+"""Released weights of TiTok and the systems built on it, under the names of this project."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ class ReshapedLatentEncoder(LatentTransformerEncoder):
         return latents.reshape(-1, self.dim, self.num_tokens).transpose(1, 2)
 
 
-def _titok(published: Published, image_size: int | None, target: str) -> Released:
+def released_latent_vit(published: Published, image_size: int | None, target: str) -> Released:
+    """Return a tokenizer of two latent transformers with a codebook.
+
+    Args:
+        published: what TiTok, or a system built on it, released.
+        image_size: side in pixels; None for that of the weights.
+        target: name of the tokenizer's class.
+    """
     if "quantize.embedding.weight" not in published.left:
         raise CheckpointError(
             "weights: 'quantize.embedding.weight' is missing; continuous tokenizers (VAE) have "
@@ -95,8 +102,6 @@ def _titok(published: Published, image_size: int | None, target: str) -> Release
     }
     add_head = _two_stage_head if two_stages else _pixel_head
     add_head(published, decoder, state)
-    if target == "ta_titok":
-        _add_text(published, decoder, state)
     tokenizer = {
         "_target_": target,
         "image_size": side,
@@ -166,16 +171,3 @@ def _pixel_head(published: Published, decoder: dict[str, Any], state: dict[str, 
     state["decoder.smooth.bias"] = (
         weight.sum(dim=(1, 2, 3)) + 2 * published.take("decoder.conv_out.bias") - 1
     )
-
-
-def _add_text(published: Published, decoder: dict[str, Any], state: dict[str, Tensor]) -> None:
-    state |= published.move({"decoder.text_guidance_proj": "decoder.text_embed"})
-    positions = published.take("decoder.text_guidance_positional_embedding")
-    state["decoder.text_positions"] = positions
-    # There is none: without a caption these weights are outside of what they were trained on.
-    state["decoder.no_text"] = torch.zeros(1, 1, positions.shape[1])
-    decoder |= {
-        "_target_": "text_decoder",
-        "num_text_tokens": len(positions),
-        "text_dim": state["decoder.text_embed.weight"].shape[1],
-    }

@@ -16,7 +16,7 @@ from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.blocks import init_transformer_
-from vistok.nn.data_init import start_at_components_, start_conv_
+from vistok.nn.data_init import chunks, start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table
 from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
 
@@ -96,7 +96,7 @@ class QFormerEncoder(Encoder):
         return self.project(self.latents(images, taps))
 
     def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What is projected to the code: `(B, K + M, W)`."""
+        """Return what is projected to the code: `(B, K + M, W)`."""
         x = self.embed(self.cells(images, taps.inside("cnn")))
         memory = x if self.norm_first else self.norm_in(x)
         queries = self.queries(memory)
@@ -112,7 +112,7 @@ class QFormerEncoder(Encoder):
         return blocks | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What is embedded for the Q-Former to read: `(B, cells, D)`; taps are the CNN's."""
+        """Return what is embedded for the Q-Former to read: `(B, cells, D)`; taps are the CNN's."""
         grid = self.conv_out(self.cnn(images, taps).transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = grid.flatten(2).transpose(1, 2)
         return self.norm_in(cells) if self.norm_first else cells
@@ -127,12 +127,11 @@ class QFormerEncoder(Encoder):
     def initialize(self, images: Tensor) -> None:
         """Start the embedding and the projection at the principal components of what they see."""
         self.cnn.initialize(images)
-        chunks = images.split(32)
-        maps = torch.cat([self.cnn(chunk).float() for chunk in chunks[:4]])
+        maps = torch.cat([self.cnn(chunk).float() for chunk in chunks(images[:128])])
         start_conv_(self.conv_out, maps.transpose(1, 2).unflatten(2, self.cnn.grid))
-        cells = torch.cat([self.cells(chunk).float() for chunk in chunks])
+        cells = torch.cat([self.cells(chunk).float() for chunk in chunks(images)])
         start_at_components_(self.embed, cells.flatten(0, 1), self.embed.out_features)
-        latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
+        latents = torch.cat([self.latents(chunk).float() for chunk in chunks(images)])
         start_at_components_(self.project, latents.flatten(0, 1), self.dim)
 
 
@@ -210,11 +209,11 @@ class QFormerDecoder(Decoder):
         return blocks | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
-        """What the CNN gets: `(B, rows * columns, D)`, raster order."""
+        """Return what the CNN gets: `(B, rows * columns, D)`, raster order."""
         return self.conv_out(self.maps(quantized, mask, taps)).flatten(2).transpose(1, 2)
 
     def maps(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
-        """What the Q-Former makes of the code: `(B, W, rows, columns)`."""
+        """Return what the Q-Former makes of the code: `(B, W, rows, columns)`."""
         norm, embed = self.norm_in, self.embed
         memory = embed(norm(quantized)) if self.norm_first else norm(embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)
@@ -222,16 +221,15 @@ class QFormerDecoder(Decoder):
         x = self.transformer(queries, memory, *positions, mask, taps)
         return self.norm_out(x).transpose(1, 2).unflatten(2, self.grid)
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The cells `(B, rows * columns, W)` in the sequence behind any block: all of it."""
-        return sequence
-
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the CNN as a map that hands on what the code says of `images`."""
         start_conv_(self.conv_out, self.maps(quantized[:64]))
         self.cnn.initialize(
-            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+            torch.cat(
+                [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]
+            ),
+            images[:64],
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Released weights of GigaTok and its kin, under the names of this project."""
+"""Released weights of GigaTok and the systems built on it, under the names of this project."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ _POSITIONS = "latent_token_positional_embedding"
 _TRAINING = ("s1to2decoder.distill_mlp.", "quantize.codebook_used")  # used in training alone
 
 
-def _gigatok(published: Published, image_size: int | None, model: dict[str, Any]) -> Released:
+def released_qformer(
+    published: Published, image_size: int | None, model: dict[str, Any]
+) -> Released:
+    """Return a tokenizer of a CNN around a Q-Former with a codebook.
+
+    Args:
+        published: what GigaTok, or a system built on it, released.
+        image_size: side in pixels; None for that of the weights.
+        model: the tokenizer's `_target_`, and `length` if its queries are padded.
+    """
     for name in [name for name in published.left if name.startswith(_TRAINING)]:
         del published.left[name]
     codes = published.take("quantize.embedding.weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
+from vistok.nn.data_init import chunks
 from vistok.quantizers.base import Quantizer
 
 
@@ -107,7 +108,7 @@ class Tokenizer(nn.Module):
         return shapes
 
     def conditions_of(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the decoder is given besides tokens (a text, if it reads one), out of a batch."""
+        """Return what a batch has for the decoder in addition to tokens, such as a text."""
         return {name: batch[name] for name in self.decoder.conditions if name in batch}
 
     def keep(
@@ -149,29 +150,49 @@ class Tokenizer(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialize(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
         """Set what learns faster from a good start, before the first step.
 
         In the order of the data's way: the encoder from images, the quantizer (projections and
-        codebook) from latents, the decoder from quantized latents.
+        codebook) from latents, the decoder from quantized latents. Images go through in chunks, and
+        encoder and decoder look at no more of them than they need, so memory is bounded.
 
         Args:
-            images: training images `(M, C, H, W)` in [-1, 1], the same on every rank.
+            images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
+            say: told which part comes next.
         """
         was_training = self.training
         self.eval()
-        signal = torch.cat([self.to_signal(chunk) for chunk in images.split(32)])
-        self.encoder.initialize(signal)
-        latents = torch.cat([self.encode(chunk).float() for chunk in signal.split(32)])
-        self.quantizer.initialize_from(latents.flatten(0, 1))
-        quantized = torch.cat([self.quantize(chunk).quantized for chunk in latents.split(32)])
-        self.decoder.initialize(quantized, signal)
+        few = self._signals(images[: self.init_images])
+        say(f"encoder, from {len(few)} images")
+        self.encoder.initialize(few)
+        say(f"codebook, from {len(images)} images")
+        latents = [self.encode(self._signals(chunk)).float() for chunk in chunks(images)]
+        self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
+        say(f"decoder, from {len(few)} images")
+        seen = torch.cat(latents)[: len(few)]
+        quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
+        self.decoder.initialize(quantized, few)
         self.train(was_training)
+
+    @property
+    def init_images(self) -> int:
+        """Number of images that encoder and decoder start from: 65536 squares of 8 pixels."""
+        height, width = self.image_size
+        return max(1, 2**22 // (height * width))
+
+    def _signals(self, images: Tensor) -> Tensor:
+        """Return the signals of images, uint8 or in [-1, 1], on this tokenizer's device."""
+        ready = (
+            self.to_model_range(part) if part.dtype == torch.uint8 else part.to(self.device)
+            for part in chunks(images)
+        )
+        return torch.cat([self.to_signal(part) for part in ready])
 
     # ------------------------------------------------------------------ parts
 
     def to_signal(self, images: Tensor) -> Tensor:
-        """What is tokenized, of images `(B, C, H, W)` in [-1, 1]: the images themselves.
+        """Return what is tokenized, of images `(B, C, H, W)` in [-1, 1]: the images themselves.
 
         A tokenizer of an autoencoder's latents maps them there, and back in `to_images`. Its
         encoder and decoder know nothing of it.
@@ -254,7 +275,7 @@ class Tokenizer(nn.Module):
         budgets: int | Iterable[int] | None = None,
         **sampling: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As few tokens as a target needs; see `FlexibleTokenizer`."""
+        """Find as few tokens as a target needs; see `FlexibleTokenizer`."""
         self._refuse_length("tokenize_to_target")
 
     def detokenize_progressive(
@@ -333,7 +354,7 @@ class Tokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return where the weights are."""
         return next(self.parameters()).device
 
     def to_model_range(self, images: Any) -> Tensor:
@@ -371,7 +392,7 @@ class Tokenizer(nn.Module):
         return ids, None
 
     def _lengths(self, ids: Tensor, num_tokens: Any) -> Tensor:
-        """What a user gave as `num_tokens`: int64, one number or `(B,)` of them."""
+        """Return what a user gave as `num_tokens`: int64, one number or `(B,)` of them."""
         lengths = as_tensor(num_tokens)
         if lengths is None or not is_whole(lengths) or lengths.shape not in ((), (len(ids),)):
             raise ConfigError(
@@ -387,7 +408,7 @@ class Tokenizer(nn.Module):
     def _refuse_length(self, what: str) -> NoReturn:
         raise ConfigError(
             f"{what}: {type(self).__name__} has a fixed length of {self.num_tokens} tokens; other "
-            "budgets need a flexible tokenizer, such as tokenizer=one_d_piece_tiny"
+            "budgets need a flexible tokenizer (docs/flexible_length.md)"
         )
 
     def _sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -404,7 +425,7 @@ class Tokenizer(nn.Module):
         return plain
 
     def _as_ids(self, ids: Any) -> Tensor:
-        """What a user gave as ids: `(B, n, Q)` int64."""
+        """Return what a user gave as ids: `(B, n, Q)` int64."""
         slots, found = self.quantizer.num_indices, as_tensor(ids)
         if found is None or found.ndim != 3 or found.shape[-1] != slots:
             shape = in_words(ids) if found is None else tuple(found.shape)
@@ -424,7 +445,7 @@ class Tokenizer(nn.Module):
 
 
 def _precision(part: nn.Module) -> torch.dtype:
-    """What a part computes in; after `tok.bfloat16()` not what the quantizer does."""
+    """Return what a part computes in; after `tok.bfloat16()` not what the quantizer does."""
     return next(part.parameters()).dtype
 
 

@@ -7,6 +7,9 @@ all a codebook, would settle on that before the CNN has learned. All of it stays
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ def start_conv_(conv: nn.Conv2d, maps: Tensor, reference: float = _REFERENCE) ->
     count = min(conv.out_channels, rows.shape[1])
     mean, components, deviations = principal_components(rows, count)
     turn = nn.init.orthogonal_(torch.empty(conv.out_channels, count)).to(rows.device)
-    scale = (conv.out_channels / deviations.square().sum().clamp(min=1e-12)).sqrt()
+    scale = conv.out_channels**0.5 / scale_of(deviations.square().sum().sqrt())
     weight = turn @ components * scale
     bias = -weight @ mean
     bias[::2] += reference
@@ -116,6 +119,27 @@ def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor, taps: int) -> None:
     conv.bias.copy_(bias)
 
 
+def chunks(images: Tensor, *others: Tensor, most: int = 32) -> Iterator[Any]:
+    """Split images, and what belongs to each of them, so that networks need bounded memory.
+
+    Args:
+        images: `(M, C, H, W)`.
+        others: tensors of M rows.
+        most: images of a chunk; fewer if they are large.
+
+    Yields:
+        A chunk of the images, or with `others` a tuple of chunks.
+    """
+    size = max(1, min(most, 2**19 // max(1, images[0].numel()))) if len(images) else 1
+    parts = [tensor.split(size) for tensor in (images, *others)]
+    yield from zip(*parts, strict=True) if others else parts[0]
+
+
+def scale_of(deviation: Tensor) -> Tensor:
+    """Return deviations to divide by: 1 where nothing differs, as in flat images."""
+    return torch.where(deviation > 1e-6, deviation, 1.0)
+
+
 @torch.no_grad()
 def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Principal component analysis.
@@ -156,7 +180,7 @@ def start_at_components_(
     mean, components, deviations = principal_components(rows, count)
     if deviation is None:
         deviation = deviations.square().mean().sqrt()
-    components = components / deviation.clamp(min=1e-6)
+    components = components / scale_of(deviation)
     layer.weight.zero_()
     layer.bias.zero_()
     layer.weight[:count] = components

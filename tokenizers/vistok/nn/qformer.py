@@ -130,7 +130,7 @@ def pooling_pyramid(count: int) -> list[tuple[int, int]]:
     1x1, 1x1, 1x2, 2x2, 2x4, 4x4, ...
 
     Raises:
-        ConfigError: if `count` is no power of two.
+        ConfigError: if `count` is not a power of two.
     """
     if count < 1 or count & (count - 1):
         raise ArgumentError(f"num_latent_tokens={count}: pooled queries need a power of two")
@@ -161,7 +161,7 @@ def token_positions(
         if not 0 <= padding_start < count:
             raise ArgumentError(
                 f"padding_start={padding_start}: must be 0 to {count - 1}, or "
-                f"null, with num_latent_tokens={count}; an eighth of it, as in ReTok's paper, is "
+                f"null, with num_latent_tokens={count}; an eighth of it, as published, is "
                 f"{count // 8}"
             )
         table = torch.cat([table, table[padding_start:]])

@@ -13,7 +13,7 @@ from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import Grid
 from vistok.core.outputs import QuantizerOutput
 from vistok.core.ranks import all_reduce_sum, world_size
-from vistok.nn.data_init import principal_components
+from vistok.nn.data_init import principal_components, scale_of
 from vistok.quantizers.usage import CodeUsage
 
 
@@ -141,7 +141,7 @@ class Quantizer(nn.Module, ABC):
         if isinstance(self.project_in, nn.Linear) and isinstance(self.project_out, nn.Linear):
             count = min(self.codebook_dim, self.dim)
             mean, components, deviations = principal_components(latents, count)
-            deviations = deviations.clamp(min=1e-6 * float(deviations[0]) + 1e-12)
+            deviations = scale_of(deviations.clamp(min=1e-6 * float(deviations[0])))
             if not self.whiten_projection:
                 deviations = deviations.square().mean().sqrt().expand(count)
             inward = components / deviations[:, None]
@@ -162,7 +162,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def num_init_latents(self) -> int:
-        """How many latent vectors `initialize` wants; 0 if it does nothing."""
+        """Return how many latent vectors `initialize` wants; 0 if it does nothing."""
         return 0
 
     def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def against_collapse(self) -> str:
-        """What to change when few codes do all the work, for the alarm; ends its line."""
+        """Return what to change when few codes do all the work, for the alarm; ends its line."""
         return "a lower optimizer.lr, or quantizer=simvq"
 
     # ------------------------------------------------------------------ what everyone calls

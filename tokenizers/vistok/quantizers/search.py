@@ -7,7 +7,7 @@ codes survive in float32. Training, eval and export all use this one function: i
 Scores are computed in blocks of a fixed size, in one reused buffer, and reduced at once. On a
 CPU the reduction, not the matrix product, is the slow part: `argmax` over a row costs 15 times
 `amax`. So the maximum of every group of 64 scores is taken first, and `argmax` only looks at the
-group maxima and inside the winning group. See docs/performance.md.
+group maxima and inside the winning group. See docs/lab/performance.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
-from vistok.models.qformer_weights import _gigatok
+from vistok.models.qformer_weights import released_qformer
 from vistok.models.tokenizer import Tokenizer
 
 
@@ -31,4 +31,4 @@ class GigaTok(Tokenizer):
 @register("gigatok", kind="importer")
 def gigatok(published: Published, image_size: int | None) -> Released:
     """GigaTok (https://arxiv.org/abs/2504.08736) with a codebook and a Q-Former."""
-    return _gigatok(published, image_size, {"_target_": "gigatok"})
+    return released_qformer(published, image_size, {"_target_": "gigatok"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.models.flexible import FlexibleTokenizer
-from vistok.models.latent_vit_weights import _titok
+from vistok.models.latent_vit_weights import released_latent_vit
 
 
 @register("one_d_piece")
@@ -26,7 +26,7 @@ class OneDPiece(FlexibleTokenizer):
 @register("one_d_piece", kind="importer")
 def one_d_piece(published: Published, image_size: int | None) -> Released:
     """One-D-Piece (https://arxiv.org/abs/2501.10064)."""
-    released = _titok(published, image_size, "one_d_piece")
+    released = released_latent_vit(published, image_size, "one_d_piece")
     released.tokenizer["length"] = {
         "_target_": "length",
         "distribution": "uniform",

@@ -13,7 +13,7 @@ from vistok.models.decoder import Decoder
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.qformer import QFormerEncoder
-from vistok.models.qformer_weights import _gigatok
+from vistok.models.qformer_weights import released_qformer
 from vistok.quantizers.base import Quantizer
 
 
@@ -84,4 +84,4 @@ def retok(published: Published, image_size: int | None) -> Released:
         "per": "batch",
     }
     model = {"_target_": "retok", "length": length}
-    return _gigatok(published, image_size, model)
+    return released_qformer(published, image_size, model)

@@ -8,10 +8,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from vistok.checkpoints.find import find_checkpoint_or_export
 from vistok.checkpoints.load import load, load_weights
+from vistok.core.console import say
 from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.data.datamodule import VistokDataModule
@@ -71,17 +73,17 @@ class Reconstruction(Task):
             load_weights(self.tokenizer, weights, str(source))
         elif starts_from_data(self.config):
             tokenizer = self.tokenizer.to(device)
-            images = data.init_batches(self._init_images(data))
-            tokenizer.initialize(tokenizer.to_model_range(images))
+            images = data.init_batches(self._init_images())
+            tokenizer.initialize(images, _say_start)
         if self.ema is not None:
             self.ema.reset()
 
-    def _init_images(self, data: VistokDataModule) -> int:
-        """Return how many images the start from data looks at: enough for the codebook."""
+    def _init_images(self) -> int:
+        """Return how many images the start from data looks at, and no more than it needs."""
         wanted = self.tokenizer.quantizer.num_init_latents
         for_codebook = -(-wanted // self.tokenizer.num_tokens)
-        least = self.config["init_images"]
-        return min(max(least, for_codebook), max(4096, least))
+        most = self.config["init_images"]
+        return max(min(most, self.tokenizer.init_images), min(for_codebook, max(4096, most)))
 
     # ------------------------------------------------------------------ training
 
@@ -167,6 +169,11 @@ class Reconstruction(Task):
         if options:  # on every rank: they begin with the same codes and share the images
             summary.update(kmeans_baseline(self.data, self.tokenizer, **options))
         return summary
+
+
+@rank_zero_only
+def _say_start(part: str) -> None:
+    say(f"starting from data: {part}")
 
 
 def check_fields(tokenizer: Tokenizer, fields: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ def _described(config: dict[str, Any], stage: Stage, options: Mapping[str, Any])
         )
     own = read_config(find_checkpoint_or_export(path))
     with torch.device("meta"):
-        found = build_tokenizer(own)
+        found = build_tokenizer(own, teachers=False)
     size, channels = as_pair(config["data"]["image_size"]), config["data"]["channels"]
     if (found.image_size, found.channels) != (size, channels):
         raise ConfigError(

@@ -1,4 +1,8 @@
-"""Checkpoints during training: written in the background, the last few and the best."""
+"""Checkpoints during training: written in the background, the last few and the best.
+
+Lightning's writers do not sync a file before it takes the place of the one before, and keep no
+checksum by which a resume could tell a damaged one and pass it over.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +78,7 @@ class CheckpointWriter(TorchCheckpointIO):
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Return whether something is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from vistok.core.errors import VistokError
 from vistok.core.ranks import is_first_process
 from vistok.training.lightning_internals import row_to_log
 
@@ -78,7 +80,7 @@ class MetricsFile(Logger):
         """Append a row, unless it is there."""
         path, row = self.experiment, {"step": step or 0, **metrics}
         if self._is_new(row):
-            with open(path, "ab") as file:
+            with _appending(path) as file:
                 file.write(json.dumps(row).encode() + b"\n")
 
     def _is_new(self, row: dict[str, float]) -> bool:
@@ -100,8 +102,17 @@ class MetricsFile(Logger):
         if row := row_to_log(trainer):
             step = int(row.pop("step", trainer.global_step))
             self.log_metrics(row, step)
-        with open(self.experiment, "ab") as file:
+        with _appending(self.experiment) as file:
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open(path, "ab") as file:
+            yield file
+    except OSError as error:
+        raise VistokError(f"{path}: could not be written, {error.strerror}") from error
 
 
 def whole_rows(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, float], int]]:

@@ -5,11 +5,15 @@ the tokenizer is one more part, gathered for a whole step. The quantizer is not 
 are moved by statistics and restarts, row by row, and it is small. Its gradients, and those of
 whatever else is whole, are averaged once per step (`average_gradients`).
 
+Lightning's strategy leaves the sharding to us; torch's distributed checkpoints have no seals, are
+not written whole or not at all, and their metadata is a pickle, which could run code.
+
 Paper: Zhao et al. 2023, https://arxiv.org/abs/2304.11277; torch.distributed.fsdp.fully_shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -40,14 +44,8 @@ from vistok.checkpoints.write import (
 )
 from vistok.core.errors import CheckpointError
 from vistok.core.ranks import broadcast, max_of_all, rank, world_size
-from vistok.nn.blocks import Block
-from vistok.nn.qformer import QFormerBlock
-from vistok.nn.rotary import RotaryBlock
 from vistok.training.checkpointing import CheckpointWriter
 from vistok.training.lightning_internals import spread_over_all_ranks
-
-#: Modules that are gathered one by one: those that a network repeats.
-BLOCKS = (Block, QFormerBlock, RotaryBlock)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -118,8 +116,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in module.modules():
-        if isinstance(block, BLOCKS) and any(True for _ in block.parameters()):
+    for block in blocks_of(module):
+        if any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=policy)
     whole: list[nn.Parameter] = []
     for name in getattr(module, "unsharded", ()):
@@ -132,8 +130,15 @@ def shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None)
         register_fsdp_forward_method(module, name)
 
 
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Return what is gathered one by one: the members of every `nn.ModuleList` named `blocks`."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and name.rpartition(".")[2] == "blocks":
+            yield from part
+
+
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was called on it."""
+    """Return whether `shard` was called on it."""
     return isinstance(module, FSDPModule)
 
 
@@ -208,7 +213,7 @@ class ShardWriter(CheckpointWriter):
 
 
 def pieces_of(content: Any) -> Any:
-    """What the file of this rank holds: a piece of what is sharded; on rank 0 also all else."""
+    """Return this rank's part of a file: pieces of what is sharded; on rank 0 also the rest."""
     if isinstance(content, DTensor):
         rows = -(-content.shape[0] // world_size())
         return {SHARD: content.to_local(), "first": min(rank() * rows, content.shape[0])}

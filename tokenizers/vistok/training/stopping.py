@@ -1,4 +1,8 @@
-"""Ctrl-C and preemption: the run ends after the current step, with its state saved."""
+"""Ctrl-C and preemption: the run ends after the step under way, with its state saved.
+
+Lightning stops wherever it is on Ctrl-C, and saves inside a signal's handler, which hangs when a
+collective is under way.
+"""
 
 from __future__ import annotations
 

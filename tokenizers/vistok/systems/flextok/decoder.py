@@ -25,7 +25,7 @@ from vistok.core.values import (
 )
 from vistok.models.decoder import Decoder
 from vistok.nn.blocks import ModulatedBlock, attend_by_position_, init_transformer_
-from vistok.nn.data_init import least_squares
+from vistok.nn.data_init import chunks, least_squares
 from vistok.nn.flow import Guidance, integrate, mix, time_features
 from vistok.nn.patches import patchify, unpatchify
 from vistok.nn.positions import grid_points, position_table, spread_points
@@ -187,7 +187,7 @@ class FlowDecoder(Decoder):
     def output(
         self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
     ) -> Tensor:
-        """What the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
+        """Return what the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
         patches = self.head(self.features(noisy, time, registers, taps))
         return unpatchify(patches, self.grid, self.patch_size)
 
@@ -205,7 +205,7 @@ class FlowDecoder(Decoder):
     def features(
         self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
     ) -> Tensor:
-        """What the head sees: `(B, rows * columns, W)`, raster order."""
+        """Return what the head sees: `(B, rows * columns, W)`, raster order."""
         dtype = self.patch_embed.weight.dtype
         # The walk is float32, also where the weights are not.
         patches = self.patch_embed(patchify(noisy.to(dtype), self.patch_size))
@@ -219,11 +219,11 @@ class FlowDecoder(Decoder):
                 x = checkpoint(block, x, condition, count, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, condition, count)
-            taps.offer(f"block.{number}", self.patch_tokens(x))
+            taps.offer(f"block.{number}", self._patches_of(x))
         shift, scale = self.modulate_out(nn.functional.silu(condition))[:, None].chunk(2, dim=-1)
-        return self.norm_out(self.patch_tokens(x)) * (1 + scale) + shift
+        return self.norm_out(self._patches_of(x)) * (1 + scale) + shift
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
+    def _patches_of(self, sequence: Tensor) -> Tensor:
         """The patches `(B, rows * columns, W)` in the sequence behind any block."""
         return sequence[:, : self.patch_positions.shape[0]]
 
@@ -234,9 +234,7 @@ class FlowDecoder(Decoder):
         time = torch.sigmoid(torch.randn(len(images), generator=generator)).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images.device)
         rows = []
-        for q, n, t in zip(
-            quantized.split(32), mix(images, noise, time).split(32), time.split(32), strict=True
-        ):
+        for n, q, t in chunks(mix(images, noise, time), quantized, time):
             rows.append(self.features(n, t, self.registers(q)).float())
         target = images if self.predicts == "image" else noise - images
         target = patchify(target, self.patch_size)

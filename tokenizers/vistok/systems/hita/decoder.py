@@ -16,6 +16,7 @@ from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import Transformer, init_transformer_
+from vistok.nn.data_init import chunks
 from vistok.nn.positions import grid_points, position_table, spread_points
 from vistok.systems.hita.encoder import BLOCKS, BlockKind
 
@@ -113,25 +114,24 @@ class HitaDecoder(Decoder):
         return blocks | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What the CNN gets: `(B, rows * columns, W)`, raster order."""
+        """Return what the CNN gets: `(B, rows * columns, W)`, raster order."""
         x = self.norm_in(self.embed(quantized) + self.positions)
         x = self.transformer(x, self.mask, taps=taps, places=self._cells)
-        return self.norm_out(self.patch_tokens(x))
+        return self.norm_out(x[:, self._cells])
 
     @property
     def _cells(self) -> slice:
-        """Where they lie in the sequence."""
+        """Return where they lie in the sequence."""
         return slice(self.first, self.first + self.grid[0] * self.grid[1])
-
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
-        """The cells `(B, rows * columns, W)` in the sequence behind any block."""
-        return sequence[:, self._cells]
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the CNN's last layer at the linear map that reconstructs `images` best."""
         self.cnn.initialize(
-            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+            torch.cat(
+                [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]
+            ),
+            images[:64],
         )
 
     @property

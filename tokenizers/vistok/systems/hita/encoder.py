@@ -17,7 +17,7 @@ from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
 from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import NORMALIZED, Transformer, attend_by_position_, init_transformer_
-from vistok.nn.data_init import start_at_components_, start_conv_
+from vistok.nn.data_init import chunks, start_at_components_, start_conv_
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 #: What the blocks of encoder and decoder may be made of.
@@ -152,12 +152,11 @@ class HitaEncoder(Encoder):
         means off.
         """
         self.cnn.initialize(images)
-        chunks = images.split(32)
-        features = torch.cat([self.cnn(chunk).float() for chunk in chunks])
+        features = torch.cat([self.cnn(chunk).float() for chunk in chunks(images)])
         if isinstance(self.embed, nn.Linear):
             free = self.dim - self.num_position_dims
             start_at_components_(self.embed, features.flatten(0, 1), free)
         else:
             start_conv_(self.embed, self._map(features[:128]))
-        latents = torch.cat([self(chunk).float() for chunk in chunks])
+        latents = torch.cat([self(chunk).float() for chunk in chunks(images)])
         self.latent_means += latents.mean(dim=0)

@@ -15,6 +15,7 @@ from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
 from vistok.nn.blocks import init_transformer_
+from vistok.nn.data_init import chunks
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
@@ -105,7 +106,7 @@ class ResTokDecoder(Decoder):
         return blocks | {"latents": Tap(width)} | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
-        """What the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
+        """Return what the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
         latents = self.embed(self.filled(quantized, mask))
         taps.offer("latents", latents)
         return self.project(self.norm_out(self.paint(latents, self.mask_token, taps)))
@@ -129,10 +130,10 @@ class ResTokDecoder(Decoder):
                 x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, self.turn)
-            taps.offer(f"block.{number}", self.patch_tokens(x))
-        return self.patch_tokens(x)
+            taps.offer(f"block.{number}", self._cells_of(x))
+        return self._cells_of(x)
 
-    def patch_tokens(self, sequence: Tensor) -> Tensor:
+    def _cells_of(self, sequence: Tensor) -> Tensor:
         """The cells `(B, rows * columns, W)` in the sequence behind any block."""
         return sequence[:, self.num_tokens :]
 
@@ -140,7 +141,10 @@ class ResTokDecoder(Decoder):
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
         """Start the CNN's last layer at the linear map that reconstructs `images` best."""
         self.cnn.initialize(
-            torch.cat([self.cells(chunk) for chunk in quantized[:64].split(8)]), images[:64]
+            torch.cat(
+                [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]
+            ),
+            images[:64],
         )
 
     @property

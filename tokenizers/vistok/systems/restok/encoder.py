@@ -20,7 +20,7 @@ from vistok.models.encoder import Encoder
 from vistok.models.maskgit_cnn import MaskGITEncoder
 from vistok.nn.attention import AttentionKind, mask_for
 from vistok.nn.blocks import init_transformer_
-from vistok.nn.data_init import start_at_components_
+from vistok.nn.data_init import chunks, start_at_components_
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, rotation
@@ -142,7 +142,7 @@ class ResTokEncoder(Encoder):
         return blocks | coarsest | inside("cnn", self.cnn.tap_shapes())
 
     def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What the projections see: `(B, K, W)`."""
+        """Return what the projections see: `(B, K, W)`."""
         features = self.embed(self.cnn(images, taps.inside("cnn")))
         cells = features.shape[1]
         x, merges = self.norm_in(self.sequence(features)), 0
@@ -195,10 +195,9 @@ class ResTokEncoder(Encoder):
         The projections share one scale: a level that says little yet must not be blown up.
         """
         self.cnn.initialize(images)
-        chunks = images.split(32)
-        features = torch.cat([self.cnn(chunk).float() for chunk in chunks])
+        features = torch.cat([self.cnn(chunk).float() for chunk in chunks(images)])
         start_at_components_(self.embed, features.flatten(0, 1), self.embed.out_features)
-        latents = torch.cat([self.latents(chunk).float() for chunk in chunks])
+        latents = torch.cat([self.latents(chunk).float() for chunk in chunks(images)])
         parts = latents.split(self.project.counts, dim=1)
         spread = torch.cat([part - part.mean(dim=(0, 1)) for part in parts], dim=1)
         deviation = (spread.square().sum(dim=-1).mean() / self.dim).sqrt()
