@@ -20,6 +20,7 @@ from vistok.core.values import (
     ImageSize,
     NonNegative,
     Share,
+    check,
     whole,
 )
 from vistok.models.decoder import Decoder
@@ -308,8 +309,7 @@ class FlowDecoder(Decoder):
         except (TypeError, ValueError, RuntimeError):  # a word, a number beyond 64 bits
             seeds = [seed]
         for s in seeds:
-            if not isinstance(s, int) or isinstance(s, bool) or not -(2**63) <= s < 2**63:
-                raise ConfigError(f"seed={s!r}: must be a whole number of 64 bits")
+            check("seed", s, int)
         return seeds
 
     def _check_sampling(self, steps: Any, guidance: Any) -> None:
