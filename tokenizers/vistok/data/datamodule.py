@@ -211,42 +211,12 @@ class VistokDataModule(L.LightningDataModule):
     @property
     def order(self) -> Order:
         """Return where in the endless training stream each sample stands."""
-        if self.buckets_used:
-            # A run of positions is a global batch, whose size is known once all ranks are there.
-            return self._bucket_order(self.batch_size * distributed.world_size())
-        return self._order
+        return self.sets.order
 
     @property
     def buckets_used(self) -> bool:
         """Return whether batches are of different sizes."""
-        return bool(self._bucket_transforms)
-
-    @cached_property
-    def _order(self) -> Order:
-        kind = ResampledOrder if self.resample else SampleOrder
-        sizes, source = self.train_set.shard_sizes, self._train_source
-        if not isinstance(source, MixedSource):
-            return kind(sizes, self.seed, self.shuffle_buffer)
-        ends = np.cumsum([len(part.shard_sizes) for part in source.sources.values()])
-        orders = [
-            kind(part, self.seed, self.shuffle_buffer, stream)
-            for stream, part in enumerate(np.split(sizes, ends[:-1]))
-        ]
-        try:
-            return MixtureOrder(orders, [spec["weight"] for spec in self.sources.values()])
-        except ValueError as error:
-            raise ConfigError(f"data.sources: {error}") from None
-
-    def _bucket_order(self, run: int) -> Order:
-        which = self.train_set.buckets[1]  # pyright: ignore[reportOptionalSubscript]
-        shards = np.repeat(np.arange(len(self.train_set.shard_sizes)), self.train_set.shard_sizes)
-        members = [np.flatnonzero(which == number) for number in np.unique(which)]
-        orders = [
-            SampleOrder(np.bincount(shards[part]), self.seed, self.shuffle_buffer, stream)
-            for stream, part in enumerate(members)
-        ]
-        weights = [max(len(part), len(which) / MixtureOrder.block) for part in members]
-        return RenumberedOrder(MixtureOrder(orders, weights, run), np.concatenate(members))
+        return bool(self.sets.bucket_transforms)
 
     @property
     def num_train(self) -> int:
@@ -295,15 +265,6 @@ class VistokDataModule(L.LightningDataModule):
             return self.num_workers
         shards = 8 if self.sets.has_files or self.split_shards else self.sets.num_shards
         return min(_cores(), 8, shards)
-
-    @property
-    def _has_files(self) -> bool:
-        """Return whether images are read from single files, for which shards say nothing."""
-        return self.kind == "folder" or any(_exists(s["train"]) for s in self.sources.values())
-
-    @property
-    def _num_shards(self) -> int:
-        return int((self.train_set.shard_sizes > 0).sum())
 
     def _check_workers(self) -> None:
         wanted, shards = self.num_workers or 0, self.sets.num_shards
@@ -453,7 +414,7 @@ class VistokDataModule(L.LightningDataModule):
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what the data are, for a run's summary: plain values only."""
+        """Describe the data for a run's summary: plain values only."""
         return {
             "kind": self.kind,
             "train": self.sets.train_source.name,
