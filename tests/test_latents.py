@@ -66,13 +66,15 @@ def test_without_rounding_the_autoencoder_is_the_tokenizer(autoencoder_run):
         space.calibrate(x)
         maps = space.encode(x)
         assert torch.allclose(space.decode(maps), expected, atol=1e-5)
+        space.calibrate(images_of(6))
+        assert torch.allclose(space.encode(x), maps, atol=1e-5)
     assert maps.shape == (6, 5, 4, 4)
     # Cell (2, 3) of the map is token 11, in units of its channel's deviation over the images.
-    mean, std = codes.flatten(0, 1).mean(0), codes.flatten(0, 1).std(0)
+    mean, std = codes.flatten(0, 1).mean(0), codes.flatten(0, 1).std(0, correction=0)
     assert torch.allclose(maps[:, :, 2, 3], (codes[:, 11] - mean) / std, atol=1e-4)
     flat = maps.transpose(0, 1).flatten(1)
     assert torch.allclose(flat.mean(1), torch.zeros(5), atol=1e-4)
-    assert torch.allclose(flat.std(1), torch.ones(5), atol=1e-4)
+    assert torch.allclose(flat.std(1, correction=0), torch.ones(5), atol=1e-4)
 
 
 def test_it_computes_in_float32_under_autocast(autoencoder_run):

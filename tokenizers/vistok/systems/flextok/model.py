@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,8 +69,9 @@ class FlexTok(FlexibleTokenizer):
         """The autoencoder's images of maps, if there is one."""
         return signal if self.autoencoder is None else self.autoencoder.decode(signal)
 
-    def initialize(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
         """Measure mean and deviation of the autoencoder's latents first."""
         if self.autoencoder is not None:
+            say(f"autoencoder, from {len(images)} images")
             self.autoencoder.calibrate(images)
-        super().initialize(images)
+        super().initialize(images, say)
