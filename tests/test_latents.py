@@ -240,6 +240,7 @@ def test_what_does_not_fit_is_told(fails, photos, latent_words, autoencoder_run,
     fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a flextok")
 
 
+@pytest.mark.slow
 def test_it_learns_latents(autoencoder_run, latent_words):
     from vistok.tasks.stages import resolve_stage
 
