@@ -65,16 +65,8 @@ class LatentSpace(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, images: Tensor) -> None:
-        """Set mean and deviation of the channels to those of images.
-
-        Args:
-            images: `(M, C, H, W)`, uint8 or in [-1, 1].
-        """
-        ready = (
-            (part / 127.5 - 1 if part.dtype == torch.uint8 else part).to(self.mean.device)
-            for part in chunks(images)
-        )
-        codes = torch.cat([self._codes(part).flatten(0, 1) for part in ready])
+        """Set mean and deviation of the channels to those of images `(M, C, H, W)` in [-1, 1]."""
+        codes = torch.cat([self._codes(chunk).flatten(0, 1) for chunk in chunks(images)])
         self.mean.copy_(codes.mean(dim=0))
         self.std.copy_(scale_of(codes.std(dim=0, correction=0)))
 

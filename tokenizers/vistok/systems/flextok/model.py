@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.registry import register
+from vistok.core.terminal import counted
 from vistok.core.values import Count, ImageSize
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -70,8 +71,15 @@ class FlexTok(FlexibleTokenizer):
         return signal if self.autoencoder is None else self.autoencoder.decode(signal)
 
     def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
-        """Measure mean and deviation of the autoencoder's latents first."""
+        """Measure mean and deviation of the autoencoder's latents first.
+
+        Args:
+            images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
+            say: told which part comes next.
+        """
         if self.autoencoder is not None:
-            say(f"autoencoder, from {len(images)} images")
-            self.autoencoder.calibrate(images)
+            few = images[: self.init_images]
+            say(f"latents, from {counted(len(few), 'image')}")
+            few = self.to_model_range(few) if few.dtype == torch.uint8 else few.to(self.device)
+            self.autoencoder.calibrate(few)
         super().initialize(images, say)
