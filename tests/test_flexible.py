@@ -639,6 +639,7 @@ def test_eval_forward_uses_all_tokens():
     assert torch.allclose(to_unit_range(output.predictions["image"].value), rec, atol=1e-6)
 
 
+@pytest.mark.slow
 @flexible
 def test_an_interrupted_run_draws_the_lengths_of_a_whole_one(name, photos, tmp_path, monkeypatch):
     import vistok
@@ -669,8 +670,8 @@ def test_an_interrupted_run_draws_the_lengths_of_a_whole_one(name, photos, tmp_p
 @pytest.mark.parametrize(
     "name",
     [
-        "flextok_tiny",
         "one_d_piece_tiny",
+        pytest.param("flextok_tiny", marks=pytest.mark.slow),
         pytest.param("gigatok_tiny", marks=pytest.mark.slow),
         pytest.param("hita_tiny", marks=pytest.mark.slow),
         *(

@@ -435,6 +435,7 @@ def test_prefixes_are_decoded_as_published(source, tmp_path):
         assert torch.allclose(tok.detokenize(found), pictures.clamp(0, 1).float(), atol=5e-5)
 
 
+@pytest.mark.slow
 def test_imported_weights_are_a_proxy_and_a_start(tmp_path, photos):
     """The commands that a user gives: a proxy for stage 1, a released TiTok for stage 2."""
     torch.save(maskgit(), tmp_path / "vqgan.bin")
@@ -549,6 +550,7 @@ def test_means_are_those_of_the_channels():
     assert torch.allclose(normed(2 * images - 1), plain(2 * given - 1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_maskgit_vqgan_learns_from_scratch():
     """What is imported can also be trained: every weight of encoder and decoder takes part."""
     words = ["channel_multipliers=[1,2]", "base_channels=32", "num_res_blocks=1"]

@@ -254,6 +254,7 @@ def test_latents_are_measured_alike_from_bytes_and_from_floats(autoencoder_run, 
     assert torch.allclose(maps.std(1, correction=0), torch.ones(len(maps)), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_learns_latents(autoencoder_run, latent_words):
     from vistok.tasks.stages import resolve_stage
 

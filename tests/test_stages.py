@@ -66,6 +66,7 @@ def weights_of(run):
     return vistok.load(run / "checkpoints" / "last.ckpt", weights="last").state_dict()
 
 
+@pytest.mark.slow
 def test_first_stage_learns_the_codes_of_the_proxy(stages):
     proxy_run, run, _ = stages
     proxy, module = vistok.load(proxy_run), module_of(run)
@@ -327,6 +328,7 @@ def test_the_words_of_the_command_line_are_heard(stages, photos, fails):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on(stages, photos, proxy_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*second_words(stages, photos), "resume=auto", "trainer.val_check_interval=1"]

@@ -18,6 +18,8 @@ from quantizers.conftest import NAMES, build, total_loss
 from vistok.core.ranks import rank, world_size
 from vistok.quantizers.multi_scale_vq import MultiScale
 
+pytestmark = pytest.mark.ranks
+
 STEPS, BATCH, TOKENS, DIM = 20, 4, 16, 32
 VARIANTS = {
     "ema_vq": {},
