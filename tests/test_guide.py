@@ -217,6 +217,6 @@ def test_the_shared_tests_take_it(inside):
     (command,) = [c for c in commands("4. Use it") if "pytest" in c]
     assert command == ["uv", "run", "pytest", "-k", NAME]
     files = ("configs", "models", "taps", "sharding", "calls", "registry", "words", "cli")
-    words = [*command[3:], "-q", "-p", "no:cacheprovider", *(f"tests/test_{n}.py" for n in files)]
+    words = [*command[3:], "-q", "-n0", "-p", "no:cacheprovider", *(f"tests/test_{n}.py" for n in files)]
     out = python("-m", "pytest", *words, cwd=inside, path=[])
     assert int(re.search(r"(\d+) passed", out)[1]) > 45 and "failed" not in out
