@@ -170,7 +170,7 @@ def test_numbers_of_any_kind_lead_the_sampling_but_truth_values_do_not():
             assert torch.equal(found, expected)
     for true in (True, np.True_, torch.tensor(True)):
         for name in ("steps", "guidance", "seed"):
-            with pytest.raises(ConfigError, match=f"{name}=True: must be a"):
+            with pytest.raises(ConfigError, match=f"{name}=true: must be a"):
                 tok.detokenize(ids, **{name: true})
 
 
@@ -196,9 +196,9 @@ def test_sampling_is_checked_whether_or_not_anything_is_decoded(target):
     images = images_of(2)
     for wrong, words in (
         ({"stepz": 2}, "stepz: FlowDecoder takes no such argument"),
-        ({"steps": "x"}, "steps='x': must be a whole number"),
+        ({"steps": "x"}, "steps=x: must be a whole number"),
         ({"guidance": -1}, "guidance=-1: must be a number"),
-        ({"seed": "x"}, "seed='x': must be a whole number"),
+        ({"seed": "x"}, "seed=x: must be a whole number"),
     ):
         with pytest.raises(ConfigError, match=words):
             tok.tokenize_to_target(images, **target, **wrong)

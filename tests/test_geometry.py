@@ -239,5 +239,7 @@ def test_other_options_of_that_name_stay():
 def test_a_grid_that_no_step_could_name_is_refused():
     config = {"tokenizer": part_of("tokenizer", "tokenizer=titok_tiny", *SIZES["titok_tiny"])}
     config["quantizer"] = {**part_of("quantizer", "quantizer=var"), "grid": "auto"}
-    with pytest.raises(ConfigError, match=r"^quantizer\.grid=auto: must be a list .* or null$"):
+    with pytest.raises(
+        ConfigError, match=r"^quantizer\.grid=auto: must be \[rows, columns\].* or null$"
+    ):
         build_tokenizer(config)

@@ -211,14 +211,14 @@ def test_one_token_and_no_tokens():
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"levels": [8, 2]}, r"quantizer.levels=.*symmetric"),
-        ({"levels": [8, 1]}, "quantizer.levels="),
-        ({"levels": []}, "quantizer.levels="),
-        ({"levels": [8] * 9}, "quantizer.num_codebooks"),
-        ({"grid": "cubic"}, "quantizer.grid=cubic"),
-        ({"slope": 0.8}, "quantizer.slope=0.8"),
+        ({"levels": [8, 2]}, r"^levels=.*symmetric"),
+        ({"levels": [8, 1]}, "^levels=.*, 2 or more"),
+        ({"levels": []}, "^levels="),
+        ({"levels": [8] * 9}, "^levels=.* num_codebooks"),
+        ({"grid": "cubic"}, "^grid=cubic: must be standard or symmetric"),
+        ({"slope": 0.8}, "^slope=0.8"),
         ({"noise_dropout": 1.5}, "^noise_dropout=1.5: must be a number, 0 to 1"),
-        ({"corruption_rate": [0.5, 0.2]}, "quantizer.corruption_rate="),
+        ({"corruption_rate": [0.5, 0.2]}, "^corruption_rate="),
     ],
 )
 def test_bad_values_name_their_key(settings, key):

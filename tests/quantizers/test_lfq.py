@@ -332,12 +332,12 @@ def test_two_ranks_equal_the_joined_batch(tmp_path):
 @pytest.mark.parametrize(
     ("build", "key"),
     [
-        (lambda: LFQ(8, 500), "quantizer.codebook_size=500"),
-        (lambda: LFQ(8, 1), "quantizer.codebook_size=1"),
-        (lambda: LFQ(8, 2**36), "quantizer.num_codebooks"),
-        (lambda: LFQ(8, 2**9, 4), "quantizer.entropy=joint"),
-        (lambda: LFQ(8, 16, entropy="pooled"), "quantizer.entropy=pooled"),
-        (lambda: LFQ(8, 16, temperature=0.0), "quantizer.temperature=0.0"),
+        (lambda: LFQ(8, 500), "codebook_size=500: binary"),
+        (lambda: LFQ(8, 1), "codebook_size=1: must be a whole number, 2 or more"),
+        (lambda: LFQ(8, 2**36), "with num_codebooks"),
+        (lambda: LFQ(8, 2**9, 4), "entropy=joint"),
+        (lambda: LFQ(8, 16, entropy="pooled"), "entropy=pooled: must be one of"),
+        (lambda: LFQ(8, 16, temperature=0.0), "temperature=0.0"),
         (lambda: GroupLFQ(8, 16, 0), "num_codebooks=0: must be a whole number, 1 or more"),
     ],
 )

@@ -476,7 +476,7 @@ def test_a_cosine_gradient_codebook_keeps_its_length():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"codebook": "emma"}, "codebook='emma'.*did you mean 'ema'"),
+        ({"codebook": "emma"}, "^codebook=emma.*did you mean 'ema'"),
         ({"metric": "dot"}, "metric"),
         ({"codebook": "ema", "estimator": "diveq"}, "estimator=diveq"),
         ({"codebook": "ema", "estimator": "synchronous"}, "estimator=synchronous"),

@@ -1,1 +1,1 @@
-"""What every layer may use: errors, values, names, outputs, geometry."""
+"""The ground floor: errors, values, names, outputs, geometry."""

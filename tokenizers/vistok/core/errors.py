@@ -18,7 +18,7 @@ class ConfigError(VistokError):
 class ArgumentError(ConfigError):
     """An argument of a part is wrong; the message begins with its name.
 
-    A part does not know whether it is in an encoder or a decoder: `checkpoint.build` puts its key
+    A part does not know whether it is in an encoder or a decoder: `registry.build` puts its key
     in front.
     """
 

@@ -1,4 +1,4 @@
-"""Modules of the user's own."""
+"""Import modules of the user's own."""
 
 from __future__ import annotations
 

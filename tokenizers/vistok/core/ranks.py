@@ -88,7 +88,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         grad.copy_(mean.view_as(grad))
 
 
-_control: tuple[Any, Any] | None = None  # the default group, and the gloo group beside it
+_control: tuple[Any, Any] | None = None  # the default group, and the gloo group next to it
 
 
 def control_group() -> Any:

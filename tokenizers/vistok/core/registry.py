@@ -228,12 +228,12 @@ def _check(
         if name not in arguments.rules and not arguments.open:
             known = {*arguments.rules, *but} - set(given)
             raise ConfigError(f"{here}: no such argument of {owner}{nearest(name, known)}")
-        check_arguments(value, here, but=but)
         rule = arguments.rules.get(name)
-        if rule is not None and not rule.test(_unbuilt(value, resolve)):
-            raise ConfigError(rule.complaint(here, _unbuilt(value, str)))
+        if rule is not None and not rule.test(_unbuilt(value, here, resolve)):
+            raise ConfigError(rule.complaint(here, _unbuilt(value, here, _written)))
         if name in arguments.groups:
             _check(value, arguments.groups[name], here, here, (), but)
+        check_arguments(value, here, but=but)
     for name in arguments.required:
         if name not in {*values, *given, *but}:
             rule = arguments.rules[name]
@@ -241,10 +241,14 @@ def _check(
             raise ConfigError(f"{_inner(key, name)} is missing: {owner} needs {needed}")
 
 
-def _unbuilt(value: Any, stand_in: Callable[[Any], Any]) -> Any:
+def _unbuilt(value: Any, key: str, stand_in: Callable[..., Any]) -> Any:
     """Return a value, with something that stands in for each part that it describes."""
     if isinstance(value, Mapping) and "_target_" in value:
-        return stand_in(value["_target_"])
+        return stand_in(value["_target_"], key=_inner(key, "_target_"))
     if isinstance(value, (list, tuple)):
-        return [_unbuilt(item, stand_in) for item in value]
+        return [_unbuilt(item, f"{key}[{i}]", stand_in) for i, item in enumerate(value)]
     return value
+
+
+def _written(target: str, key: str) -> str:
+    return target

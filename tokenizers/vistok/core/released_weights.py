@@ -1,4 +1,4 @@
-"""What the importers of released weights share.
+"""Helpers that the importers of released weights share.
 
 Each converter takes the tensors of a published file by their published names, and gives the config
 of a tokenizer and the state that belongs to it. All sizes are read off the tensors, and a tensor
@@ -17,7 +17,7 @@ from vistok.core.errors import CheckpointError
 
 
 class Released(NamedTuple):
-    """What a converter gives: the parts of a config, and a state without fresh statistics."""
+    """Result of a converter: the parts of a config, and a state without fresh statistics."""
 
     tokenizer: dict[str, Any]
     quantizer: dict[str, Any]
@@ -72,7 +72,7 @@ class Published:
         return moved
 
     def count(self, prefix: str) -> int:
-        """How many parts `prefix.0`, `prefix.1`, ... there are."""
+        """Return how many parts `prefix.0`, `prefix.1`, ... there are."""
         start = len(prefix) + 1
         return len({k[start:].partition(".")[0] for k in self.left if k.startswith(f"{prefix}.")})
 

@@ -1,4 +1,4 @@
-"""What the constructor of a class takes, and the rules of its arguments."""
+"""Arguments of constructors, and their rules."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Tap(NamedTuple):
-    """What a tap hands out: features `(B, places, width)`.
+    """Shape of the features `(B, places, width)` that a tap hands out.
 
     Attributes:
         width: of the features.

@@ -22,7 +22,7 @@ from vistok.core.errors import ArgumentError, as_written, nearest
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What the values of an argument must be.
+    """A rule for the values of an argument.
 
     Attributes:
         words: that completes "must be".
@@ -133,6 +133,8 @@ def rule_of(annotation: Any) -> Rule | None:
     """Return the rule of an annotation; None of one that takes anything, or is not understood."""
     if isinstance(annotation, Rule):
         return annotation
+    if annotation is Any:
+        return None
     if annotation in _PLAIN:
         return _PLAIN[annotation]
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)

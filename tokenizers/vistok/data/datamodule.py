@@ -62,7 +62,7 @@ class VistokDataModule(L.LightningDataModule):
         sources: of a mixture: name to `train` (a folder or shards) and `weight`, its share of
             the samples in proportion to the others'.
         resample: draw with replacement, instead of each sample once per epoch.
-        fields: names of what is read beside image and label, see `vistok.data.fields`.
+        fields: names of what is read in addition to image and label; see `vistok.data.fields`.
         max_skipped_share: stop when more of the images than this cannot be used.
         scaled_decode: decode large JPEGs of training at 1/2, 1/4 or 1/8 of their size, where
             they are made smaller still by the crop.
@@ -210,12 +210,12 @@ class VistokDataModule(L.LightningDataModule):
 
     @property
     def order(self) -> Order:
-        """Where in the endless training stream each sample stands."""
+        """Return where in the endless training stream each sample stands."""
         return self.sets.order
 
     @property
     def buckets_used(self) -> bool:
-        """Whether batches are of different sizes."""
+        """Return whether batches are of different sizes."""
         return bool(self.sets.bucket_transforms)
 
     @property
@@ -250,7 +250,7 @@ class VistokDataModule(L.LightningDataModule):
 
     @property
     def wait_seconds(self) -> float:
-        """How long training has waited for batches of its present loader."""
+        """Return how long training has waited for batches of its present loader."""
         loader = self._train_loader and self._train_loader()
         return 0.0 if loader is None else loader.wait_seconds
 
@@ -414,7 +414,7 @@ class VistokDataModule(L.LightningDataModule):
         }
 
     def describe(self) -> dict[str, Any]:
-        """What the data are, for a run's summary: plain values only."""
+        """Describe the data for a run's summary: plain values only."""
         return {
             "kind": self.kind,
             "train": self.sets.train_source.name,

@@ -63,7 +63,7 @@ class ImageDataset(Dataset):
         substitute: an image that does not decode is replaced by the next good one (training,
             where shapes must hold) or left out (validation).
         scaled: decode large JPEGs at a fraction of their size, where the transform allows it.
-        fields: what is read beside image and label; a sample without one is no good either.
+        fields: what is read in addition to image and label; a sample without one is unusable too.
         buckets: sizes other than the transform's, and `(N,)` which of them each member has; a
             batch is of one of them.
     """

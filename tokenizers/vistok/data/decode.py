@@ -66,7 +66,7 @@ Reduction = Callable[[int, int], int]  # upright height and width to 1, 2, 4 or 
 def decode(data: bytes, channels: int = 3, reduction: Reduction | None = None) -> np.ndarray:
     """Decode an image file.
 
-    Palettes, CMYK, grey, alpha and 16-bit images are converted; EXIF orientation is honoured.
+    Palettes, CMYK, grayscale, alpha and 16-bit images are converted; EXIF orientation is applied.
     Where alpha is not wanted it is blended over white, because the colour under transparent
     pixels is arbitrary.
 
@@ -170,7 +170,7 @@ def _decode_pillow(data: bytes, channels: int) -> tuple[np.ndarray, int]:
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey; Pillow's own conversion would clip it to white.
+        # 16-bit grayscale; Pillow's own conversion would clip it to white.
         deep = np.asarray(image).astype(np.float64)
         image = Image.fromarray(np.clip(np.rint(deep / 257), 0, 255).astype(np.uint8))
     elif image.mode == "F":

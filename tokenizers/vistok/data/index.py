@@ -168,7 +168,7 @@ def scan(tar: Path) -> ShardIndex:
     """Index a tar by one pass over its headers.
 
     Raises:
-        DataError: if it is no tar, cut short, damaged, or holds no images.
+        DataError: if it is not a tar, cut short, damaged, or holds no images.
     """
     rows: list[Row] = []
     seen: set[str] = set()

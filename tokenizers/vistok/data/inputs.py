@@ -1,7 +1,7 @@
 """Sources of `make-shards`: folders, lists of files, tables (Parquet, Hugging Face) and shards.
 
 All become a `Source`. Rows of a table cannot be read singly, so a table is first unpacked to
-shards of its own, in its own order and unchecked, in a hidden folder beside the shards to be.
+shards of its own, in its own order and unchecked, in a hidden folder next to the shards to be.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def read_list(path: Path) -> FileSource:
     are all whole numbers are taken as they are; others are names, numbered in their order.
 
     Raises:
-        DataError: if it is no text, names nothing, or only some lines have a label.
+        DataError: if it is not text, names nothing, or only some lines have a label.
     """
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]

@@ -196,7 +196,7 @@ class RemoteShard:
         return ShardIndex.load(self._local.with_suffix(".idx"))
 
     def in_manifest(self) -> dict[str, Any]:
-        """What the manifest beside the shard says of it; empty if there is none."""
+        """Return what the manifest next to the shard says of it; empty if there is none."""
         manifest = read_manifest(self.url.rpartition("/")[0] + "/manifest.json", self.cache)
         return manifest.get(self.name, {})
 

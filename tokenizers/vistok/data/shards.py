@@ -39,7 +39,7 @@ class ShardInfo:
         index_sha256: of the index, which has the keys and the sizes of all images.
         keys: the first and the last one.
         sides: pixels of the shortest and the longest side of any image; zeros if not known.
-        members: extensions of what the samples have beside image and label.
+        members: extensions of what samples have in addition to image and label.
     """
 
     name: str

@@ -254,7 +254,7 @@ class FileSource:
         return None if label < 0 else label
 
     def read_other(self, index: int, extension: str) -> bytes | None:
-        """Return the bytes of a file beside the image; see `Source.read_other`."""
+        """Return the bytes of a file next to the image; see `Source.read_other`."""
         try:
             return self._path(index).with_suffix(f".{extension}").read_bytes()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the same number of bits buys without learning: k-means over patches."""
+"""A baseline that spends the same bits without learning: k-means over patches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vistok.quantizers.kmeans import kmeans
 
 
 def baseline_options(config: dict[str, Any] | None) -> dict[str, int]:
-    """What `kmeans_baseline` is to be called with; nothing if a run shall have no baseline.
+    """Return the arguments of `kmeans_baseline`; none if a run measures no baseline.
 
     Args:
         config: the group `baseline` of a run; none without it or without a `patch_size`.
 
     Raises:
-        ConfigError: if a value is no whole number of at least 1.
+        ConfigError: if a value is not a whole number of at least 1.
     """
     if not config or config.get("patch_size") is None:
         return {}

@@ -1,4 +1,4 @@
-"""The curve of a flexible tokenizer: quality against tokens and bytes, beside JPEG and WebP."""
+"""The curve of a flexible tokenizer: quality against tokens and bytes, next to JPEG and WebP."""
 
 from __future__ import annotations
 

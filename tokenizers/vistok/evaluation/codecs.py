@@ -1,4 +1,4 @@
-"""What JPEG and WebP make of the same number of bytes."""
+"""JPEG and WebP at the same number of bytes."""
 
 from __future__ import annotations
 

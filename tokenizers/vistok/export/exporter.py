@@ -70,7 +70,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 def place_export(
     tokenizer: Tokenizer, config: dict[str, Any], out: Path, metrics: dict[str, Any]
 ) -> None:
-    """Write an export beside `out`, then put it there, in place of one that is there already.
+    """Write an export next to `out`, then put it there, in place of one that is there already.
 
     Raises:
         CheckpointError: if it could not be written.

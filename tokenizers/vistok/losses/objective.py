@@ -21,7 +21,7 @@ from vistok.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Entry:
-    """How a term counts.
+    """Weight and schedule of a term.
 
     Attributes:
         weight: of the term in the sum.

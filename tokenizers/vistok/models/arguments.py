@@ -1,4 +1,4 @@
-"""What users give: numbers of Python's, NumPy's or torch's, one or several."""
+"""Arguments that users give: numbers of Python's, NumPy's or torch's, one or several."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def as_plain(value: Any) -> Any:
 
 
 def is_whole(numbers: Tensor) -> bool:
-    """Whether they are integers."""
+    """Return whether they are integers."""
     return not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
 
 
 def in_words(value: Any) -> str:
-    """What was given where numbers are expected, on one line."""
+    """Return what was given where numbers are expected, on one line."""
     if isinstance(value, (str, int, float)) or (isinstance(value, (list, tuple)) and not value):
         return repr(value)
     found = as_tensor(value)
@@ -72,7 +72,7 @@ def as_budgets(budgets: Any, most: int) -> list[int]:
 
 
 def as_lengths(num_tokens: Any, ids: Tensor) -> Tensor:
-    """`num_tokens=` as int64 on the device of `ids`, one number or `(B,)` of them.
+    """Return `num_tokens=` as int64 on the device of `ids`, one number or `(B,)` of them.
 
     Args:
         num_tokens: as it was given.

@@ -237,7 +237,7 @@ class CNNDecoder(Decoder):
         return F.pixel_shuffle(self.conv_out(self.features(quantized, taps)), self.stem)
 
     def features(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
+        """Return what the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
         latents = quantized.transpose(1, 2).unflatten(2, self.grid)
         x = self.conv_in(latents)
         for number, layer in enumerate(self.layers):

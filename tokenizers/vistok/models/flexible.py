@@ -227,7 +227,7 @@ class FlexibleTokenizer(Tokenizer):
 
     @property
     def _has_prefixes(self) -> bool:
-        """Whether there is an id (of any number of slots) per token."""
+        """Return whether there is an id (of any number of slots) per token."""
         return self.quantizer.per_token
 
     def _refuse_scales(self, what: str) -> NoReturn:

@@ -268,7 +268,7 @@ class LatentTransformerDecoder(Decoder):
         context: Tensor | None = None,
         taps: Taps = NO_TAPS,
     ) -> Tensor:
-        """What the head sees: `(B, rows * columns, W)`, raster order.
+        """Return what the head sees: `(B, rows * columns, W)`, raster order.
 
         Args:
             quantized: `(B, n, D)`.
@@ -300,7 +300,7 @@ class LatentTransformerDecoder(Decoder):
 
     @property
     def _patches(self) -> slice:
-        """Where they lie in the sequence."""
+        """Return where they lie in the sequence."""
         start = 0 if self.class_token is None else 1
         return slice(start, start + len(self.patch_positions))
 

@@ -1,4 +1,4 @@
-"""How many tokens a training step keeps: the length policy of flexible tokenizers."""
+"""The number of tokens that a training step keeps: the length policy of flexible tokenizers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LengthPolicy(nn.Module):
         distribution: of k. "uniform": each of 1..N alike (One-D-Piece's tail token drop; nested
             dropout). "powers_of_two": each of 1, 2, 4, ..., N alike. "rounded_up": uniform,
             then up to the next power of two, so P(N) = 1/2, P(N/2) = 1/4 and so on, which keeps
-            the tail from starving. If N is no power of two it stands in for the next one. "full":
-            always N, the tokenizer of one length beside which the others are measured.
+            the tail from starving. If N is not a power of two it stands in for the next one.
+            "full": always N, the tokenizer of one length that the others are compared with.
         per: "sample" draws one k for each image, "batch" one for all images of an optimizer step,
             on all ranks and in all batches that it accumulates: their shapes agree.
     """
@@ -70,7 +70,7 @@ class LengthPolicy(nn.Module):
         return kept.expand(batch)
 
     def budgets(self, num_tokens: int) -> list[int]:
-        """What a code of `num_tokens` may be cut to: all lengths, also between those drawn."""
+        """Return the lengths that a code may be cut to: all, also those between the ones drawn."""
         return [num_tokens] if self.distribution == "full" else list(range(1, num_tokens + 1))
 
 
@@ -110,7 +110,7 @@ class LevelPolicy(nn.Module):
         return torch.where(full, num_tokens, drawn)
 
     def budgets(self, num_tokens: int) -> list[int]:
-        """What a code of `num_tokens` may be cut to: whole levels, those that training draws."""
+        """Return the lengths that a code may be cut to: whole levels, those that training draws."""
         levels = self._levels(num_tokens)
         drawn = set(levels) if self.full_probability < 1 else set()
         return sorted(drawn | {num_tokens} if self.full_probability > 0 else drawn)

@@ -43,7 +43,7 @@ def maskgit_encoder(
 def maskgit_decoder(
     published: Published, prefix: str, image_size: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """As `maskgit_encoder`, of the decoder."""
+    """Return what `maskgit_encoder` does, for the decoder."""
     blocks = published.count(f"{prefix}.mid")
     layers = [f"{prefix}.mid.{n}" for n in range(blocks)]
     for level in reversed(range(published.count(f"{prefix}.up"))):

@@ -96,7 +96,7 @@ class QFormerEncoder(Encoder):
         return self.project(self.latents(images, taps))
 
     def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What is projected to the code: `(B, K + M, W)`."""
+        """Return what is projected to the code: `(B, K + M, W)`."""
         x = self.embed(self.cells(images, taps.inside("cnn")))
         memory = x if self.norm_first else self.norm_in(x)
         queries = self.queries(memory)
@@ -112,7 +112,7 @@ class QFormerEncoder(Encoder):
         return blocks | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What is embedded for the Q-Former to read: `(B, cells, D)`; taps are the CNN's."""
+        """Return what is embedded for the Q-Former to read: `(B, cells, D)`; taps are the CNN's."""
         grid = self.conv_out(self.cnn(images, taps).transpose(1, 2).unflatten(2, self.cnn.grid))
         cells = grid.flatten(2).transpose(1, 2)
         return self.norm_in(cells) if self.norm_first else cells
@@ -209,11 +209,11 @@ class QFormerDecoder(Decoder):
         return blocks | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
-        """What the CNN gets: `(B, rows * columns, D)`, raster order."""
+        """Return what the CNN gets: `(B, rows * columns, D)`, raster order."""
         return self.conv_out(self.maps(quantized, mask, taps)).flatten(2).transpose(1, 2)
 
     def maps(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
-        """What the Q-Former makes of the code: `(B, W, rows, columns)`."""
+        """Return what the Q-Former makes of the code: `(B, W, rows, columns)`."""
         norm, embed = self.norm_in, self.embed
         memory = embed(norm(quantized)) if self.norm_first else norm(embed(quantized))
         queries = memory[:, :1].expand(-1, self.grid_positions.shape[0], -1)

@@ -27,7 +27,7 @@ class Source:
 
 
 class Stage(ABC):
-    """What a stage changes of a run: its architecture, and what it builds from another run.
+    """A stage of a recipe: it changes a run's architecture, and builds on another run.
 
     The task loads the source and hands it in. A system's stages lie in its `stages.py`; each is
     registered with the kind "stage" under the name that `stage.name` has.

@@ -18,7 +18,7 @@ from vistok.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Step:
-    """What a term sees of a batch.
+    """A batch as a term sees it.
 
     Attributes:
         images: `(B, C, H, W)` in [-1, 1].

@@ -13,6 +13,7 @@ from vistok.core.geometry import as_pair
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
+from vistok.core.terminal import counted
 from vistok.core.values import Count, ImageSize
 from vistok.models.arguments import as_lengths, as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
@@ -108,7 +109,7 @@ class Tokenizer(nn.Module):
         return shapes
 
     def conditions_of(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the decoder is given besides tokens (a text, if it reads one), out of a batch."""
+        """Return what a batch has for the decoder in addition to tokens, such as a text."""
         return {name: batch[name] for name in self.decoder.conditions if name in batch}
 
     def keep(
@@ -164,12 +165,12 @@ class Tokenizer(nn.Module):
         was_training = self.training
         self.eval()
         few = self._signals(images[: self.init_images])
-        say(f"encoder, from {len(few)} images")
+        say(f"encoder, from {counted(len(few), 'image')}")
         self.encoder.initialize(few)
-        say(f"codebook, from {len(images)} images")
+        say(f"codebook, from {counted(len(images), 'image')}")
         latents = [self.encode(self._signals(chunk)).float() for chunk in chunks(images)]
         self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
-        say(f"decoder, from {len(few)} images")
+        say(f"decoder, from {counted(len(few), 'image')}")
         seen = torch.cat(latents)[: len(few)]
         quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
         self.decoder.initialize(quantized, few)
@@ -177,7 +178,7 @@ class Tokenizer(nn.Module):
 
     @property
     def init_images(self) -> int:
-        """How many images encoder and decoder start from: those with 65536 squares of 8 pixels."""
+        """Number of images that encoder and decoder start from: 65536 squares of 8 pixels."""
         height, width = self.image_size
         return max(1, 2**22 // (height * width))
 
@@ -192,7 +193,7 @@ class Tokenizer(nn.Module):
     # ------------------------------------------------------------------ parts
 
     def to_signal(self, images: Tensor) -> Tensor:
-        """What is tokenized, of images `(B, C, H, W)` in [-1, 1]: the images themselves.
+        """Return what is tokenized, of images `(B, C, H, W)` in [-1, 1]: the images themselves.
 
         A tokenizer of an autoencoder's latents maps them there, and back in `to_images`. Its
         encoder and decoder know nothing of it.
@@ -275,7 +276,7 @@ class Tokenizer(nn.Module):
         budgets: int | Iterable[int] | None = None,
         **sampling: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As few tokens as a target needs; see `FlexibleTokenizer`."""
+        """Find as few tokens as a target needs; see `FlexibleTokenizer`."""
         self._refuse_length("tokenize_to_target")
 
     def detokenize_progressive(
@@ -354,7 +355,7 @@ class Tokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return where the weights are."""
         return next(self.parameters()).device
 
     def to_model_range(self, images: Any) -> Tensor:
@@ -415,7 +416,7 @@ class Tokenizer(nn.Module):
         return plain
 
     def _as_ids(self, ids: Any) -> Tensor:
-        """What a user gave as ids: `(B, n, Q)` int64."""
+        """Return what a user gave as ids: `(B, n, Q)` int64."""
         slots, found = self.quantizer.num_indices, as_tensor(ids)
         if found is None or found.ndim != 3 or found.shape[-1] != slots:
             shape = in_words(ids) if found is None else tuple(found.shape)
@@ -435,7 +436,7 @@ class Tokenizer(nn.Module):
 
 
 def _precision(part: nn.Module) -> torch.dtype:
-    """What a part computes in; after `tok.bfloat16()` not what the quantizer does."""
+    """Return what a part computes in; after `tok.bfloat16()` not what the quantizer does."""
     return next(part.parameters()).dtype
 
 

@@ -25,7 +25,7 @@ class Frozen(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """What is held."""
+        """Return what is held."""
         return self._held[0]
 
     def forward(self, *inputs: Tensor) -> Any:

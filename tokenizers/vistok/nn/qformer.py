@@ -130,7 +130,7 @@ def pooling_pyramid(count: int) -> list[tuple[int, int]]:
     1x1, 1x1, 1x2, 2x2, 2x4, 4x4, ...
 
     Raises:
-        ConfigError: if `count` is no power of two.
+        ConfigError: if `count` is not a power of two.
     """
     if count < 1 or count & (count - 1):
         raise ArgumentError(f"num_latent_tokens={count}: pooled queries need a power of two")

@@ -162,7 +162,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def num_init_latents(self) -> int:
-        """How many latent vectors `initialize` wants; 0 if it does nothing."""
+        """Return how many latent vectors `initialize` wants; 0 if it does nothing."""
         return 0
 
     def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def against_collapse(self) -> str:
-        """What to change when few codes do all the work, for the alarm; ends its line."""
+        """Return what to change when few codes do all the work, for the alarm; ends its line."""
         return "a lower optimizer.lr, or quantizer=simvq"
 
     # ------------------------------------------------------------------ what everyone calls

@@ -1,4 +1,4 @@
-"""How often each code is used and by what: moving averages, and the revival of dead codes."""
+"""Track how often each code is used and by what: moving averages, and the revival of dead codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What quantizers made of other quantizers have in common."""
+"""Common ground of quantizers that are made of other quantizers."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Composite(Quantizer):
 
     @property
     def num_init_latents(self) -> int:
-        """What the most demanding book wants."""
+        """Return what the most demanding book wants."""
         return max(book.num_init_latents for book in self.books)
 
     @property
     def against_collapse(self) -> str:
-        """What the first book advises; the books are alike."""
+        """Return what the first book advises; the books are alike."""
         return self.books[0].against_collapse
 
     def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def mean_over(scalars: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def sample_depths(
     batch: int, depth: int, minimum: int, probability: float, device: torch.device
 ) -> Tensor:
-    """How many of `depth` layers each sample keeps: quantizer dropout.
+    """Return how many of `depth` layers each sample keeps: quantizer dropout.
 
     With `probability` a sample keeps n layers, n uniform on [minimum, depth]; else it keeps all.
     Every sample draws for itself, also in a batch of one, and shapes do not depend on the draw.

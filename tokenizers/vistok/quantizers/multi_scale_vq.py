@@ -181,7 +181,7 @@ class MultiScale(Composite):
         return _to_tokens(painted)
 
     def _paint(self, vectors: Tensor, number: int, size: Grid, grid: Grid) -> Tensor:
-        """What scale `number` adds to f̂: `(B, h·w, d)` codes to a `(B, d, H, W)` map."""
+        """Return what scale `number` adds to f̂: `(B, h·w, d)` codes to a `(B, d, H, W)` map."""
         layer = _to_map(vectors, size)
         if size != grid:
             layer = F.interpolate(layer, size=grid, mode="bicubic")
@@ -226,7 +226,7 @@ class MultiScale(Composite):
         return F.pad(indices, (0, 0, 0, ends[-1] - indices.shape[1]), value=-1)
 
     def sample_depths(self, batch: int, device: torch.device) -> Tensor:
-        """How many scales each training sample keeps, `(B,)` int64."""
+        """Return how many scales each training sample keeps, `(B,)` int64."""
         return sample_depths(batch, len(self.scales), self.min_scales, self.scale_dropout, device)
 
     # ------------------------------------------------------------------ the geometry
@@ -376,7 +376,7 @@ def _map_loss(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _nearest_tick(place: float, num_ticks: int) -> int:
-    """Which of the shared convolutions serves a place in [0, 1] among the scales."""
+    """Return which of the shared convolutions serves a place in [0, 1] among the scales."""
     if num_ticks == 1:
         return 0
     first = 1 / (3 * num_ticks)

@@ -153,12 +153,12 @@ class Perturb(Quantizer):
 
     @property
     def num_init_latents(self) -> int:
-        """What the inner quantizer wants."""
+        """Return what the inner quantizer wants."""
         return self.inner.num_init_latents
 
     @property
     def against_collapse(self) -> str:
-        """What the inner quantizer advises, whose keys are one level down."""
+        """Return what the inner quantizer advises, whose keys are one level down."""
         return self.inner.against_collapse.replace("quantizer.", "quantizer.inner.")
 
     def after_step(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the lookup-free and scalar quantizers share: digits of an index, weights, the estimator."""
+"""Common ground of lookup-free and scalar quantizers: digits of an index, weights, estimator."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unpack_digits(indices: Tensor, radices: Tensor) -> Tensor:
 
 
 def place_values(radices: Tensor) -> Tensor:
-    """What a digit of each place counts, `(d,)` int64."""
+    """Return what a digit of each place counts, `(d,)` int64."""
     # 1, r0, r0*r1, ...: the last radix never multiplies, so a product of 2^63 still fits.
     return torch.cat([torch.ones_like(radices[:1]), radices[:-1]]).cumprod(0)
 

@@ -92,12 +92,12 @@ class Segments(Quantizer):
         return vectors
 
     def owners(self, indices: Tensor) -> Tensor:
-        """Which quantizer each id `(B, N, Q)` belongs to, int64 of the same shape."""
+        """Return which quantizer each id `(B, N, Q)` belongs to, int64 of the same shape."""
         return (indices[..., None] >= self.offsets.T).sum(dim=-1) - 1
 
     @property
     def against_collapse(self) -> str:
-        """What the first quantizer advises."""
+        """Return what the first quantizer advises."""
         return self.books[0].against_collapse
 
     def codebooks(self) -> list[Tensor]:

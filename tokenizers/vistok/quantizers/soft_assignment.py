@@ -238,7 +238,7 @@ class _SoftmaxBackward:
             self.d_bias += dlogits.sum(dim=0)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of latents and codes."""
+        """Return the squared lengths of latents and codes."""
         if self.d_codebook is not None and self.d_bias is not None:
             # The bias is −|E|²/2.
             self.d_codebook.addcmul_(self.codebook, self.d_bias[:, None], value=-self.scale)

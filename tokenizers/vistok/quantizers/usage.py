@@ -1,4 +1,4 @@
-"""How much of a codebook is in use, over a window of batches and all ranks."""
+"""Measure how much of a codebook is in use, over a window of batches and all ranks."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def collapse_advice(
     min_perplexity: float = 0.1,
     min_tokens: int = 4,
 ) -> str | None:
-    """What to do about a codebook that collapses, in one line; None if all is well.
+    """Return what to do about a codebook that collapses, in one line; None if all is well.
 
     A slot has collapsed if the window uses less than `min_usage` of its codes, or if its
     perplexity is below `min_perplexity`·K: all codes in use, but a few do the work. Usage in a

@@ -1,1 +1,1 @@
-"""What is trained, on what data, watched by which number."""
+"""Tasks: the thing trained, its data, and the number that watches it."""

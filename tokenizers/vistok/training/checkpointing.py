@@ -78,7 +78,7 @@ class CheckpointWriter(TorchCheckpointIO):
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Return whether something is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:

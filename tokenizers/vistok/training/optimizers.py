@@ -50,7 +50,7 @@ def build_optimizer(
 
 
 def _fused(parameters: list[nn.Parameter]) -> bool | None:
-    """Whether AdamW makes one pass over memory: on a CPU four times as fast as one per operation.
+    """Return whether AdamW makes one pass over memory, four times as fast on a CPU.
 
     On a GPU torch's choice, None, which is as fast; a fused step would leave the gradients of fp16
     scaled until then, too late for clipping.

@@ -177,7 +177,7 @@ def fit(trainer: L.Trainer, task: Task, data: VistokDataModule, resume: Path | N
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether an exception says that ranks lost each other."""
+    """Return whether an exception says that ranks lost each other."""
     words = ("gloo", "nccl", "process group", "connection closed by peer")
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (

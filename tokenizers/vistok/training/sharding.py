@@ -138,7 +138,7 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was called on it."""
+    """Return whether `shard` was called on it."""
     return isinstance(module, FSDPModule)
 
 
@@ -213,7 +213,7 @@ class ShardWriter(CheckpointWriter):
 
 
 def pieces_of(content: Any) -> Any:
-    """What the file of this rank holds: a piece of what is sharded; on rank 0 also all else."""
+    """Return this rank's part of a file: pieces of what is sharded; on rank 0 also the rest."""
     if isinstance(content, DTensor):
         rows = -(-content.shape[0] // world_size())
         return {SHARD: content.to_local(), "first": min(rank() * rows, content.shape[0])}

@@ -17,7 +17,7 @@ from vistok.models.term import MakeOptimizer, Player, Step
 
 
 class AdamOptions(TypedDict):
-    """How the discriminator learns."""
+    """Options of the optimizer of a discriminator."""
 
     lr: NonNegative
     betas: Annotated[

@@ -20,6 +20,7 @@ from vistok.core.values import (
     ImageSize,
     NonNegative,
     Share,
+    check,
     whole,
 )
 from vistok.models.decoder import Decoder
@@ -186,7 +187,7 @@ class FlowDecoder(Decoder):
     def output(
         self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
     ) -> Tensor:
-        """What the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
+        """Return what the head says, `(B, C, H, W)`, of images `(B, C, H, W)` at times `(B,)`."""
         patches = self.head(self.features(noisy, time, registers, taps))
         return unpatchify(patches, self.grid, self.patch_size)
 
@@ -204,7 +205,7 @@ class FlowDecoder(Decoder):
     def features(
         self, noisy: Tensor, time: Tensor, registers: Tensor, taps: Taps = NO_TAPS
     ) -> Tensor:
-        """What the head sees: `(B, rows * columns, W)`, raster order."""
+        """Return what the head sees: `(B, rows * columns, W)`, raster order."""
         dtype = self.patch_embed.weight.dtype
         # The walk is float32, also where the weights are not.
         patches = self.patch_embed(patchify(noisy.to(dtype), self.patch_size))
@@ -308,8 +309,7 @@ class FlowDecoder(Decoder):
         except (TypeError, ValueError, RuntimeError):  # a word, a number beyond 64 bits
             seeds = [seed]
         for s in seeds:
-            if not isinstance(s, int) or isinstance(s, bool) or not -(2**63) <= s < 2**63:
-                raise ConfigError(f"seed={s!r}: must be a whole number of 64 bits")
+            check("seed", s, int)
         return seeds
 
     def _check_sampling(self, steps: Any, guidance: Any) -> None:

@@ -114,14 +114,14 @@ class HitaDecoder(Decoder):
         return blocks | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What the CNN gets: `(B, rows * columns, W)`, raster order."""
+        """Return what the CNN gets: `(B, rows * columns, W)`, raster order."""
         x = self.norm_in(self.embed(quantized) + self.positions)
         x = self.transformer(x, self.mask, taps=taps, places=self._cells)
         return self.norm_out(x[:, self._cells])
 
     @property
     def _cells(self) -> slice:
-        """Where they lie in the sequence."""
+        """Return where they lie in the sequence."""
         return slice(self.first, self.first + self.grid[0] * self.grid[1])
 
     @torch.no_grad()

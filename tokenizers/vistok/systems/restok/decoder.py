@@ -106,7 +106,7 @@ class ResTokDecoder(Decoder):
         return blocks | {"latents": Tap(width)} | inside("cnn", self.cnn.tap_shapes())
 
     def cells(self, quantized: Tensor, mask: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
-        """What the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
+        """Return what the CNN gets: `(B, rows * columns, D)` of its own D, raster order."""
         latents = self.embed(self.filled(quantized, mask))
         taps.offer("latents", latents)
         return self.project(self.norm_out(self.paint(latents, self.mask_token, taps)))

@@ -142,7 +142,7 @@ class ResTokEncoder(Encoder):
         return blocks | coarsest | inside("cnn", self.cnn.tap_shapes())
 
     def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What the projections see: `(B, K, W)`."""
+        """Return what the projections see: `(B, K, W)`."""
         features = self.embed(self.cnn(images, taps.inside("cnn")))
         cells = features.shape[1]
         x, merges = self.norm_in(self.sequence(features)), 0

@@ -27,7 +27,7 @@ class ReshapedResTokEncoder(ResTokEncoder):
     """
 
     def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
-        """What the projections see: `(B, K, W)`, mixed."""
+        """Return what the projections see: `(B, K, W)`, mixed."""
         x = super().latents(images, taps)
         return x.reshape(len(x), x.shape[2], self.num_tokens).transpose(1, 2)
 

@@ -115,7 +115,7 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         context: Tensor | None = None,
         taps: Taps = NO_TAPS,
     ) -> Tensor:
-        """As in TiTok's decoder; `context` are text features `(B, T, text_dim)`, or None."""
+        """Return TiTok's features; `context` are text features `(B, T, text_dim)`, or None."""
         return super().features(quantized, mask, self.text_tokens(context, len(quantized)), taps)
 
     def text_tokens(self, text: Tensor | None, batch: int) -> Tensor:
