@@ -29,6 +29,7 @@ import sys
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class House:
             if re.fullmatch(r"configs/tokenizer/\w+_tiny\.yaml", name)
         )
         self.registered = self._registered()
+        self._imports: dict[str, dict[str, Part]] = {}
 
     def _registered(self) -> dict[str, Part]:
         found = {}
@@ -127,6 +129,11 @@ class House:
 
     def imports(self, file: str) -> dict[str, Part]:
         """Return what a module imports of the package, by the names that it has there."""
+        if file not in self._imports:
+            self._imports[file] = self._imports_of(file)
+        return self._imports[file]
+
+    def _imports_of(self, file: str) -> dict[str, Part]:
         found = {}
         for node in ast.walk(self.trees[file]):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vistok"):
@@ -159,18 +166,22 @@ class House:
                 waiting += [part.file for part in self.imports(file).values()]
         return found
 
-    def mentions(self, system: str) -> set[str]:
-        """Return the modules whose code or path has a system's name; of two, the longer one."""
+    @cached_property
+    def _words(self) -> dict[str, set[str]]:
+        """The systems that the code or the path of a module names; of two names, the longer."""
         stems = {Path(f).stem for f in self.files if f.startswith("configs/tokenizer/")}
         names = {*self.systems, *(stem.rpartition("_")[0] for stem in stems)} - {""}
         classes = {self.parts(name)[0].name: name for name in self.systems}
         words = sorted({*names, *classes}, key=lambda word: (-len(word), word))
         pattern = re.compile(rf"(?<![A-Za-z])({'|'.join(words)})(?![a-z])")
-        found = set()
-        for file, code in self.code.items():
-            words_here = set(pattern.findall(code)) | set(pattern.findall(file))
-            if system in {classes.get(word, word) for word in words_here}:
-                found.add(file)
+        return {
+            file: {classes.get(word, word) for word in pattern.findall(f"{file}\n{code}")}
+            for file, code in self.code.items()
+        }
+
+    def mentions(self, system: str) -> set[str]:
+        """Return the modules whose code or path names a system."""
+        found = {file for file, words in self._words.items() if system in words}
         return {file for file in found if not _HISTORY.search(file)}
 
     def hops(self, system: str) -> int:
@@ -247,8 +258,7 @@ class House:
 
 
 def _code(tree: ast.Module) -> str:
-    """Return a module's code without comments and docstrings."""
-    tree = ast.parse(ast.unparse(tree))  # a copy
+    """Return a module's code without comments and docstrings, which the tree loses too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None

@@ -217,6 +217,18 @@ def test_the_shared_tests_take_it(inside):
     (command,) = [c for c in commands("4. Use it") if "pytest" in c]
     assert command == ["uv", "run", "pytest", "-k", NAME]
     files = ("configs", "models", "taps", "sharding", "calls", "registry", "words", "cli")
-    words = [*command[3:], "-q", "-p", "no:cacheprovider", *(f"tests/test_{n}.py" for n in files)]
-    out = python("-m", "pytest", *words, cwd=inside, path=[])
-    assert int(re.search(r"(\d+) passed", out)[1]) > 45 and "failed" not in out
+    words = [*command[3:], "-v", "-n0", "-p", "no:cacheprovider"]
+    out = python(
+        "-m", "pytest", *words, *(f"tests/test_{n}.py" for n in files), cwd=inside, path=[]
+    )
+    passed = {line.split()[0].partition("::")[2] for line in out.splitlines() if " PASSED" in line}
+    for name in (
+        "test_an_empty_batch",
+        "test_a_model_of_any_precision_tokenizes_and_paints",
+        "test_all_that_is_declared_is_offered",
+        "test_every_block_with_attention_is_gathered_by_itself",
+        "test_experiment_builds_on_the_meta_device",
+    ):
+        assert f"{name}[{NAME}_tiny]" in passed, out[-3000:]
+    assert len([name for name in passed if name.startswith("test_every_pair_")]) > 3
+    assert "failed" not in out

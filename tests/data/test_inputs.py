@@ -244,7 +244,7 @@ def test_without_pyarrow(tmp_path, monkeypatch, capsys):
 #: kill is of the main process alone: its workers must notice.
 MORTAL = """
 import multiprocessing, os, signal, sys
-from vistok.data import make_shards
+from vistok.tools import make_shards
 
 folder, number, *arguments = sys.argv[1:]
 main, left = os.getpid(), multiprocessing.Value("q", int(number))

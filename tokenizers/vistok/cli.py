@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
+from vistok.core.plugins import import_plugins
 from vistok.core.terminal import typed
 
 
@@ -205,26 +206,12 @@ def _start_or_resume(config: dict, folder: Path, words: list[str]) -> None:
 def _run_training(
     config: dict, folder: Path, checkpoint: Path | None = None, words: list[str] | None = None
 ) -> None:
-    _import_plugins(config["plugins"])
+    import_plugins(config["plugins"])
     from vistok.core.registry import resolve
     from vistok.training.run import train as run
 
     task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
     run(task, config, folder, checkpoint, words)
-
-
-def _import_plugins(names: str | Sequence[str]) -> None:
-    """Import the user's modules, which register what is theirs, also from the present folder."""
-    import importlib
-
-    for name in [names] if isinstance(names, str) else names:
-        sys.path.insert(0, os.getcwd())
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"plugins=[{name}]: {error}") from error
-        finally:
-            sys.path.remove(os.getcwd())
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -240,9 +227,9 @@ def _evaluate(argv: list[str]) -> None:
     config = c.compose("eval", own, folders)
     if not _value(own, "run"):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
-    _import_plugins(config.plugins)
     from vistok.evaluation.run import evaluate as run
 
+    import_plugins(config.plugins)
     run(c.to_container(config), data)
 
 
@@ -260,9 +247,9 @@ def _export(argv: list[str]) -> None:
             raise ConfigError(
                 f"{key} is missing; use: {typed('export')} run=runs/<run> out=exported/<name>"
             )
-    _import_plugins(config.plugins)
     from vistok.export.exporter import export_run
 
+    import_plugins(config.plugins)
     export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
 
 
@@ -278,12 +265,12 @@ def _import_weights(argv: list[str]) -> None:
     for key in ("source", "weights", "out"):
         if not _value(overrides, key):
             raise ConfigError(
-                f"{key} is missing; use: import_weights.py source=titok weights=FILE "
+                f"{key} is missing; use: import_weights.py source=NAME weights=FILE "
                 "out=exported/<name>"
             )
-    _import_plugins(config.plugins)
     from vistok.export.importer import import_weights as run
 
+    import_plugins(config.plugins)
     run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)
 
 

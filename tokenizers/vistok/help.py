@@ -25,7 +25,7 @@ def overview() -> None:
         "train [key=value ...]": "train a tokenizer, or resume=runs/<run>",
         "eval run=runs/<run>": "metrics, metrics.json, pictures",
         "export run=runs/<run> out=FOLDER": "files for other programs",
-        "import-weights source=titok ...": "released weights to an export",
+        "import-weights source=NAME ...": "released weights to an export",
         "list [GROUP [WORD]]": "what there is to choose from",
         "make-shards IMAGES out=FOLDER": "images to WebDataset shards",
         "check-shards FOLDER": "shards against their manifest",
@@ -93,7 +93,7 @@ def eval_help() -> None:
     program = typed("eval")
     examples = {
         f"{program} run=runs/<run>": "on the validation images of that run",
-        f"{program} run=exported/titok data=shards data.val=val.tar": "on other images",
+        f"{program} run=exported/mine data=shards data.val=val.tar": "on other images",
         f"{program} run=runs/<run> 'eval.num_tokens=[1,8,64]'": "curve over token budgets",
     }
     keys = {
@@ -147,7 +147,7 @@ def import_help() -> None:
     keys = {
         "source=": ", ".join(_importers()),
         "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
-        "out=": "folder to write, for example exported/titok_l32",
+        "out=": "folder to write, for example exported/my_tokenizer",
         "image_size=": "for weights that take any size (published: 256)",
         "overwrite=false": "true: replace an export",
         "plugins=": "modules of your own to import first",
@@ -155,7 +155,7 @@ def import_help() -> None:
     }
     _show(
         "Turn weights that others released into an export.",
-        f"  {program} source=titok weights=FILE out=FOLDER ...",
+        f"  {program} source=NAME weights=FILE out=FOLDER ...",
         "Keys\n" + columns(keys.items()),
         "Then, for example\n"
         f"  {typed('eval')} run=FOLDER data=shards data.val=/sets/val-000000.tar",

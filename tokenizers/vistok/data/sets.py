@@ -76,7 +76,7 @@ class ImageSets:
 
     @cached_property
     def train_source(self) -> Source:
-        """All images that are named for training."""
+        """Return all images that are named for training."""
         if self.kind != "mixture":
             return self._source("train", self.train_place)
         parts = {
@@ -114,17 +114,17 @@ class ImageSets:
 
     @property
     def has_files(self) -> bool:
-        """Whether images are read from single files, for which shards say nothing."""
+        """Return whether images are read from single files, for which shards say nothing."""
         return self.kind == "folder" or any(_is_folder(s["train"]) for s in self.sources.values())
 
     @property
     def num_shards(self) -> int:
-        """Shards with training images."""
+        """Return the number of shards with training images."""
         return int((self.train.shard_sizes > 0).sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the training images and their order, independent of their place."""
+        """Return a digest that changes when other images, or another order of them, are trained on."""
         source = fingerprint(self.train_source)
         return source if self._held_out is None else f"{source}-{len(self.train)}"
 
@@ -132,12 +132,12 @@ class ImageSets:
 
     @property
     def opened(self) -> bool:
-        """Whether the training images were looked at."""
+        """Return whether the training images were looked at."""
         return "train" in self.__dict__
 
     @cached_property
     def train(self) -> ImageDataset:
-        """The training images."""
+        """Return the training images."""
         source = self.train_source
         members = None if self._held_out is None else np.flatnonzero(~self._held_out)
         shapes = source.shapes if members is None else source.shapes[members]
@@ -164,7 +164,7 @@ class ImageSets:
 
     @cached_property
     def val(self) -> ImageDataset:
-        """The validation images."""
+        """Return the validation images."""
         if self._held_out is None:
             source, members = self._source("val", self.val_place), None
         else:
@@ -183,7 +183,7 @@ class ImageSets:
 
     @property
     def order(self) -> Order:
-        """Where in the endless training stream each sample stands."""
+        """Return where in the endless training stream each sample stands."""
         if self.bucket_transforms:
             # A run of positions is a global batch, whose size is known once all ranks are there.
             return self._bucket_order(self.batch_size * distributed.world_size())

@@ -69,3 +69,22 @@ def as_budgets(budgets: Any, most: int) -> list[int]:
     if not 1 <= min(lengths) <= max(lengths) <= most:
         raise ConfigError(f"budgets={sorted(lengths)}: must lie in 1 to {most}")
     return lengths
+
+
+def as_lengths(num_tokens: Any, ids: Tensor) -> Tensor:
+    """Return `num_tokens=` as int64 on the device of `ids`, one number or `(B,)` of them.
+
+    Args:
+        num_tokens: as it was given.
+        ids: `(B, n, Q)`, which it is for.
+
+    Raises:
+        ConfigError: if it is neither an integer nor one for each of `ids`.
+    """
+    lengths = as_tensor(num_tokens)
+    if lengths is None or not is_whole(lengths) or lengths.shape not in ((), (len(ids),)):
+        raise ConfigError(
+            f"num_tokens: expected an integer or ({len(ids)},) of them, found "
+            f"{in_words(num_tokens)}"
+        )
+    return lengths.to(ids.device, torch.long)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.core.values import Count, ImageSize
-from vistok.models.arguments import as_budgets, as_numbers, as_tensor, in_words
+from vistok.models.arguments import as_budgets, as_lengths, as_numbers, as_tensor, in_words
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.length import LengthPolicy, LevelPolicy
@@ -244,7 +244,7 @@ class FlexibleTokenizer(Tokenizer):
         if not self._has_prefixes:
             self._refuse_scales("num_tokens")
         most = self._available(ids, num_tokens)
-        lengths = self._lengths(ids, most if num_tokens is None else num_tokens)
+        lengths = as_lengths(most if num_tokens is None else num_tokens, ids)
         low, high = (int(lengths.min()), int(lengths.max())) if lengths.numel() else (1, 1)
         if low < 1 or high > most:
             raise ConfigError(

@@ -15,7 +15,7 @@ from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.terminal import counted
 from vistok.core.values import Count, ImageSize
-from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
+from vistok.models.arguments import as_lengths, as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
@@ -386,21 +386,11 @@ class Tokenizer(nn.Module):
 
     def _budget(self, ids: Tensor, num_tokens: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Ids of the budget and a mask `(B, n)` if budgets differ; here there is only one."""
-        if num_tokens is not None and (self._lengths(ids, num_tokens) != self.num_tokens).any():
+        if num_tokens is not None and (as_lengths(num_tokens, ids) != self.num_tokens).any():
             self._refuse_length("num_tokens")
         if ids.shape[1] != self.num_tokens:
             self._refuse_length(f"ids of {ids.shape[1]} tokens")
         return ids, None
-
-    def _lengths(self, ids: Tensor, num_tokens: Any) -> Tensor:
-        """Return what a user gave as `num_tokens`: int64, one number or `(B,)` of them."""
-        lengths = as_tensor(num_tokens)
-        if lengths is None or not is_whole(lengths) or lengths.shape not in ((), (len(ids),)):
-            raise ConfigError(
-                f"num_tokens: expected an integer or ({len(ids)},) of them, found "
-                f"{in_words(num_tokens)}"
-            )
-        return lengths.to(ids.device, torch.long)
 
     def _alphabet(self, length: int) -> Alphabet:
         """The values that the ids of a code of `length` tokens can have, in their order."""
