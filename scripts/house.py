@@ -6,12 +6,12 @@
 
 A system is what a `configs/tokenizer/NAME_tiny.yaml` describes. Of each:
 
-- `files`: modules of the package that belong to it or mention it, and its configs. A module belongs
-  to a system if its path has the system's name, or if only this system's parts import it, however
-  indirectly. It mentions a system if its code does, docstrings and comments aside. Modules that
+- `files`: modules of the package that belong to it or mention it, and its tiny configs. A module
+  belongs to a system if it or its folder has the system's name, or if no other system's modules
+  need it. It mentions a system if its code does, docstrings and comments aside. Modules that
   translate older checkpoints are left out: a new system never enters them.
 - `folders`: of the package, over which these modules are spread.
-- `others'`: those of them that do not belong to it, and so would need an edit.
+- `mentions`: those of them that do not belong to it. Each is an edit that a system would cost.
 - `own lines`: of the modules that belong to it.
 - `hops`: from its experiment config to the file with the encoder's forward: each config that is
   named by another, the class that `_target_` names, and each class that one takes its forward from.
@@ -145,10 +145,14 @@ class House:
         path = f"tokenizers/{module.replace('.', '/')}"
         return next((f for f in (f"{path}.py", f"{path}/__init__.py") if f in self.modules), None)
 
+    def named(self, system: str) -> set[str]:
+        """Return the modules of a system's name, and those in a folder of that name."""
+        return {file for file in self.modules if re.search(rf"/{system}(\.py$|/)", file)}
+
     def reached(self, system: str) -> set[str]:
-        """Return the modules that a system's parts lie in or import, however indirectly."""
+        """Return the modules that a system lies in, and all that they import."""
         found: set[str] = set()
-        waiting = [part.file for part in self.parts(system)]
+        waiting = [*(part.file for part in self.parts(system)), *self.named(system)]
         while waiting:
             if (file := waiting.pop()) not in found:
                 found.add(file)
@@ -197,16 +201,13 @@ class House:
         for system in self.systems:
             others = set().union(*(reached[name] for name in self.systems if name != system))
             mentioned = self.mentions(system)
-            named = {f for f in mentioned if re.search(rf"(?<![a-z_]){system}(\.py|/)", f)}
-            own = named | (reached[system] - others)
+            own = self.named(system) | (reached[system] - others)
             touched = own | mentioned
-            configs = [
-                f for f in self.files if re.match(rf"configs/\w+/{system}_(?!vqgan)\w*tiny", f)
-            ]
+            configs = [f for f in self.files if re.fullmatch(rf"configs/\w+/{system}_tiny.yaml", f)]
             systems[system] = {
                 "files": len(touched) + len(configs),
                 "folders": len({str(Path(file).parent) for file in touched}),
-                "others'": len(touched - own),
+                "mentions": len(touched - own),
                 "own lines": sum(map(self._lines, own)),
                 "hops": self.hops(system),
                 "modules": sorted(touched),
@@ -247,17 +248,12 @@ class House:
 
 def _code(tree: ast.Module) -> str:
     """Return a module's code without comments and docstrings."""
-    tree = ast.parse(ast.unparse(tree))
+    tree = ast.parse(ast.unparse(tree))  # a copy
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(node, ast.Lambda | ast.IfExp)
-            or not body
-            or not isinstance(body[0], ast.Expr)
-        ):
-            continue
-        if isinstance(body[0].value, ast.Constant):
-            body[0].value = ast.Constant(None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                first.value = ast.Constant(None)
     return ast.unparse(tree)
 
 
@@ -272,7 +268,7 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
     """
     trees = list(found.values())
     names = sorted({name for tree in trees for name in tree["systems"]})
-    columns = ["files", "folders", "others'", "own lines", "hops"]
+    columns = ["files", "folders", "mentions", "own lines", "hops"]
     rows = [["system", *columns]]
     for name in names:
         known = [tree["systems"].get(name, {}) for tree in trees]

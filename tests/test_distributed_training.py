@@ -88,6 +88,7 @@ def assert_as_one_process(two, one, tmp_path):
         assert first[key] == pytest.approx(second[key], rel=3e-4), key
 
 
+@pytest.mark.ranks
 def test_two_ranks_train_as_one_process(words, tmp_path):
     process = start([*words, *TWO, "plugins=[probe]", "hydra.run.dir=two"])
     assert train([*words, "hydra.run.dir=one"]) == 0

@@ -68,11 +68,11 @@ def test_without_rounding_the_autoencoder_is_the_tokenizer(autoencoder_run):
         assert torch.allclose(space.decode(maps), expected, atol=1e-5)
     assert maps.shape == (6, 5, 4, 4)
     # Cell (2, 3) of the map is token 11, in units of its channel's deviation over the images.
-    mean, std = codes.flatten(0, 1).mean(0), codes.flatten(0, 1).std(0)
+    mean, std = codes.flatten(0, 1).mean(0), codes.flatten(0, 1).std(0, correction=0)
     assert torch.allclose(maps[:, :, 2, 3], (codes[:, 11] - mean) / std, atol=1e-4)
     flat = maps.transpose(0, 1).flatten(1)
     assert torch.allclose(flat.mean(1), torch.zeros(5), atol=1e-4)
-    assert torch.allclose(flat.std(1), torch.ones(5), atol=1e-4)
+    assert torch.allclose(flat.std(1, correction=0), torch.ones(5), atol=1e-4)
 
 
 def test_it_computes_in_float32_under_autocast(autoencoder_run):
@@ -236,6 +236,22 @@ def test_what_does_not_fit_is_told(fails, photos, latent_words, autoencoder_run,
     fails("train", *words, f"stage.autoencoder={autoencoder_run}", "data.image_size=32", words="data.image_size")  # fmt: skip
     titok = [*words_of(photos), *SIZES["titok_tiny"], "stage=latents"]
     fails("train", *titok, f"stage.autoencoder={autoencoder_run}", words="needs a flextok")
+
+
+def test_latents_are_measured_alike_from_bytes_and_from_floats(autoencoder_run, latent_words):
+    from vistok.tasks.stages import resolve_stage
+
+    tok = Reconstruction(resolve_stage(config_of(*latent_words))).tokenizer
+    images, told = images_of(24), []
+    tok.initialize(images, told.append)
+    found = [tok.autoencoder.mean.clone(), tok.autoencoder.std.clone()]
+    assert told[0] == "latents, from 24 images" and len(told) == 4
+    tok.initialize(tok.to_model_range(images))
+    assert torch.equal(found[0], tok.autoencoder.mean)
+    assert torch.equal(found[1], tok.autoencoder.std)
+    maps = tok.to_signal(tok.to_model_range(images)).transpose(0, 1).flatten(1)
+    assert torch.allclose(maps.mean(1), torch.zeros(len(maps)), atol=1e-4)
+    assert torch.allclose(maps.std(1, correction=0), torch.ones(len(maps)), atol=1e-3)
 
 
 def test_it_learns_latents(autoencoder_run, latent_words):

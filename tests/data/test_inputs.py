@@ -262,6 +262,7 @@ sys.exit(make_shards.main(arguments))
 """
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_continued(tmp_path):
     source, out = tmp_path / "p", tmp_path / "o"
     source.mkdir()

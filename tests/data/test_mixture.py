@@ -8,6 +8,7 @@ from data_helpers import encode, picture
 
 from vistok.core.errors import ConfigError, DataError
 from vistok.data.datamodule import VistokDataModule
+from vistok.data.sets import nearest_shapes
 from vistok.data.shards import ShardWriter
 
 
@@ -217,9 +218,8 @@ def test_buckets_need_known_sizes(shards):
 
 
 def test_nearest_shape_by_brute_force():
-    datamodule = VistokDataModule("shards", "x", buckets=BUCKETS)
     sizes = np.random.default_rng(0).integers(1, 500, (200, 2))
-    _, which = datamodule._buckets_of(sizes)
+    which = nearest_shapes(sizes, np.array(BUCKETS))
     for (height, width), found in zip(sizes.tolist(), which.tolist(), strict=True):
         far = [abs(np.log(height / width / (h / w))) for h, w in BUCKETS]
         assert far[found] == pytest.approx(min(far))

@@ -5,8 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ConfigError, nearest
 from vistok.core.values import check, whole
+
+KINDS = ("sample", "folder", "shards", "mixture")
+
+
+def check_places(kind: str, train: Any, val: Any) -> None:
+    """Raise if `data.train` and `data.val` are not what a kind of data takes."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"data.kind={kind!r}: must be one of {', '.join(KINDS)}{nearest(str(kind), KINDS)}"
+        )
+    if kind == "sample" and (train or val):
+        raise ConfigError(
+            "data=sample brings its own images; use data=folder or data=shards to set"
+            " data.train and data.val"
+        )
+    if kind == "mixture" and train:
+        raise ConfigError("data=mixture reads data.sources; data.train is for a single source")
+    if kind in ("folder", "shards") and not train:
+        example = "/photos" if kind == "folder" else "'/sets/train-{000000..000127}.tar'"
+        raise ConfigError(f"data.train is not set; for example data.train={example}")
+    if kind == "folder" and not (isinstance(train, str) and isinstance(val, str | None)):
+        raise ConfigError("data=folder takes one folder as data.train, and one as data.val")
 
 
 def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:

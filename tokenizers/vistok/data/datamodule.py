@@ -6,39 +6,27 @@ import copy
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 
 from vistok.core import ranks as distributed
-from vistok.core.errors import ConfigError, DataError, nearest
+from vistok.core.errors import ConfigError, DataError
 from vistok.core.files import cache_dir as own_cache
 from vistok.core.terminal import counted
-from vistok.data.checks import above_zero, at_least, mixture_sources, share_pair
+from vistok.data.checks import above_zero, at_least, check_places, mixture_sources, share_pair
 from vistok.data.checks import image_size as size_of
 from vistok.data.dataset import Batch, EvalSampler, ImageDataset, ImageLoader, StreamSampler
-from vistok.data.fields import Field, candidates, check_names
-from vistok.data.order import MixtureOrder, Order, RenumberedOrder, ResampledOrder, SampleOrder
+from vistok.data.fields import check_names
+from vistok.data.order import Order
 from vistok.data.photographs import sample_shards
 from vistok.data.remote import ShardCache
+from vistok.data.sets import ImageSets
 from vistok.data.skipped import SkippedImages
-from vistok.data.sources import (
-    FolderSource,
-    MixedSource,
-    ShardSource,
-    Source,
-    expand_shards,
-    fingerprint,
-    hold_out,
-)
 from vistok.data.transforms import Transform
-
-KINDS = ("sample", "folder", "shards", "mixture")
 
 
 class VistokDataModule(L.LightningDataModule):
@@ -120,28 +108,13 @@ class VistokDataModule(L.LightningDataModule):
         timeout: float = 30.0,
     ):
         super().__init__()
-        if kind not in KINDS:
-            raise ConfigError(
-                f"data.kind={kind!r}: must be one of {', '.join(KINDS)}{nearest(str(kind), KINDS)}"
-            )
-        if kind == "sample" and (train or val):
-            raise ConfigError(
-                "data=sample brings its own images; use data=folder or data=shards to set"
-                " data.train and data.val"
-            )
+        check_places(kind, train, val)
         self.sources = mixture_sources(sources) if kind == "mixture" else {}
-        if kind == "mixture" and train:
-            raise ConfigError("data=mixture reads data.sources; data.train is for a single source")
-        if kind in ("folder", "shards") and not train:
-            example = "/photos" if kind == "folder" else "'/sets/train-{000000..000127}.tar'"
-            raise ConfigError(f"data.train is not set; for example data.train={example}")
-        if kind == "folder" and not (isinstance(train, str) and isinstance(val, str | None)):
-            raise ConfigError("data=folder takes one folder as data.train, and one as data.val")
         if channels not in (1, 3, 4):
             raise ConfigError(
                 f"data.channels={channels!r}: must be 1 (grayscale), 3 (RGB) or 4 (RGB with alpha)"
             )
-        self.kind, self.train, self.val, self.val_fraction = kind, train, val, val_fraction
+        self.kind = kind
         self.image_size = size_of(image_size)
         self.channels = channels
         self.batch_size = at_least(1, "batch_size", batch_size)
@@ -151,24 +124,22 @@ class VistokDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         if num_workers is not None:
             at_least(0, "num_workers", num_workers)
-        self.shuffle_buffer = shuffle_buffer
         if shuffle_buffer is not None:
             at_least(1, "shuffle_buffer", shuffle_buffer)
         self.seed = at_least(0, "seed", seed)
         if seed >= 2**64:
             raise ConfigError(f"data.seed={seed}: must be below 2^64")
         self.split_shards = split_shards
-        self.resample, self.scaled_decode = resample, scaled_decode
+        self.resample = resample
         self.fields = check_names(fields)
         scale = share_pair("crop_scale", crop_scale)
-        self._train_transform, *self._bucket_transforms = [
+        train_transform, *bucket_transforms = [
             Transform(size, train_crop, augment, scale=scale)
             for size in (self.image_size, *(size_of(side, "buckets") for side in buckets or ()))
         ]
         if buckets and (resample or kind == "mixture"):
             raise ConfigError("data.buckets: cannot be combined with data.resample or data=mixture")
-        self._val_transform = Transform(self.image_size, val_crop, key="data.val_crop")
-        self._cache = ShardCache(
+        cache = ShardCache(
             Path(cache_dir).expanduser() if cache_dir else own_cache() / "shards",
             int(above_zero("cache_gb", cache_gb) * 1e9),
             at_least(0, "retries", retries),
@@ -176,6 +147,25 @@ class VistokDataModule(L.LightningDataModule):
         )
         if not 0 <= max_skipped_share <= 1:
             raise ConfigError(f"data.max_skipped_share={max_skipped_share!r}: must be from 0 to 1")
+        self.sets = ImageSets(
+            kind=kind,
+            train_place=train,
+            val_place=val,
+            val_fraction=val_fraction,
+            sources=self.sources,
+            size=self.image_size,
+            channels=channels,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle_buffer=shuffle_buffer,
+            resample=resample,
+            scaled_decode=scaled_decode,
+            field_names=self.fields,
+            train_transform=train_transform,
+            bucket_transforms=bucket_transforms,
+            val_transform=Transform(self.image_size, val_crop, key="data.val_crop"),
+            cache=cache,
+        )
         self.samples_seen = 0
         self.batches_per_step = 1  # of each rank; the trainer sets it
         self.skipped = SkippedImages(max_skipped_share)
@@ -208,131 +198,25 @@ class VistokDataModule(L.LightningDataModule):
             if self._resumed is not None:
                 self._check_resumed(self._resumed)
 
-    def _source(self, name: str) -> Source:
-        key, place = f"data.{name}", getattr(self, name)
-        if self.kind == "sample":
-            paths = sample_shards(max(self.image_size))[name == "val"]
-            return ShardSource(paths, key, self._members)
-        if self.kind == "mixture" and name == "train":
-            parts = {
-                part: self._open(spec["train"], f"data.sources.{part}.train")
-                for part, spec in self.sources.items()
-            }
-            return MixedSource(parts)
-        # Labels must mean the same in both sets.
-        same = name == "val" and self.kind == "folder" and _exists(self.train)
-        return self._open(place, key, self._train_source.classes if same else None)
-
-    def _open(self, place: Any, key: str, classes: list[str] | None = None) -> Source:
-        if self.kind == "folder" or (self.kind == "mixture" and _exists(place)):
-            return FolderSource(place, key, classes)
-        return ShardSource(expand_shards(place, key, self._cache), key, self._members)
-
     @property
-    def _members(self) -> list[str]:
-        """Return the extensions of the members that the fields may be."""
-        return [extension for name in self.fields for extension in candidates(name)]
-
-    @cached_property
-    def _train_source(self) -> Source:
-        return self._source("train")
-
-    @cached_property
-    def _held_out(self) -> np.ndarray | None:
-        """Return which training samples are for validation; None if that has its own data."""
-        if self.kind == "sample" or self.val:
-            return None
-        source = self._train_source
-        parts = source.sources.values() if isinstance(source, MixedSource) else [source]
-        return np.concatenate([hold_out(part, self.val_fraction) for part in parts])
-
-    @cached_property
     def train_set(self) -> ImageDataset:
         """The training images."""
-        members = None if self._held_out is None else np.flatnonzero(~self._held_out)
-        shapes = (
-            self._train_source.shapes if members is None else self._train_source.shapes[members]
-        )
-        return ImageDataset(
-            self._train_source,
-            members,
-            self._train_transform,
-            self.channels,
-            self.seed,
-            substitute=True,
-            scaled=self.scaled_decode,
-            fields=[Field(name, self._train_source) for name in self.fields],
-            buckets=self._buckets_of(shapes) if self._bucket_transforms else None,
-        )
+        return self.sets.train
 
-    def _buckets_of(self, shapes: np.ndarray) -> tuple[Sequence[Transform], np.ndarray]:
-        """Return the transforms of the buckets, and the bucket of each image of `shapes` (N, 2)."""
-        if not shapes.all():
-            raise DataError(
-                f"data.buckets: the sizes of the images in {self._train_source.name} are not known;"
-                " write them as shards with vistok make-shards"
-            )
-        sizes = np.array([transform.size for transform in self._bucket_transforms])
-        ratios, wanted = np.log(shapes[:, 0] / shapes[:, 1]), np.log(sizes[:, 0] / sizes[:, 1])
-        return self._bucket_transforms, np.abs(ratios[:, None] - wanted).argmin(1)
-
-    @cached_property
+    @property
     def val_set(self) -> ImageDataset:
         """The validation images."""
-        if self._held_out is None:
-            source, members = self._source("val"), None
-        else:
-            source, members = self._train_source, np.flatnonzero(self._held_out)
-        fields = [Field(name, source) for name in self.fields]
-        return ImageDataset(
-            source,
-            members,
-            self._val_transform,
-            self.channels,
-            self.seed,
-            substitute=False,
-            fields=fields,
-        )
+        return self.sets.val
 
     @property
     def order(self) -> Order:
         """Return where in the endless training stream each sample stands."""
-        if self.buckets_used:
-            # A run of positions is a global batch, whose size is known once all ranks are there.
-            return self._bucket_order(self.batch_size * distributed.world_size())
-        return self._order
+        return self.sets.order
 
     @property
     def buckets_used(self) -> bool:
         """Return whether batches are of different sizes."""
-        return bool(self._bucket_transforms)
-
-    @cached_property
-    def _order(self) -> Order:
-        kind = ResampledOrder if self.resample else SampleOrder
-        sizes, source = self.train_set.shard_sizes, self._train_source
-        if not isinstance(source, MixedSource):
-            return kind(sizes, self.seed, self.shuffle_buffer)
-        ends = np.cumsum([len(part.shard_sizes) for part in source.sources.values()])
-        orders = [
-            kind(part, self.seed, self.shuffle_buffer, stream)
-            for stream, part in enumerate(np.split(sizes, ends[:-1]))
-        ]
-        try:
-            return MixtureOrder(orders, [spec["weight"] for spec in self.sources.values()])
-        except ValueError as error:
-            raise ConfigError(f"data.sources: {error}") from None
-
-    def _bucket_order(self, run: int) -> Order:
-        which = self.train_set.buckets[1]  # pyright: ignore[reportOptionalSubscript]
-        shards = np.repeat(np.arange(len(self.train_set.shard_sizes)), self.train_set.shard_sizes)
-        members = [np.flatnonzero(which == number) for number in np.unique(which)]
-        orders = [
-            SampleOrder(np.bincount(shards[part]), self.seed, self.shuffle_buffer, stream)
-            for stream, part in enumerate(members)
-        ]
-        weights = [max(len(part), len(which) / MixtureOrder.block) for part in members]
-        return RenumberedOrder(MixtureOrder(orders, weights, run), np.concatenate(members))
+        return bool(self.sets.bucket_transforms)
 
     @property
     def num_train(self) -> int:
@@ -343,6 +227,11 @@ class VistokDataModule(L.LightningDataModule):
     def num_val(self) -> int:
         """Validation images."""
         return len(self.val_set)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the training images and their order, independent of their place."""
+        return self.sets.fingerprint
 
     # ------------------------------------------------------------------ loaders
 
@@ -374,21 +263,12 @@ class VistokDataModule(L.LightningDataModule):
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        shards = 8 if self._has_files or self.split_shards else self._num_shards
+        shards = 8 if self.sets.has_files or self.split_shards else self.sets.num_shards
         return min(_cores(), 8, shards)
 
-    @property
-    def _has_files(self) -> bool:
-        """Return whether images are read from single files, for which shards say nothing."""
-        return self.kind == "folder" or any(_exists(s["train"]) for s in self.sources.values())
-
-    @property
-    def _num_shards(self) -> int:
-        return int((self.train_set.shard_sizes > 0).sum())
-
     def _check_workers(self) -> None:
-        wanted, shards = self.num_workers or 0, self._num_shards
-        if not self._has_files and wanted > shards and not self.split_shards:
+        wanted, shards = self.num_workers or 0, self.sets.num_shards
+        if not self.sets.has_files and wanted > shards and not self.split_shards:
             raise ConfigError(
                 f"data.num_workers={wanted}: too many for {counted(shards, 'training shard')}; set"
                 f" data.num_workers={shards}, or data.split_shards=true to let workers share shards"
@@ -405,12 +285,6 @@ class VistokDataModule(L.LightningDataModule):
         if num_samples is None:
             num_samples = self.batch_size * distributed.world_size()
         self.samples_seen += num_samples
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identity of the training images and their order, independent of their place."""
-        source = fingerprint(self._train_source)
-        return source if self._held_out is None else f"{source}-{self.num_train}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the data it refers to, and the images that each rank skipped."""
@@ -430,7 +304,7 @@ class VistokDataModule(L.LightningDataModule):
         return {
             "resample": self.resample,
             "weights of the sources": weights,
-            "buckets": [list(transform.size) for transform in self._bucket_transforms],
+            "buckets": [list(transform.size) for transform in self.sets.bucket_transforms],
             "global batch with buckets": run,
         }
 
@@ -441,7 +315,7 @@ class VistokDataModule(L.LightningDataModule):
             DataError: if the data are not those it belongs to.
             ConfigError: if seed or shuffling window are not.
         """
-        if "train_set" in self.__dict__:
+        if self.sets.opened:
             self._check_resumed(state_dict)
         self._resumed = state_dict
         self.samples_seen = int(state_dict["samples_seen"])
@@ -456,7 +330,7 @@ class VistokDataModule(L.LightningDataModule):
     def _check_resumed(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
-                f"{self._train_source.name}: not the training data of the run to resume"
+                f"{self.sets.train_source.name}: not the training data of the run to resume"
                 f" (fingerprint {self.fingerprint} instead of {state['fingerprint']}); restore the"
                 " data, or start a new run from its weights with init_from"
             )
@@ -540,23 +414,19 @@ class VistokDataModule(L.LightningDataModule):
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what the data are, for a run's summary: plain values only."""
+        """Describe the data for a run's summary: plain values only."""
         return {
             "kind": self.kind,
-            "train": self._train_source.name,
+            "train": self.sets.train_source.name,
             "val": self.val_set.source.name,
             "num_train": self.num_train,
             "num_val": self.num_val,
-            "shards": self._num_shards,
+            "shards": self.sets.num_shards,
             "image_size": list(self.image_size),
             "channels": self.channels,
             "num_workers": self._workers(),
             "fingerprint": self.fingerprint,
         }
-
-
-def _exists(place: Any) -> bool:
-    return isinstance(place, str) and os.path.isdir(os.path.expanduser(place))
 
 
 def _cores() -> int:

@@ -13,6 +13,7 @@ from vistok.core.geometry import as_pair
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
+from vistok.core.terminal import counted
 from vistok.core.values import Count, ImageSize
 from vistok.models.arguments import as_plain, as_tensor, in_words, is_whole
 from vistok.models.decoder import Decoder
@@ -164,12 +165,12 @@ class Tokenizer(nn.Module):
         was_training = self.training
         self.eval()
         few = self._signals(images[: self.init_images])
-        say(f"encoder, from {len(few)} images")
+        say(f"encoder, from {counted(len(few), 'image')}")
         self.encoder.initialize(few)
-        say(f"codebook, from {len(images)} images")
+        say(f"codebook, from {counted(len(images), 'image')}")
         latents = [self.encode(self._signals(chunk)).float() for chunk in chunks(images)]
         self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
-        say(f"decoder, from {len(few)} images")
+        say(f"decoder, from {counted(len(few), 'image')}")
         seen = torch.cat(latents)[: len(few)]
         quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
         self.decoder.initialize(quantized, few)

@@ -24,10 +24,11 @@ import numpy as np
 from vistok.core.errors import DataError, VistokError
 from vistok.core.terminal import counted, typed
 from vistok.data.decode import DecodeError, decode, image_extension
+from vistok.data.held_out import hold_out
 from vistok.data.index import ShardIndex, sidecar
 from vistok.data.inputs import SPOOL, Columns, Tables, end_with_parent, open_input
 from vistok.data.shards import ShardFile, ShardInfo, member_bytes, tar_bytes, write_manifest
-from vistok.data.sources import Source, hold_out
+from vistok.data.sources import Source
 from vistok.tools.words import Option, Tool, flag, fraction, names, processes, size, whole
 
 

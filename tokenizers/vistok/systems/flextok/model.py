@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vistok.core.registry import register
+from vistok.core.terminal import counted
 from vistok.core.values import Count, ImageSize
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
@@ -67,8 +70,16 @@ class FlexTok(FlexibleTokenizer):
         """The autoencoder's images of maps, if there is one."""
         return signal if self.autoencoder is None else self.autoencoder.decode(signal)
 
-    def initialize(self, images: Tensor) -> None:
-        """Measure mean and deviation of the autoencoder's latents first."""
+    def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
+        """Measure mean and deviation of the autoencoder's latents first.
+
+        Args:
+            images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
+            say: told which part comes next.
+        """
         if self.autoencoder is not None:
-            self.autoencoder.calibrate(images)
-        super().initialize(images)
+            few = images[: self.init_images]
+            say(f"latents, from {counted(len(few), 'image')}")
+            few = self.to_model_range(few) if few.dtype == torch.uint8 else few.to(self.device)
+            self.autoencoder.calibrate(few)
+        super().initialize(images, say)
