@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import as_pair
 from vistok.core.outputs import QuantizerOutput, TokenizerOutput
 from vistok.core.registry import register
@@ -56,13 +56,13 @@ class Tokenizer(nn.Module):
     ) -> None:
         super().__init__()
         if not encoder.dim == quantizer.dim == decoder.dim:
-            raise ConfigError(
-                f"tokenizer.latent_dim: encoder {encoder.dim}, quantizer {quantizer.dim} and "
+            raise ArgumentError(
+                f"latent_dim: encoder {encoder.dim}, quantizer {quantizer.dim} and "
                 f"decoder {decoder.dim} differ; all three must be equal"
             )
         if (taken := getattr(decoder, "num_tokens", encoder.num_tokens)) < encoder.num_tokens:
-            raise ConfigError(
-                f"tokenizer.decoder.num_latent_tokens: the decoder takes {taken} tokens, but the "
+            raise ArgumentError(
+                f"decoder.num_latent_tokens: the decoder takes {taken} tokens, but the "
                 f"encoder makes {encoder.num_tokens}; must be {encoder.num_tokens}"
             )
         self.encoder = encoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released
 from vistok.core.taps import NO_TAPS, Taps
@@ -63,8 +63,8 @@ class ReTok(FlexibleTokenizer):
         super().__init__(encoder, quantizer, decoder, image_size, length, channels)
         total = len(encoder.latent_positions)
         if (taken := getattr(decoder, "num_tokens", total)) < total:
-            raise ConfigError(
-                f"tokenizer.decoder.padding_start: the decoder takes {taken} tokens, but the code "
+            raise ArgumentError(
+                f"decoder.padding_start: the decoder takes {taken} tokens, but the code "
                 f"and its padding are {total}; must be the encoder's {encoder.padding_start}"
             )
 
