@@ -258,7 +258,7 @@ def count(event, details):
             os.kill(main, signal.SIGKILL)
 
 sys.addaudithook(count)
-sys.exit(make_shards.main(arguments))
+sys.exit(make_shards.TOOL(arguments))
 """
 
 

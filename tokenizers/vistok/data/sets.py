@@ -124,7 +124,7 @@ class ImageSets:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a digest that changes when other images, or their order, are trained on."""
+        """Return the identity of the training images and their order, wherever they are."""
         source = fingerprint(self.train_source)
         return source if self._held_out is None else f"{source}-{len(self.train)}"
 
