@@ -62,16 +62,15 @@ class Change(NamedTuple):
         old = " ".join(ast.unparse(self.node).split())[:70]
         return f"{self.path}:{self.node.lineno}: {old}  ->  {' '.join(self.text.split())[:70]}"  # type: ignore[attr-defined]
 
-    def applied(self) -> str:
+    def applied(self, source: bytes) -> bytes:
         """Return the source of the file with the change."""
-        source = (ROOT / self.path).read_bytes()
         starts = [0]
         for line in source.splitlines(keepends=True):
             starts.append(starts[-1] + len(line))
         node: ast.expr = self.node  # type: ignore[assignment]
         begin = starts[node.lineno - 1] + node.col_offset
         end = starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
-        return (source[:begin] + self.text.encode() + source[end:]).decode()
+        return source[:begin] + self.text.encode() + source[end:]
 
 
 def code(node: ast.AST) -> Iterator[ast.AST]:
@@ -112,36 +111,36 @@ def replacements(node: ast.AST) -> Iterator[str]:
         pass  # their conditions are nodes of their own
 
 
-def changes(part: str) -> list[Change]:
+def changes(root: Path, part: str) -> list[Change]:
     """Return all changes of the files whose path contains `part`."""
     found = []
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        relative = path.relative_to(ROOT)
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        relative = path.relative_to(root)
         if part in str(relative):
             for node in code(ast.parse(path.read_text())):
                 found += [Change(relative, node, text) for text in replacements(node)]
     return found
 
 
-def related(path: Path) -> list[str]:
+def related(root: Path, path: Path) -> list[str]:
     """Return the test files that name a module, its class or its folder; the most specific first."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    tree = ast.parse((ROOT / path).read_text())
+    tree = ast.parse((root / path).read_text())
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     scores = {}
-    for test in sorted((ROOT / "tests").rglob("test_*.py")):
+    for test in sorted((root / "tests").rglob("test_*.py")):
         text = test.read_text()
         own = f"from {module} import" in text or f"import {module}" in text
         parts = path.stem in test.stem or path.parent.name in test.stem
         score = 4 * own + 2 * parts + any(name in text for name in names if name[0] != "_")
         if score or path.parent.name in test.parts:
-            scores[str(test.relative_to(ROOT))] = score
+            scores[str(test.relative_to(root))] = score
     first = sorted(scores, key=lambda name: -scores[name])[:12]
     return first or ["tests/test_pipeline.py"]
 
 
-def notices(clone: Path, tests: list[str], limit: float) -> str:
-    """Run tests in the clone; return the first that failed, or ""."""
+def failing(clone: Path, tests: list[str], limit: float) -> str:
+    """Run tests in the clone; return the first that failed, or why there is none, or ""."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -154,7 +153,31 @@ def notices(clone: Path, tests: list[str], limit: float) -> str:
         return ""
     lines = result.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return (failed or lines[-1:] or ["pytest failed"])[0][:150]
+    return (failed or lines[-1:] or ["pytest failed"])[0]
+
+
+class Tests:
+    """Runs tests of a clone; those that fail without a change are left out from then on."""
+
+    def __init__(self, clone: Path, limit: float) -> None:
+        self.clone, self.limit = clone, limit
+        self.broken: list[str] = []
+
+    def notice(self, change: Change, tests: list[str]) -> str:
+        """Return the first test that fails with the change and passes without it, or ""."""
+        path = self.clone / change.path
+        before = path.read_bytes()
+        while True:
+            path.write_bytes(change.applied(before))
+            left_out = [f"--deselect={name}" for name in self.broken]
+            failed = failing(self.clone, [*tests, *left_out], self.limit)
+            path.write_bytes(before)
+            kind, _, rest = failed.partition(" ")
+            name = rest.partition(" - ")[0]
+            if kind != "FAILED" or not failing(self.clone, ["-n", "0", name], self.limit):
+                return failed
+            print(f"      fails without a change: {name}", flush=True)
+            self.broken.append(name)
 
 
 def main() -> int:
@@ -167,27 +190,23 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one run of tests")
     given = parser.parse_args()
-    found = changes(given.of)
-    chosen = random.Random(given.seed).sample(found, min(given.count, len(found)))
-    if given.show:
-        print(*chosen, sep="\n")
-        return 0
-    survived = []
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+        found = changes(clone, given.of)
+        chosen = random.Random(given.seed).sample(found, min(given.count, len(found)))
+        if given.show:
+            print(*chosen, sep="\n")
+            return 0
+        tests, killed = Tests(clone, given.limit), 0
         for number, change in enumerate(chosen, 1):
-            path, before = clone / change.path, (clone / change.path).read_text()
-            path.write_text(change.applied())
-            notice = notices(clone, ["-n", "0", *related(change.path)], given.limit)
+            notice = tests.notice(change, ["-n", "0", *related(clone, change.path)])
             if not notice and not given.related:
-                notice = notices(clone, [], given.limit)
-            path.write_text(before)
+                notice = tests.notice(change, [])
+            killed += bool(notice)
             print(f"{number:3d} {'killed  ' if notice else 'SURVIVED'} {change}", flush=True)
-            print(f"      {notice}", flush=True)
-            if not notice:
-                survived.append(change)
-    print(f"{len(chosen) - len(survived)} of {len(chosen)} killed, {len(found)} places in all")
+            print(f"      {notice[:150]}", flush=True)
+    print(f"{killed} of {len(chosen)} killed; {len(found)} places in all")
     return 0
 
 
