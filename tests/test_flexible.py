@@ -140,9 +140,9 @@ def spied(tok, monkeypatch):
     seen = []
     forward = tok.decoder.forward
 
-    def spy(quantized, images, mask=None):
+    def spy(quantized, images, mask=None, **more):
         seen.append((quantized, mask))
-        return forward(quantized, images, mask)
+        return forward(quantized, images, mask, **more)
 
     monkeypatch.setattr(tok.decoder, "forward", spy)
     return seen
@@ -188,8 +188,8 @@ def test_dropped_tokens_get_no_gradient_from_the_picture():
     tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
     quantized = torch.randn(2, 4, 16, requires_grad=True)
     images = tok.to_model_range(images_of(2))
-    prediction, target = tok.decoder(quantized[:, :2], images)
-    (prediction - target).square().mean().backward()
+    said = tok.decoder(quantized[:, :2], images)["image"]
+    (said.value - said.target).square().mean().backward()
     assert (quantized.grad[:, :2] != 0).any() and (quantized.grad[:, 2:] == 0).all()
 
 
@@ -429,7 +429,7 @@ def test_an_image_keeps_its_seed_while_others_are_done():
     # One image after the other reaches its target, the last ones never.
     targets = quality[range(6), [0, 1, 2, 0, 1, 2]] - SLACK
     targets[5] = 99.0
-    wanted = [[1, 2, 4][int((row >= t).int().argmax())] for row, t in zip(quality, targets, strict=True)]  # fmt: skip
+    wanted = [[1, 2, 3, 4][int((row >= t).int().argmax())] for row, t in zip(quality, targets, strict=True)]  # fmt: skip
     wanted[5] = 4
     for given in (seeds, tuple(seeds), torch.tensor(seeds), np.array(seeds), range(1, 7)):
         with pytest.warns(UserWarning, match="1 of 6"):
@@ -619,8 +619,8 @@ def test_bytes_that_are_no_code():
     tok = tiny_tokenizer("quantizer.codebook_size=11", tokenizer="one_d_piece_tiny")
     packed = tok.to_bytes(tok.tokenize(images_of(2)))
     for bad, words in (
-        ([packed[0], packed[1][:1]], "image 1 is no code of 4 tokens: 1 bytes, where 2 are"),
-        ([packed[0], b"\xff\xff"], "image 1 is no code of 4 tokens: a number beyond"),
+        ([packed[0], packed[1][:1]], "image 1 is not a code of 4 tokens: 1 bytes, where 2 are"),
+        ([packed[0], b"\xff\xff"], "image 1 is not a code of 4 tokens: a number beyond"),
         (packed[0], r"packed: expected the bytes of each image, .*found bytes"),
     ):
         with pytest.raises(ConfigError, match=words):
