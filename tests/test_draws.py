@@ -162,7 +162,8 @@ def test_what_a_decoder_draws_in_training_is_the_samples_own(kind):
         part = slice(first, last)
         condition = {"text": text[part]} if kind == "text" else {}
         with torch.no_grad(), drawing(3, torch.arange(first, last), 0):
-            return net(quantized[part], images[part], **condition)
+            said = net(quantized[part], images[part], **condition)["image"]
+            return said.value, said.target
 
     whole, parts = predicted(0, 8), [predicted(0, 3), predicted(3, 8)]
     for one, several in zip(whole, zip(*parts, strict=True), strict=True):

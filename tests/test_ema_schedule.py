@@ -83,22 +83,22 @@ def test_averages_and_parameters_are_exchanged():
 
 def test_an_exception_puts_the_parameters_back():
     module = nn.Module()
-    module.tokenizer, module.ema = network(), None
+    module.model, module.ema = network(), None
     callback = AveragedWeights()
     callback.on_validation_start(None, module)  # a module without averages stays as it is
     callback.on_exception(None, module, KeyboardInterrupt())
-    module.ema = EMA(module.tokenizer, 0.9)
-    scramble(module.tokenizer)
-    live = copy.deepcopy(module.tokenizer.state_dict())
+    module.ema = EMA(module.model, 0.9)
+    scramble(module.model)
+    live = copy.deepcopy(module.model.state_dict())
     for end in (False, True, False):
         callback.on_validation_start(None, module)
         assert module.ema.swapped
-        assert not torch.equal(module.tokenizer[0].weight, live["0.weight"])
+        assert not torch.equal(module.model[0].weight, live["0.weight"])
         if end:
             callback.on_validation_epoch_end(None, module)
         callback.on_exception(None, module, KeyboardInterrupt())
         assert not module.ema.swapped
-        assert all(torch.equal(v, live[k]) for k, v in module.tokenizer.state_dict().items())
+        assert all(torch.equal(v, live[k]) for k, v in module.model.state_dict().items())
 
 
 def test_ema_state_round_trip_and_reset():

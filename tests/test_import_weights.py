@@ -539,7 +539,7 @@ def test_a_tokenizer_config_has_the_published_shapes():
 def test_means_are_those_of_the_channels():
     with pytest.raises(ConfigError, match="mean: 3 values for 1 channels"):
         MaskGITEncoder(16, 1, 32, [1, 2], 8, mean=[0.1, 0.2, 0.3])
-    with pytest.raises(ConfigError, match=r"std=\[0.2, 0.0, 0.2\]: must be above 0"):
+    with pytest.raises(ConfigError, match=r"std=\[0.2, 0.0, 0.2\]: must be a number above 0"):
         MaskGITEncoder(16, 3, 32, [1, 2], 8, std=[0.2, 0.0, 0.2])
     torch.manual_seed(0)
     plain = MaskGITEncoder(16, 3, 32, [1, 2], 8)

@@ -100,7 +100,7 @@ def test_the_calls_of_users():
     with pytest.raises(ConfigError, match="LatentTransformerDecoder takes no such argument"):
         tiny_tokenizer().detokenize(tok.tokenize(images_of(2)), text=text)
     with pytest.raises(ConfigError, match="text_dropout=2"):
-        decoder(text_dropout=2)
+        tiny_tokenizer("tokenizer.decoder.text_dropout=2", tokenizer="ta_titok_tiny")
 
 
 def test_a_text_says_what_tokens_cannot():

@@ -150,7 +150,7 @@ def rule_of(annotation: Any) -> Rule | None:
         return _list_of(rule_of(inner[0]))
     if origin in (collections.abc.Mapping, dict) or typing.is_typeddict(annotation):
         return Rule("a group of keys", lambda v: isinstance(v, Mapping))
-    if isinstance(annotation, type) and not getattr(annotation, "_is_protocol", False):
+    if isinstance(annotation, type) and typing.Protocol not in annotation.__bases__:
         return _part(annotation)
     return None
 

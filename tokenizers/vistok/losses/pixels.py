@@ -9,7 +9,7 @@ from torch import Tensor
 from vistok.core.ranks import all_reduce_mean_with_grad
 from vistok.core.registry import register
 from vistok.core.signatures import check_values
-from vistok.core.values import Positive
+from vistok.core.values import NonNegative
 from vistok.models.term import Step, Term
 
 
@@ -49,7 +49,9 @@ class LogMSELoss(_Pointwise):
             logarithm each, so with "batch" the split of a step matters.
     """
 
-    def __init__(self, floor: Positive = 1e-4, per: Literal["sample", "batch"] = "sample") -> None:
+    def __init__(
+        self, floor: NonNegative = 1e-4, per: Literal["sample", "batch"] = "sample"
+    ) -> None:
         super().__init__()
         check_values(LogMSELoss, locals())
         self.floor = floor
