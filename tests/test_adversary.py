@@ -53,13 +53,21 @@ def words(photos, tmp_path, monkeypatch):
 
 @pytest.fixture
 def starts(monkeypatch):
-    """The states that runs begin with."""
+    """The states that runs begin with; of the logits some lie beyond the hinges."""
     kept = []
 
     def keep(self):
+<<<<<<< HEAD
         if self.objective.players:
             discriminator = self.objective.players["adversarial"].discriminator.state_dict()
             kept.append([copied(self.tokenizer.state_dict()), copied(discriminator)])
+=======
+        if self.adversary is not None:
+            discriminator = self.adversary.discriminator
+            if self.trainer.global_step == 0:
+                discriminator.layers[-1].weight.data *= 4
+            kept.append([copied(self.tokenizer.state_dict()), copied(discriminator.state_dict())])
+>>>>>>> refs/heads/cirepair
 
     monkeypatch.setattr(Reconstruction, "on_train_start", keep, raising=False)
     return kept
@@ -160,6 +168,8 @@ def test_a_run_is_the_loop_by_hand(words, tmp_path, starts):
         ]
         # Both gradients are taken before either moves.
         grads = [torch.autograd.grad(loss, own, allow_unused=True) for loss, own, *_ in players]
+        # Of one that is 0 but for rounding, Adam would make a first step of chance.
+        assert step > 1 or all(grad.abs().max() > 1e-4 for grad in grads[1])
         for (_, own, optimizer, largest, base), found in zip(players, grads, strict=True):
             for parameter, grad in zip(own, found, strict=True):
                 parameter.grad = grad
@@ -172,10 +182,15 @@ def test_a_run_is_the_loop_by_hand(words, tmp_path, starts):
             expected[name].append(float(loss.detach()))
     for name, values in expected.items():
         found = list(floats(tmp_path / "run", f"loss/{name}").values())
-        assert found == pytest.approx(values, rel=1e-4, abs=1e-6), name
+        assert found == pytest.approx(values, rel=3e-4, abs=1e-5), name
     state = state_of(tmp_path / "run")
     for key, value in discriminator.state_dict().items():
+<<<<<<< HEAD
         torch.testing.assert_close(state["players"]["adversarial"]["discriminator"][key], value)
+=======
+        found = state["adversary"]["discriminator"][key]  # six steps move a weight by 1e-2
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=3e-4)
+>>>>>>> refs/heads/cirepair
     assert state["global_step"] == 6  # the tokenizer's steps alone
 
 

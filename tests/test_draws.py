@@ -58,7 +58,8 @@ def test_numbers_belong_to_positions():
     whole = all_kinds(torch.arange(8))
     parts = [all_kinds(torch.arange(a, a + 2)) for a in (0, 2, 4, 6)]
     for kind, joined in enumerate(whole):
-        assert torch.equal(joined, torch.cat([part[kind] for part in parts]))
+        cut = torch.cat([part[kind] for part in parts])
+        assert torch.allclose(joined, cut, atol=1e-6) if kind == 0 else torch.equal(joined, cut)
     other_seed, other_step = all_kinds(torch.arange(8), seed=2), all_kinds(torch.arange(8), step=4)
     assert all(not torch.equal(a, b) for a, b in zip(whole, other_seed, strict=True))
     assert [torch.equal(a, b) for a, b in zip(whole, other_step, strict=True)] == [True] * 3 + [
