@@ -174,7 +174,9 @@ class Tests:
             path.write_bytes(before)
             kind, _, rest = failed.partition(" ")
             name = rest.partition(" - ")[0]
-            if kind != "FAILED" or not failing(self.clone, ["-n", "0", name], self.limit):
+            if kind not in ("FAILED", "ERROR") or not failing(
+                self.clone, ["-n", "0", name], self.limit
+            ):
                 return failed
             print(f"      fails without a change: {name}", flush=True)
             self.broken.append(name)
