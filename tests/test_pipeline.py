@@ -605,7 +605,7 @@ def test_wandb_in_one_word(words, tmp_path):
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     assert list(run.rglob("*.wandb")), sorted(run.rglob("*"))
-    assert "kept offline" in result.stdout
+    assert "stored offline" in result.stdout
     assert len(losses_of(run)) == 2
 
 
