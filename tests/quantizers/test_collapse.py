@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from quantizers.conftest import NAMES, build, load_config, total_loss
+from vistok.quantizers.codebook_stats import CodebookStats
 from vistok.quantizers.usage import CodeUsage, collapse_advice
 from vistok.quantizers.vq import VectorQuantizer
 
@@ -97,3 +98,16 @@ def test_usage_statistics():
     expected = sum(float((-(q * q.log()).sum()).exp()) for q in p) / 2
     assert abs(computed["perplexity"] - expected) < 1e-5
     assert not list(usage.state_dict()) and not list(usage.buffers())
+
+
+def test_averages_are_smoothed_as_published():
+    """van den Oord et al. 2017: (n + e) / (N + K e) N, so that the smoothed counts add up to N."""
+    sums = torch.randn(3, 2, dtype=torch.float64)
+    stats = CodebookStats(sums, 0.9, True, 0.0, "none").double()
+    stats.counts.copy_(torch.tensor([0.0, 0.5, 2.5]))
+    codes = torch.empty_like(sums)
+    stats.means_into(codes)
+    smoothed = (sums / codes)[:, 0]
+    torch.testing.assert_close(smoothed.sum(), stats.counts.sum(), rtol=1e-12, atol=0)
+    share = (stats.counts + 1e-5) / (3 + 3e-5)
+    torch.testing.assert_close(smoothed, 3 * share, rtol=1e-12, atol=0)
