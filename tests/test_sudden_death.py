@@ -467,8 +467,8 @@ def test_kills_change_nothing(photos, tmp_path, kills, steps):
     report = json.loads(result.stdout.splitlines()[-1])
     print(report)
     assert report["kills"] == kills and report["steps_lost"] > 0
-    assert report["in_a_write"] >= kills // 6
-    assert report["while_starting"] >= 1 or kills < 30
+    if kills >= 30:  # so many that some must fall there
+        assert report["in_a_write"] >= kills // 6 and report["while_starting"] >= 1
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert_same_training(killed, whole)
     assert losses_of(killed) == losses_of(whole)
