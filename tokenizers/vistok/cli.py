@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
+from vistok.core.leaving import ends_with
 from vistok.core.plugins import import_plugins
 from vistok.core.terminal import typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vistok COMMAND ...`, and return the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        return ends_with(main(sys.argv[1:]))
+    argv = list(argv)
     command, *words = argv or ["--help"]
     if command in ("-h", "--help", "help"):
         from vistok.help import overview
@@ -299,7 +302,9 @@ def _tool(name: str) -> Callable[[list[str]], int]:
 
 def _guarded(command: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int:
     """Run a command; an error that the user can mend becomes one line and exit code 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        return ends_with(_guarded(command, sys.argv[1:]))
+    argv = list(argv)
     debug = bool(os.environ.get("VISTOK_DEBUG")) or any(map(_asks_for_traceback, argv))
     try:
         return command(argv) or 0
