@@ -150,13 +150,17 @@ class Tokenizer(nn.Module):
             self.get_submodule(name).eval()
         return self
 
+    calibrates = False  # whether `calibrate` measures something, with `init=random` too
+
+    def calibrate(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
+        """Measure on training images what no loss teaches; arguments as of `initialize`."""
+
     @torch.no_grad()
     def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
         """Set what learns faster from a good start, before the first step.
 
-        In the order of the data's way: the encoder from images, the quantizer (projections and
-        codebook) from latents, the decoder from quantized latents. Images go through in chunks, and
-        encoder and decoder look at no more of them than they need, so memory is bounded.
+        After `calibrate` the encoder from images, the quantizer from latents, the decoder from
+        quantized latents; in chunks and from no more images than they need, to bound the memory.
 
         Args:
             images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
@@ -164,6 +168,7 @@ class Tokenizer(nn.Module):
         """
         was_training = self.training
         self.eval()
+        self.calibrate(images, say)
         few = self._signals(images[: self.init_images])
         say(f"encoder, from {counted(len(few), 'image')}")
         self.encoder.initialize(few)

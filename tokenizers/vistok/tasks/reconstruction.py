@@ -67,14 +67,14 @@ class Reconstruction(Task):
 
     def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
         """Take the weights of `init_from`, else start from data, else leave the random ones."""
-        source = self.config["init_from"]
+        source, tokenizer = self.config["init_from"], self.tokenizer.to(device)
+        from_data = starts_from_data(self.config)
         if source:
             weights = load(find_checkpoint_or_export(source)).state_dict()
-            load_weights(self.tokenizer, weights, str(source))
-        elif starts_from_data(self.config):
-            tokenizer = self.tokenizer.to(device)
-            images = data.init_batches(self._init_images())
-            tokenizer.initialize(images, _say_start)
+            load_weights(tokenizer, weights, str(source))
+        elif from_data or tokenizer.calibrates:
+            start = tokenizer.initialize if from_data else tokenizer.calibrate
+            start(data.init_batches(self._init_images()), _say_start)
         if self.ema is not None:
             self.ema.reset()
 
