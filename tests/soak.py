@@ -28,7 +28,7 @@ TOUCHES = {"open", "os.link", "os.remove", "os.rename"}
 
 
 def attempt(words: list[str], run: Path, log: Path, mortal: tuple[int, bool] | None = None) -> int:
-    """Run a command in a process of its own; its exit code.
+    """Run a command in a separate process and return its exit code.
 
     With `mortal` (n, pieces) it is killed at the n-th time that it touches a file of its run;
     each piece that goes into a checkpoint counts, too, if `pieces`.

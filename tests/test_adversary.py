@@ -1,4 +1,4 @@
-"""Two optimizers: a discriminator beside the tokenizer, against a loop by hand and on two ranks."""
+"""Two optimizers: a discriminator next to the tokenizer, against a loop by hand and on two ranks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What make-shards reads beside folders: lists, tables, shards; and that a kill costs nothing."""
+"""What make-shards reads in addition to folders: lists, tables, shards; and that a kill costs nothing."""
 
 import fcntl
 import io

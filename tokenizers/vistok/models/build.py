@@ -72,7 +72,7 @@ def starts_from_data(config: Mapping[str, Any]) -> bool:
     With `init=random` they stay as they are constructed.
 
     Args:
-        config: resolved; runs of before the key was there all start from data.
+        config: resolved; runs from before the key existed all start from data.
 
     Raises:
         ConfigError: if `init` is another word.

@@ -27,7 +27,7 @@ def start_conv_(conv: nn.Conv2d, maps: Tensor, reference: float = _REFERENCE) ->
 
     Turned at random, so that every channel says a little of everything, and the channels that a
     group norm takes together are on one scale. A constant is added to one half of the channels
-    and taken off the other: beside it, a norm over the image leaves brightness and contrast as
+    and taken off the other: next to it, a norm over the image leaves brightness and contrast as
     they are, nearly, instead of wiping them out.
 
     Args:

@@ -194,7 +194,7 @@ class FSQ(Quantizer):
     def _tiled(self, codes: Tensor) -> tuple[Tensor, Iterable[Tensor]]:
         """Codes as `(rows, tile, c)`, and the constants of `tiles` as `(tile, c)`.
 
-        A handful of channels is too short a row to compute with: beside constants that are
+        A handful of channels is too short a row to compute with: next to constants that are
         repeated for 64 tokens the same arithmetic takes half the time on a CPU.
         """
         rows = codes.numel() // len(self.levels)
