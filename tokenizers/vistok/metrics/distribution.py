@@ -12,6 +12,7 @@ from torch import Tensor
 from vistok.core.errors import DataError
 from vistok.core.registry import name_of, register
 from vistok.core.signatures import check_values
+from vistok.core.terminal import counted
 from vistok.core.values import Count, Index
 from vistok.metrics.image import ImageMetric
 from vistok.nn.frozen import Frozen
@@ -74,7 +75,9 @@ class DistributionMetric(ImageMetric):
 
     def _need(self, images: int, least: int) -> None:
         if images < least:
-            raise DataError(f"{self._named()}: {images} images; needs {least} or more")
+            raise DataError(
+                f"{self._named()}: found {counted(images, 'image')}; needs {least} or more"
+            )
 
 
 @register("frechet", kind="metric")
@@ -126,9 +129,9 @@ class FrechetDistance(DistributionMetric):
         self._need(images, 2)
         if images <= self.dim:
             warnings.warn(
-                f"{self._named()}: {images} images for {self.dim} dimensions: the covariances have "
-                f"no full rank and the distance is far too large; compare at equal numbers alone, "
-                f"or take more than {self.dim} images",
+                f"{self._named()}: {counted(images, 'image')} for {self.dim} dimensions: the "
+                "covariances have no full rank and the distance is far too large; compare at equal "
+                f"numbers of images alone, or take more than {self.dim}",
                 stacklevel=2,
             )
         whole = self._distance(list(range(self.halves)))

@@ -35,7 +35,7 @@ class ImageMetric(Metric):
 
     full_state_update = False
     is_differentiable = False
-    higher_is_better: bool
+    higher_is_better: bool  # type: ignore[reportIncompatibleVariableOverride]
 
     @abstractmethod
     def update(self, originals: Tensor, reconstructions: Tensor) -> None:

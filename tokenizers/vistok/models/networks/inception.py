@@ -39,7 +39,7 @@ class Unit(nn.Module):
     ) -> None:
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(side // 2 for side in sides) if padded else 0
+        padding = (sides[0] // 2, sides[1] // 2) if padded else (0, 0)
         self.conv = nn.Conv2d(width, wider, sides, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(wider, eps=0.001)
 
@@ -164,9 +164,10 @@ def _at_8(width: int, pooling: str) -> Mixed:
 class Inception(Network):
     """The Inception v3 of FID: vectors of 2048, pooled, and the class logits of its score.
 
-    TensorFlow's graph of 2015 as ported to PyTorch, with what differs from torchvision's Inception:
+    TensorFlow's graph of 2015 as ported to PyTorch, with what differs from torchvision's:
     poolings that leave padding out, one maximum in the last block, 1008 classes, logits without
-    bias, and TensorFlow's way to resize to 299 px, without antialiasing. It equals torch-fidelity's.
+    bias, and TensorFlow's way to resize to 299 px, without antialiasing. torch-fidelity has the
+    same.
 
     Papers: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567; FID, Heusel et al. 2017,
     https://arxiv.org/abs/1706.08500.
@@ -189,7 +190,7 @@ class Inception(Network):
             weights,
             "FID's Inception",
             _PUBLISHED,
-            "; lite0 comes with a package (never call it FID)",
+            "; lite0 comes with a package",
         )
         check_hash(path, sha256)
         super().__init__()

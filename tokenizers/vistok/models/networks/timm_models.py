@@ -53,9 +53,9 @@ class _FromTimm(Network):
 class Lite0(_FromTimm):
     """EfficientNet-Lite0 with ImageNet weights from a package: maps, vectors and logits.
 
-    Images keep their size, whatever it is. Maps are those of strides 2 to 32. Vectors are means over
-    places: of stride 16 (112 channels) by default, so that a Fréchet distance needs hundreds of
-    images, and not thousands.
+    Images keep their size, whatever it is. Maps are those of strides 2 to 32. Vectors are means
+    over places: of stride 16 (112 channels) by default, so that a Fréchet distance needs hundreds
+    of images, and not thousands.
 
     Paper: Tan and Le 2019, https://arxiv.org/abs/1905.11946.
 
@@ -185,7 +185,7 @@ class TimmNetwork(_FromTimm):
         return size if self.depths is None else {**size, "depths": self.depths}
 
     def _resized(self, images: Tensor) -> Tensor:
-        """Return normalized squares; bicubic interpolation overshoots at edges, which is cut off."""
+        """Return normalized squares; what bicubic interpolation overshoots is cut off."""
         self.check(images.shape[1], (images.shape[2], images.shape[3]))
         size = (self.input_size, self.input_size)
         x = images.to(self.mean.dtype)
