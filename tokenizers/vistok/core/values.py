@@ -185,14 +185,6 @@ def _part(cls: type) -> Rule:
 
 Count = Annotated[int, whole(1)]
 Index = Annotated[int, whole(0)]
-#: Samples seen, or a share of those of the whole run: 250000 are samples, 0.3 is three tenths.
-Samples = Annotated[
-    float,
-    Rule(
-        "a whole number, 0 or more, or a share of the run such as 0.3",
-        lambda v: is_number(v) and v >= 0 and (is_whole(v) or v <= 1),
-    ),
-]
 CodebookSize = Annotated[int, whole(2)]
 Share = Annotated[float, number(0, 1)]
 Positive = Annotated[float, Rule("a number above 0", lambda v: is_number(v) and v > 0)]

@@ -15,7 +15,7 @@ from vistok.core.errors import ArgumentError, ConfigError, nearest
 from vistok.core.registry import build, check_arguments, register, registered, resolve
 from vistok.core.sample_random import aside
 from vistok.core.signatures import check_values
-from vistok.core.values import NonNegative, Samples
+from vistok.core.values import Index, NonNegative, Share
 from vistok.losses.gradients import adaptive_scale, carried, leaf_of
 from vistok.models.term import MakeOptimizer, Player, Step, Term, check_taps
 from vistok.models.tokenizer import Tokenizer
@@ -28,25 +28,27 @@ class Entry:
     Attributes:
         weight: of the term in the sum.
         of: name of the prediction that it compares.
-        start_samples: position in the data from which it counts. 0.3 is three tenths of the run,
-            until `resolved` says how many samples these are.
-        ramp_samples: samples, or a share of the run, over which its weight rises from 0, linearly;
-            0 for at once.
+        start_samples: position in the data from which it counts; 0 for what `start` says.
+        ramp_samples: samples over which its weight rises from 0, linearly; 0 for what `ramp` says.
+        start: the same as a share of the run, until `resolved` says how many samples these are.
+        ramp: the same as a share of the run.
         adaptive: whether the weight is times the ratio of the other terms' gradient to the term's
             own at the decoder's last layer; see `adaptive_scale`.
     """
 
     weight: NonNegative
     of: str = "image"
-    start_samples: Samples = 0
-    ramp_samples: Samples = 0
+    start_samples: Index = 0
+    ramp_samples: Index = 0
+    start: Share = 0.0
+    ramp: Share = 0.0
     adaptive: bool = False
 
     def resolved(self, total_samples: int) -> Entry:
         """Return it with shares in samples of a run of `total_samples`."""
-        start = in_samples(self.start_samples, total_samples)
-        ramp = in_samples(self.ramp_samples, total_samples)
-        return replace(self, start_samples=start, ramp_samples=ramp)
+        start = self.start_samples or round(self.start * total_samples)
+        ramp = self.ramp_samples or round(self.ramp * total_samples)
+        return replace(self, start_samples=start, ramp_samples=ramp, start=0.0, ramp=0.0)
 
     def counts(self, samples_seen: int) -> bool:
         """Return whether the term has started."""
@@ -61,9 +63,15 @@ class Entry:
         return self.weight * min(1.0, (samples_seen - self.start_samples) / self.ramp_samples)
 
 
-def in_samples(value: float, total_samples: int) -> int:
-    """Return a number of samples, of which one with a decimal point is a share."""
-    return value if isinstance(value, int) else round(value * total_samples)
+def resolve_terms(terms: Mapping[str, Any], total_samples: int) -> None:
+    """Turn the shares in the config of an objective's terms into samples, in place."""
+    for options in terms.values():
+        if isinstance(options, dict):
+            for name in ("start", "ramp", "warmup"):
+                if share := options.get(name):
+                    given = options.get(f"{name}_samples")
+                    options[f"{name}_samples"] = given or round(share * total_samples)
+                    options[name] = 0.0
 
 
 class Objective(nn.Module):
@@ -110,7 +118,7 @@ class Objective(nn.Module):
         for table in (self.entries, self.quantizer):
             table.update({name: entry.resolved(total_samples) for name, entry in table.items()})
         for player in self.players.values():
-            player.warmup_samples = in_samples(player.warmup_samples, total_samples)
+            player.warmup_samples = player.warmup_samples or round(player.warmup * total_samples)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return all losses unweighted under their names, and their weighted sum as "total"."""
@@ -251,7 +259,7 @@ class QuantizerLoss(Term):
         raise AssertionError("the objective reads the quantizer's losses itself")
 
 
-_COMMON = ("weight", "of", "start_samples", "ramp_samples", "adaptive")
+_COMMON = ("weight", "of", "start_samples", "ramp_samples", "start", "ramp", "adaptive")
 
 
 def _reads_the_prediction_alone(term: Term) -> bool:
@@ -264,8 +272,8 @@ def build_objective(
     """Build the objective of a run.
 
     Args:
-        config: `terms`: name to `_target_`, `weight`, `of`, `start_samples`, `ramp_samples`, and
-            the term's own arguments; null for an entry that is not wanted.
+        config: `terms`: name to `_target_`, the fields of `Entry`, and the term's own arguments;
+            null for an entry that is not wanted.
         tokenizer: what is trained; every term is checked against its heads and taps.
         key: where the config lies in the run's, for messages.
 

@@ -80,14 +80,15 @@ class Player(ABC):
     Attributes:
         accepts: as of a term.
         taps: as of a term.
-        warmup_samples: how long it learns before the tokenizer's loss reads it; a share of the run
-            until the run knows its length.
+        warmup_samples: how long it learns before the tokenizer's loss reads it.
+        warmup: the same as a share of the run, where `warmup_samples` is 0.
         gradient: of the last `__call__`, with respect to the prediction; None if there is none.
     """
 
     accepts: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
-    warmup_samples: float = 0
+    warmup_samples: int = 0
+    warmup: float = 0.0
     gradient: Tensor | None = None
 
     def start(self) -> None:

@@ -109,11 +109,13 @@ def _train(
             f"trainer.precision=16: does not work with loss.terms.{names}; use bf16 or 32"
         )
     set_batches(config, data, trainer)
+    task.settle(trainer, data)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     write_run_files(config, folder)
     announce(task, data, trainer, folder, resume)
     if resume is None:
         task.start_weights(data, trainer.strategy.root_device)
+        task.objective.start()
     try:
         with stop.listening(signal.SIGINT):
             fit(trainer, task, data, resume)
@@ -140,7 +142,7 @@ def _train(
         raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
     if task.validated_step != trainer.global_step:
         trainer.validate(task, datamodule=data, verbose=False)
-    summary = task.summary(trainer)
+    summary = task.summary(trainer) | task.guard.summary() | task.health.summary()
     summary |= {"steps": trainer.global_step, "samples_seen": data.samples_seen}
     summary["seconds"] = round(time.time() - started, 1)
     summary["skipped_images"] = len(set().union(*ranks.gather(list(data.skipped))))

@@ -20,7 +20,7 @@ from vistok.core.ranks import (
 )
 from vistok.core.registry import register
 from vistok.core.taps import Taps
-from vistok.core.values import Count, Decay, NonNegative, Samples, filled_list
+from vistok.core.values import Count, Decay, Index, NonNegative, Share, filled_list
 from vistok.losses.gan.augment import DiffAugment
 from vistok.losses.gan.discriminators import Discriminator
 from vistok.losses.gan.players import GAMES, gradient_penalty, lecam_penalty
@@ -99,8 +99,9 @@ class Adversary(Player):
         optimizer: `lr`, `betas` and `weight_decay` of its AdamW; warm-up and decay are the
             tokenizer's.
         gradient_clip_val: largest norm of its gradient; None for no bound.
-        warmup_samples: how long it learns before the tokenizer's loss reads it; 0.05 is a twentieth
-            of the run.
+        warmup_samples: how long it learns before the tokenizer's loss reads it; 0 for what
+            `warmup` says.
+        warmup: the same as a share of the run.
         loss: of both players, see `losses/gan/players.py`. "hinge_non_saturating" is hinge for
             the discriminator and softplus for the tokenizer (Open-MAGVIT2, IBQ, Hita).
         augment: of all that the discriminator sees; None for none.
@@ -120,7 +121,8 @@ class Adversary(Player):
         discriminator: nn.Module,
         optimizer: AdamOptions,
         gradient_clip_val: NonNegative | None = 1.0,
-        warmup_samples: Samples = 0,
+        warmup_samples: Index = 0,
+        warmup: Share = 0.0,
         loss: Literal[
             "hinge",
             "vanilla",
@@ -139,6 +141,7 @@ class Adversary(Player):
         self.options = optimizer
         self.clip = gradient_clip_val
         self.warmup_samples = warmup_samples
+        self.warmup = warmup
         self.game = GAMES[loss]
         self.augment = augment
         self.lecam = lecam
