@@ -155,7 +155,7 @@ class Checkpoints(Checkpoint):
         self.writer.settle()
         self._step = trainer.global_step
         # While steps are skipped the state may be what makes them so, and the last one is not.
-        if self._step % self.every == 0 and not module.guard.in_a_row:
+        if self._step % self.every == 0 and module.guard.proven:
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsFile):
                     logger.log_early(trainer)

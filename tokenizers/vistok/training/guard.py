@@ -38,12 +38,14 @@ class Guard:
         skipped: steps skipped so far.
         in_a_row: up to the last step.
         returns: how often the run went back.
+        proven: whether the last step was finite, so that the state is worth keeping.
     """
 
     def __init__(self, most_in_a_row: int) -> None:
         check("callbacks.max_skipped_steps", most_in_a_row, Count)
         self.most_in_a_row = most_in_a_row
         self.skipped = self.in_a_row = self.returns = 0
+        self.proven = True
         self.tried: list[int] = []  # steps of the checkpoints gone back to
 
     def judge(self, numbers: Mapping[str, Tensor], step: int) -> bool:
@@ -57,7 +59,8 @@ class Guard:
         """
         stacked = torch.stack([value.detach().float() for value in numbers.values()])
         bad = all_reduce_sum((~torch.isfinite(stacked)).sum())
-        if not int(bad):
+        self.proven = not int(bad)
+        if self.proven:
             self.in_a_row = 0
             return False
         self.skipped += 1
@@ -90,7 +93,7 @@ class Guard:
             except (CheckpointError, OSError):
                 continue
             step = int(content["global_step"])
-            if step not in self.tried and not (content.get("guard") or {}).get("in_a_row"):
+            if step not in self.tried and (content.get("guard") or {}).get("proven", True):
                 self.tried.append(step)
                 self.returns += 1
                 self.in_a_row = 0
@@ -106,7 +109,7 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts."""
-        names = ("skipped", "in_a_row", "returns", "tried")
+        names = ("skipped", "in_a_row", "returns", "proven", "tried")
         return {name: copy.copy(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -221,7 +221,7 @@ class Task(L.LightningModule, ABC):
         """Leave everything as it was before the step; go back if it was one too many."""
         self.objective.discard()
         self.discard_step()
-        self._numbers = {}
+        self._log_numbers()  # as they are: NaN
         if not self.guard.gives_up:
             return
         many, step = self.guard.in_a_row, self.global_step + 1
