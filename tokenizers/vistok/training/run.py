@@ -36,6 +36,7 @@ def train(
     folder: Path,
     resume: Path | None = None,
     words: Sequence[str] | None = None,
+    watch: Sequence[L.Callback] = (),
 ) -> dict[str, Any]:
     """Train a task.
 
@@ -45,6 +46,7 @@ def train(
         folder: the run folder to write to.
         resume: checkpoint file to continue from.
         words: `key=value` that the config was composed with; None if it is that of `resume`.
+        watch: further callbacks.
 
     Returns:
         What `summary.json` holds.
@@ -57,7 +59,7 @@ def train(
     products = float32_products(config["trainer"].get("matmul_precision", "highest"))
     # A scheduler may ask at any time, and again while the last checkpoint is being written.
     with products, stop.listening(*PREEMPTION_SIGNALS):
-        return _train(task_type, config, folder, resume, words, stop)
+        return _train(task_type, config, folder, resume, words, stop, watch)
 
 
 def _train(
@@ -67,6 +69,7 @@ def _train(
     resume: Path | None,
     words: Sequence[str] | None,
     stop: StopAfterStep,
+    watch: Sequence[L.Callback],
 ) -> dict[str, Any]:
     started = time.time()
     quiet_libraries()
@@ -102,7 +105,8 @@ def _train(
         callbacks.get("keep_last", 2), callbacks.get("background_checkpoints", True)
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
-    trainer = build_trainer(config, folder, first_step, stop, checkpoints, task.callbacks(folder))
+    own = [*task.callbacks(folder), *watch]
+    trainer = build_trainer(config, folder, first_step, stop, checkpoints, own)
     if task.objective.players and trainer.precision == "16-mixed":
         names = ", ".join(task.objective.players)
         raise ConfigError(
