@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import PATIENCE, ROOT, SIZES, losses_of, metrics_of
+from helpers import PATIENCE, ROOT, SIZES, TINY, config_of, losses_of, metrics_of
 from ranks import TWO, assert_ended, ended, fork
 from test_adversary import TERM
 from test_guard import words_of
@@ -201,3 +201,74 @@ def test_a_window_goes_on_after_a_resume():
         numbers = {"gan/accuracy": torch.tensor(0.5), "loss/adversarial": torch.tensor(loss)}
         second.take(numbers, _Task())  # type: ignore[arg-type]
     assert_same(second.state_dict(), whole.state_dict())
+
+
+# ---------------------------------------------------------------------- recipes
+
+#: Small versions of the discriminators, by the entry that has them.
+SMALL = {
+    "patch": ["base_channels=2", "num_layers=1"],
+    "maskbit": ["base_channels=4", "num_stages=2", "grid=4"],
+    "stylegan": ["base=32", "most_channels=4"],
+}
+SMALL |= dict.fromkeys(("vqgan", "gigatok", "retok", "hita"), SMALL["patch"])
+SMALL |= dict.fromkeys(("titok", "ta_titok"), SMALL["maskbit"]) | {"r3gan": SMALL["stylegan"]}
+DINO = ["name=test_vit", "input_size=160", "layers=[-1,5]", "kernel_size=3"]
+
+
+def started(name):
+    small = [f"{TERM}.discriminator.{word}" for word in SMALL.get(name, DINO)]
+    return [*small, f"{TERM}.start_samples=0", f"{TERM}.start=0", f"{TERM}.ramp=0"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "dino", "restok"])
+def test_every_adversary_trains(cli, words, tmp_path, name):
+    words = [w for w in words if not w.startswith(("adversary", TERM))]
+    more = [f"adversary={name}", *started(name), "trainer.max_steps=2"]
+    if name in ("dino", "restok"):
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("test_vit", pretrained=False, num_classes=0)
+        torch.save(model.state_dict(), tmp_path / "vit.pth")
+        more.append(f"{TERM}.discriminator.weights={tmp_path / 'vit.pth'}")
+    code, lines, _ = cli("train", *words, *more, "hydra.run.dir=run")
+    assert code == 0, lines
+    rows = metrics_of(tmp_path / "run")
+    assert all(float(row["loss/discriminator"]) for row in rows if row["loss/total"])
+    assert state_of(tmp_path / "run")["players"]["adversarial"]["steps"] == 2
+
+
+#: (weight, start in steps of the paper's batch, images in it, adaptive, norm) of published recipes.
+PUBLISHED = {
+    "vqgan_f16": (0.8, 250_001, 12, True),
+    "gigatok_b_l": (0.5, 20_000, 256, False),
+    "ta_titok_bl64": (0.1, 200_000, 1024, False),
+    "hita_336": (0.5, 20_000, 256, False),
+    "titok_s128 adversary=titok": (0.01, 20_000, 256, False),
+    "retok_s_b adversary=retok": (0.5, 0, 128, False),
+    "restok_l adversary=restok": (0.5, 20_000, 256, False),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_paper_presets_have_the_papers_numbers(recipe):
+    name, *more = recipe.split()
+    weight, steps, images, adaptive = PUBLISHED[recipe]
+    own = config_of(f"experiment={name}", *more)["loss"]["terms"]["adversarial"]
+    assert own["weight"] == weight and own["start_samples"] == steps * images
+    assert own["adaptive"] is adaptive and not (own["start"] or own["ramp"] or own["warmup"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"),
+    [("vqgan_f16", "vqgan_tiny"), ("gigatok_b_l", "gigatok_tiny"), ("hita_336", "hita_tiny")],
+)  # fmt: skip
+def test_paper_presets_take_a_step_at_reduced_size(cli, photos, tmp_path, name, tokenizer):
+    own = [w for w in TINY if w not in (*SIZES["titok_tiny"], "loss=mse")]
+    own = [w for w in own if not w.startswith("data.augment")]
+    own += [f"experiment={name}", f"tokenizer={tokenizer}", *SIZES[tokenizer], "data=folder"]
+    own += [f"data.train={photos}", "data.val_fraction=0.3", "trainer.global_batch_size=null"]
+    small = started("patch")
+    code, lines, _ = cli("train", *own, *small, "trainer.max_steps=1", "hydra.run.dir=run")
+    assert code == 0, lines
+    (row,) = [row for row in metrics_of(tmp_path / "run") if row["loss/total"]]
+    assert float(row["loss/discriminator"]) and float(row["gan/logits_real"]) is not None
