@@ -61,6 +61,11 @@ def list_configs(argv: Sequence[str] | None = None) -> int:
     return _guarded(_list, argv)
 
 
+def doctor(argv: Sequence[str] | None = None) -> int:
+    """Try out a training; return the exit code."""
+    return _guarded(_tool("doctor"), argv)
+
+
 def make_shards(argv: Sequence[str] | None = None) -> int:
     """Write WebDataset shards from images of any source; return the exit code."""
     return _guarded(_tool("make_shards"), argv)
@@ -82,6 +87,7 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "export": export,
     "import-weights": import_weights,
     "list": list_configs,
+    "doctor": doctor,
     "make-shards": make_shards,
     "check-shards": check_shards,
     "bench-data": bench_data,
@@ -278,11 +284,12 @@ def _import_weights(argv: list[str]) -> None:
 
 
 def _list(argv: list[str]) -> None:
+    from vistok.core.configuration import take_folders
     from vistok.help import list_help, listing
 
     if _wants_help(argv):
         return list_help()
-    words, folders = _take_folders(argv)
+    words, folders = take_folders(argv)
     for word in words:
         if word.startswith("-"):
             raise ConfigError(f"{word}: no such option; --help shows an example")
@@ -371,10 +378,10 @@ def _wants_help(argv: Sequence[str]) -> bool:
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
     """Return the overrides, the folders given by --config-dir, and Hydra's other flags."""
-    from vistok.core.configuration import quoted
+    from vistok.core.configuration import quoted, take_folders
 
     overrides, flags = [], []
-    others, folders = _take_folders(argv)
+    others, folders = take_folders(argv)
     words = iter(others)
     for word in words:
         if word.lower() in ("debug=true", "debug=false"):
@@ -388,22 +395,6 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
         else:
             raise ConfigError(f"{word}: expected key=value; --help shows examples")
     return overrides, folders, flags
-
-
-def _take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Return the words without --config-dir, and the folders that it gives."""
-    others, folders = [], []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in ("--config-dir", "-cd"):
-            others.append(word)
-            continue
-        folder = value if equals else next(words, "")
-        if not folder:
-            raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
-        folders.append(Path(folder).expanduser())
-    return others, folders
 
 
 def _value(overrides: Sequence[str], key: str) -> str | None:

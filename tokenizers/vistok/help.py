@@ -23,6 +23,7 @@ def overview() -> None:
     """Print `vistok --help`."""
     commands = {
         "train [key=value ...]": "train a tokenizer, or resume=runs/<run>",
+        "doctor [key=value ...]": "try out a training: memory, time, health",
         "eval run=runs/<run>": "metrics, metrics.json, pictures",
         "export run=runs/<run> out=FOLDER": "files for other programs",
         "import-weights source=NAME ...": "released weights to an export",

@@ -90,6 +90,22 @@ def quoted(override: str) -> str:
         return f'{key}="{escaped}"'
 
 
+def take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Return the words without --config-dir, and the folders that it gives."""
+    others, folders = [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--config-dir", "-cd"):
+            others.append(word)
+            continue
+        folder = value if equals else next(words, "")
+        if not folder:
+            raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
+        folders.append(Path(folder).expanduser())
+    return others, folders
+
+
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each job that `--multirun` makes of `key=a,b` and its like."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -58,6 +58,17 @@ def drawing(seed: int, positions: Tensor, step: int) -> Iterator[None]:
         _current = before
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """Draw within this context without moving the numbers that are drawn after it."""
+    calls = _current.calls if _current is not None else 0
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    if _current is not None:
+        _current.calls = calls
+
+
 def uniform(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Draw float32 numbers in [0, 1).
 

@@ -103,11 +103,19 @@ class Player(ABC):
         accepts: as of a term.
         taps: as of a term.
         warmup_samples: how long it learns before the tokenizer's loss reads it.
+        warmup: the same as a share of the run, where `warmup_samples` is 0.
+        gradient: of the last `__call__`, with respect to the prediction; None if there is none.
     """
 
     accepts: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
     warmup_samples: int = 0
+    warmup: float = 0.0
+    gradient: Tensor | None = None
+
+    def start(self) -> None:
+        """Take the weights that a fresh run begins with, if they are not random."""
+        return None
 
     @abstractmethod
     def equip(self, make_optimizer: MakeOptimizer) -> None:
@@ -130,8 +138,21 @@ class Player(ABC):
             context: to compute in (autocast).
 
         Returns:
-            Detached scalars to log as `loss/NAME`; none if no batch was kept.
+            Detached scalars to log as `loss/NAME`, or as they are if the name has a slash; none if
+            no batch was kept.
         """
+
+    def gather(self) -> Tensor | None:
+        """End the gradients of a step: average them over the ranks, bound them.
+
+        Returns:
+            Their norm before it was bounded, the same on every rank; None without gradients.
+        """
+        return None
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget what the step under way has gathered, for the step is skipped."""
 
     @abstractmethod
     def step(self, factor: float) -> None:

@@ -177,6 +177,15 @@ class Quantizer(nn.Module, ABC):
         """
         return {}
 
+    def discard_step(self) -> None:
+        """Forget what the forwards since the last `after_step` have gathered: the step is skipped.
+
+        Calls `discard` of every part that has it; a quantizer that gathers in itself has one.
+        """
+        for part in self.modules():
+            if hasattr(part, "discard"):
+                part.discard()  # type: ignore[operator]
+
     @property
     def against_collapse(self) -> str:
         """Return what to change when few codes do all the work, for the alarm; ends its line."""

@@ -167,6 +167,10 @@ class Perturb(Quantizer):
         self._trained = False
         return self.inner.after_step(optimizers)
 
+    def discard(self) -> None:
+        """Let the schedule stay."""
+        self._trained = False
+
 
 @torch.no_grad()
 def near_codes(book: VectorQuantizer, codes: Tensor, count: int) -> Tensor:

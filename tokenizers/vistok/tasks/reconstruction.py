@@ -93,7 +93,7 @@ class Reconstruction(Task):
         with self.drawing(len(images)):
             conditions = self.tokenizer.conditions_of(batch)
             output = self._step_function(images, self.objective.taps, **conditions)
-        losses = self.objective(Step(images, output, self.tokenizer, self.step_began_at))
+            losses = self.objective(Step(images, output, self.tokenizer, self.step_began_at))
         metrics = output.quantizer.metrics
         return losses, {f"quantizer/{name}": value for name, value in metrics.items()}
 
@@ -103,6 +103,10 @@ class Reconstruction(Task):
             return {}
         numbers = self.tokenizer.quantizer.after_step([self.trainer.optimizers[0]])
         return {f"quantizer/{name}": value for name, value in numbers.items()}
+
+    def discard_step(self) -> None:
+        """Forget the codebook statistics of the step."""
+        self.tokenizer.quantizer.discard_step()
 
     # ------------------------------------------------------------------ validation
 

@@ -36,6 +36,7 @@ def train(
     folder: Path,
     resume: Path | None = None,
     words: Sequence[str] | None = None,
+    watch: Sequence[L.Callback] = (),
 ) -> dict[str, Any]:
     """Train a task.
 
@@ -45,6 +46,7 @@ def train(
         folder: the run folder to write to.
         resume: checkpoint file to continue from.
         words: `key=value` that the config was composed with; None if it is that of `resume`.
+        watch: further callbacks.
 
     Returns:
         What `summary.json` holds.
@@ -57,7 +59,7 @@ def train(
     products = float32_products(config["trainer"].get("matmul_precision", "highest"))
     # A scheduler may ask at any time, and again while the last checkpoint is being written.
     with products, stop.listening(*PREEMPTION_SIGNALS):
-        return _train(task_type, config, folder, resume, words, stop)
+        return _train(task_type, config, folder, resume, words, stop, watch)
 
 
 def _train(
@@ -67,6 +69,7 @@ def _train(
     resume: Path | None,
     words: Sequence[str] | None,
     stop: StopAfterStep,
+    watch: Sequence[L.Callback],
 ) -> dict[str, Any]:
     started = time.time()
     quiet_libraries()
@@ -102,18 +105,21 @@ def _train(
         callbacks.get("keep_last", 2), callbacks.get("background_checkpoints", True)
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
-    trainer = build_trainer(config, folder, first_step, stop, checkpoints, task.callbacks(folder))
+    own = [*task.callbacks(folder), *watch]
+    trainer = build_trainer(config, folder, first_step, stop, checkpoints, own)
     if task.objective.players and trainer.precision == "16-mixed":
         names = ", ".join(task.objective.players)
         raise ConfigError(
             f"trainer.precision=16: does not work with loss.terms.{names}; use bf16 or 32"
         )
     set_batches(config, data, trainer)
+    task.settle(trainer, data)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     write_run_files(config, folder)
     announce(task, data, trainer, folder, resume)
     if resume is None:
         task.start_weights(data, trainer.strategy.root_device)
+        task.objective.start()
     try:
         with stop.listening(signal.SIGINT):
             fit(trainer, task, data, resume)
@@ -140,7 +146,7 @@ def _train(
         raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
     if task.validated_step != trainer.global_step:
         trainer.validate(task, datamodule=data, verbose=False)
-    summary = task.summary(trainer)
+    summary = task.summary(trainer) | task.guard.summary() | task.health.summary()
     summary |= {"steps": trainer.global_step, "samples_seen": data.samples_seen}
     summary["seconds"] = round(time.time() - started, 1)
     summary["skipped_images"] = len(set().union(*ranks.gather(list(data.skipped))))
