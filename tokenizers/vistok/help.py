@@ -23,7 +23,9 @@ def overview() -> None:
     """Print `vistok --help`."""
     commands = {
         "train [key=value ...]": "train a tokenizer, or resume=runs/<run>",
-        "eval run=runs/<run>": "metrics, metrics.json, pictures",
+        "eval run=runs/<run>": "metrics, metrics.json, report.html",
+        "compare RUN RUN ...": "measured runs side by side",
+        "report RUN": "report.html again, without measuring",
         "export run=runs/<run> out=FOLDER": "files for other programs",
         "import-weights source=NAME ...": "released weights to an export",
         "list [GROUP [WORD]]": "what there is to choose from",

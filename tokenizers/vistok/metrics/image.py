@@ -8,6 +8,7 @@ images.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,22 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 class ImageMetric(Metric):
     """A metric of reconstructions against their originals."""
 
+    higher_is_better = True
+
     full_state_update = False
     is_differentiable = False
 
     @abstractmethod
     def update(self, originals: Tensor, reconstructions: Tensor) -> None:
         """Take in a batch; both `(B, C, H, W)` uint8."""
+
+    def per_image(self, originals: Tensor, reconstructions: Tensor) -> Tensor | None:
+        """Return `(B,)` values if the metric is their mean over images, else None."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what its numbers depend on, as plain values."""
+        return {"name": type(self).__name__.lower()}
 
 
 class MeanPerImage(ImageMetric):
@@ -43,12 +54,12 @@ class MeanPerImage(ImageMetric):
 
     @abstractmethod
     def per_image(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """Return `(B,)` values of float images in [0, 1]."""
+        """Return `(B,)` values of images `(B, C, H, W)` uint8."""
 
     def update(self, originals: Tensor, reconstructions: Tensor) -> None:
         """Take in a batch; both `(B, C, H, W)` uint8."""
         if len(originals):
-            values = self.per_image(originals.float() / 255, reconstructions.float() / 255)
+            values = self.per_image(originals, reconstructions)
             self.total += values.double().sum()
             self.count += len(values)
 
@@ -65,7 +76,7 @@ class PSNR(MeanPerImage):
 
     def per_image(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Return `(B,)` dB, float64."""
-        mse = (originals.double() - reconstructions.double()).square().mean(dim=(1, 2, 3))
+        mse = ((originals.double() - reconstructions.double()) / 255).square().mean(dim=(1, 2, 3))
         return -10 * torch.log10(mse.clamp(min=1e-10))
 
 
@@ -75,7 +86,7 @@ class SSIM(MeanPerImage):
     def per_image(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Return `(B,)` in [-1, 1]."""
         value = structural_similarity_index_measure(
-            reconstructions, originals, data_range=1.0, reduction="none"
+            reconstructions.float() / 255, originals.float() / 255, data_range=1.0, reduction="none"
         )
         assert isinstance(value, Tensor)
         return value.reshape(-1)
