@@ -95,6 +95,7 @@ ALLOWED = {
     "wandb": ("training/",),
     "timm": ("models/pretrained.py",),
     "huggingface_hub": ("models/pretrained.py",),
+    "h5py": ("models/networks/files.py",),
     "matplotlib": ("evaluation/plots.py",),
     "rich": ("core/console.py", "training/", "tasks/", "evaluation/", "data/", "tools/"),
     "PIL": ("data/", "evaluation/", "tools/"),
@@ -119,7 +120,8 @@ def test_quantizers_and_networks_need_torch_alone():
     for path, parts in modules():
         if layer_of(parts) in ("quantizers", "nn", "models", "systems", "losses"):
             for name, line in imports(path):
-                if path.name != "pretrained.py":  # which needs timm once a run names a network
+                # These need timm, safetensors and h5py once a run names a network.
+                if parts not in (("models", "pretrained.py"), ("models", "networks", "files.py")):
                     assert name.split(".")[0] in allowed, f"{path}:{line} imports {name}"
 
 
