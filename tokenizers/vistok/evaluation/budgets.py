@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def checked_budgets(tokenizer: Tokenizer, budgets: Any) -> list[int]:
     return sorted(set(wanted))
 
 
-def panels(results: dict[str, Any]) -> list[Panel]:
+def panels(results: Mapping[str, Any]) -> list[Panel]:
     """Return PSNR against tokens, and against bytes with the codecs."""
     rows = results["budgets"]
     psnr = [row["psnr"] for row in rows]
@@ -49,7 +50,7 @@ def panels(results: dict[str, Any]) -> list[Panel]:
     ]
 
 
-def print_budgets(results: dict[str, Any], out: Path) -> None:
+def print_budgets(results: Mapping[str, Any], out: Path) -> None:
     """Print a row for each budget, with the PSNR that the codecs reach in its bytes."""
     codecs = results["codecs"]
     table = Table(title=f"{out}/curve.png", title_justify="left")

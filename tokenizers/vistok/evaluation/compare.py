@@ -53,7 +53,9 @@ def unlike(results: Results) -> list[str]:
             f"{key} ({_short(a)} / {_short(b)})"
             for key, a, b in differences(reference["protocol"], found["protocol"])
         ]
-        lines.append(f"{first} and {name} were measured under unlike protocols: {', '.join(fields)}")
+        lines.append(
+            f"{first} and {name} were measured under unlike protocols: {', '.join(fields)}"
+        )
     return lines
 
 
@@ -77,7 +79,7 @@ def compared(results: Results) -> list[list[str]]:
     ]
     better = {name: up for run in runs for name, up in run.get("higher_is_better", {}).items()}
     for name in names:
-        values = [run.get(name) for run in runs]
+        values: list[Any] = [run.get(name) for run in runs]
         cells = [f"{v:.4g}" if is_number(v) else "-" for v in values]
         known = [v for v in values if is_number(v)]
         if name in better and len(known) > 1:

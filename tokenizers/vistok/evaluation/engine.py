@@ -126,7 +126,7 @@ def run_through(
     return rows, seconds
 
 
-class bar:  # noqa: N801 - used like a function
+class bar:
     """Show a progress bar while the block runs; the value of `with` moves it on.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.core.errors import VistokError
+from vistok.core.errors import DataError, VistokError
 from vistok.core.ranks import gather
 from vistok.metrics.image import ImageMetric
 from vistok.quantizers.usage import CodeUsage
@@ -23,6 +23,7 @@ class Measurement:
         metrics: by the names that results have.
         usage: counts codes; None where there are no ids.
         num_tokens: how many of each image's tokens count; None for all.
+        lenient: leave a metric out that these images do not suffice for.
     """
 
     def __init__(
@@ -30,8 +31,11 @@ class Measurement:
         metrics: Mapping[str, ImageMetric],
         usage: CodeUsage | None = None,
         num_tokens: int | None = None,
+        lenient: bool = False,
     ) -> None:
         self.metrics = dict(metrics)
+        self.lenient = lenient
+        self.notes: list[str] = []  # what people should know, once it is computed
         # Of metrics that are means over images: float64 sums, and how many images they are of.
         self.sums: dict[str, tuple[float, int]] = {}
         self.usage = usage
@@ -75,11 +79,17 @@ class Measurement:
                 count = sum(count for _, count in means)
                 results[name] = sum(total for total, _ in means) / count if count else math.nan
                 continue
-            with warnings.catch_warnings():
-                # A measurement that goes on where a kill ended it may have no batch left.
-                warnings.filterwarnings("ignore", message=".*was called before the.*")
-                value = metric.compute()
-            results.update(flat(name, value))
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                try:
+                    results.update(flat(name, metric.compute()))
+                except DataError as error:
+                    if not self.lenient:
+                        raise
+                    self.notes.append(f"{name} is left out: {error}")
+            texts = [" ".join(str(w.message).split()) for w in warned]
+            # A measurement that goes on where a kill ended it may have no batch left.
+            self.notes += [t for t in texts if "was called before the" not in t]
         if self.usage is not None:
             results.update(flat("", self.usage.compute()))
         return results
@@ -108,18 +118,28 @@ class Measurement:
 
 
 def flat(name: str, value: Any) -> dict[str, float]:
-    """Return a metric's result as plain numbers: the parts of a dict after `name` and a `_`."""
+    """Return a metric's result as plain numbers; those of a dict by `name`, `_` and their parts."""
     if value is None:
         return {}
     if isinstance(value, Mapping):
         return {
             key: number
             for part, inner in value.items()
-            for key, number in flat("_".join(filter(None, (name, part))), inner).items()
+            for key, number in flat(_joined(name, part), inner).items()
         }
     if isinstance(value, Tensor):
         return {name: value.item()}
     return {name: value}
+
+
+#: Parts of a result that are what the metric is named for.
+_MAIN = ("distance", "score")
+
+
+def _joined(name: str, part: str) -> str:
+    if not name:
+        return part
+    return name if part in _MAIN else f"{name}_{part}"
 
 
 def copied(value: Any) -> Any:

@@ -133,7 +133,7 @@ class TokenizerPairs:
             name: value[valid.to(value.device)]
             for name, value in tokenizer.conditions_of(batch).items()
         }
-        reconstructions = {}
+        reconstructions: dict[int, Tensor] = {}
         indices = torch.zeros(0, tokenizer.num_tokens, tokenizer.quantizer.num_indices).long()
         if kept:
             with self.autocast:
@@ -232,7 +232,7 @@ class FolderPairs:
             remedy = (
                 f"data.image_size=[{height},{width}] cuts the originals to it"
                 if self.transform
-                else f"data.val_crop=adm_center data.image_size=[{height},{width}] cuts the originals"
+                else f"data.val_crop=adm_center data.image_size=[{height},{width}] cuts originals"
             )
             raise DataError(
                 f"images={self.reconstructions.name}: {name} is {size_text(shape)}, but its "
@@ -270,7 +270,8 @@ def _shape(source: Source, index: int) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(source.read(index)[1])) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return image.size if turned else image.size[::-1]
+            width, height = image.size
+            return (width, height) if turned else (height, width)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{source.name}/{name}: not an image, or damaged") from error
 

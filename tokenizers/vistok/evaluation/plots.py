@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -81,9 +82,7 @@ def _draw_panel(axes: Axes, panel: Panel, grid_color: str) -> None:
         marker = _MARKERS[color % len(_MARKERS)] if panel.markers else ""
         color = _COLORS[color % len(_COLORS)]
         style = "--" if series.dashed else "-"
-        axes.plot(
-            series.x, series.y, marker=marker, ls=style, color=color, ms=5, label=series.name
-        )
+        axes.plot(series.x, series.y, marker=marker, ls=style, color=color, ms=5, label=series.name)
     if panel.x_scale == "octaves":
         axes.set_xscale("log", base=2)
         axes.set_xlim(*whole_octaves([x for series in panel.series for x in series.x]))
@@ -111,7 +110,7 @@ def svg(panel: Panel, width: float = 5.2, height: float = 3.4) -> str:
 
     Text stays text, in the page's font; nothing is random, so equal charts are equal strings.
     """
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "vistok",
         "font.family": "sans-serif",

@@ -49,7 +49,7 @@ def rate_distortion(
     def measured(originals: Sequence[Tensor], pictures: Sequence[Tensor]) -> dict[str, float]:
         for metric in metrics.values():
             metric.reset()
-        measurement = Measurement(metrics)
+        measurement = Measurement(metrics, lenient=True)
         for start in range(0, len(originals), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             measurement.update(_stack(originals[chunk]), _stack(pictures[chunk]))

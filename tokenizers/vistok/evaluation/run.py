@@ -31,8 +31,7 @@ from vistok.evaluation.inputs import Subject
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import FolderPairs, PairSource, TokenizerPairs, source_name
 from vistok.evaluation.rates import codec_settings
-from vistok.evaluation.suite import build_metrics
-from vistok.metrics.image import ImageMetric
+from vistok.evaluation.suite import Suite, build_suite
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage
 
@@ -55,13 +54,12 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     check_counts(config)
     codecs = checked_codecs(config["eval"]["codecs"])
     with inputs.joined_ranks(inputs.choose_device(config["device"])) as device:
-        metrics = build_metrics(config["eval"]["metrics"], device)
         out = Path(config["out"]) if config["out"] else subject.folder / "eval"
         if subject.kind == "images":
             out = Path(config["out"]) if config["out"] else subject.folder
-            job = _of_folder(subject, config, data_overrides, device, metrics)
+            job = _of_folder(subject, config, data_overrides, device)
         else:
-            job = _of_tokenizer(subject, config, data_overrides, device, metrics, codecs)
+            job = _of_tokenizer(subject, config, data_overrides, device)
         findings = measure(job, config, out, codecs)
         if ranks.rank() == 0:
             page = subject.folder if not config["out"] and subject.kind != "images" else out
@@ -79,7 +77,7 @@ class Job:
 
     Attributes:
         source: of the pairs.
-        metrics: by name.
+        suite: the metrics, for each number of tokens.
         protocol: without the number of images, which shows in the end.
         recorded: what is written next to the protocol, and does not belong to it.
         tokenizer: None for the images of another program.
@@ -92,7 +90,7 @@ class Job:
     def __init__(
         self,
         source: PairSource,
-        metrics: dict[str, ImageMetric],
+        suite: Suite,
         protocol: dict[str, Any],
         recorded: dict[str, Any],
         tokenizer: Tokenizer | None = None,
@@ -100,11 +98,12 @@ class Job:
         budgets: Sequence[int] = (),
         data: VistokDataModule | None = None,
     ) -> None:
-        self.source, self.metrics = source, metrics
+        self.source, self.suite = source, suite
+        self.metrics = suite.sets[source.budgets[-1]]
         self.protocol, self.recorded = protocol, recorded
         self.tokenizer, self.sampling = tokenizer, dict(sampling or {})
         self.budgets, self.data = list(budgets), data
-        self.notes: list[str] = []
+        self.notes = list(suite.left_out)
 
 
 def check_counts(config: Mapping[str, Any]) -> None:
@@ -131,8 +130,6 @@ def _of_tokenizer(
     config: dict[str, Any],
     overrides: list[str],
     device: torch.device,
-    metrics: dict[str, ImageMetric],
-    codecs: Sequence[str],
 ) -> Job:
     tokenizer = load(subject.path, weights=config["weights"], device=device)
     settings = config["eval"]
@@ -187,7 +184,8 @@ def _of_tokenizer(
         "data": source_name(val),
         "model": describe(tokenizer),
     }
-    job = Job(source, metrics, described, recorded, tokenizer, given, budgets, data)
+    suite = build_suite(settings, source.budgets, data.channels, [data.image_size], device)
+    job = Job(source, suite, described, recorded, tokenizer, given, budgets, data)
     for name in conditions:
         if name not in data.fields:
             job.notes.append(f"decoded without {name}; data.fields=[{name}] reads it")
@@ -199,7 +197,6 @@ def _of_folder(
     config: dict[str, Any],
     overrides: list[str],
     device: torch.device,
-    metrics: dict[str, ImageMetric],
 ) -> Job:
     for key in ("num_tokens", *_SAMPLING):
         if config["eval"][key] is not None:
@@ -233,7 +230,8 @@ def _of_folder(
         "data": source_name(originals),
         "model": None,
     }
-    return Job(source, metrics, described, recorded)
+    suite = build_suite(config["eval"], source.budgets, channels, source.shapes, device)
+    return Job(source, suite, described, recorded)
 
 
 def effective_sampling(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,19 +263,20 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
         "rounding": protocol.ROUNDING,
         "metrics": {name: metric.identity() for name, metric in job.metrics.items()},
     }
-    sets = {source.budgets[-1]: job.metrics}
-    for budget in source.budgets[:-1]:
-        sets[budget] = build_metrics(settings["metrics"], config_device(job))
+    lenient = settings["missing"] == "leave_out"
     measurements = {
-        budget: Measurement(metrics, _usage(tokenizer), budget or None)
-        for budget, metrics in sets.items()
+        budget: Measurement(metrics, _usage(tokenizer), budget or None, lenient)
+        for budget, metrics in job.suite.sets.items()
     }
     tokens = TokenSample(settings["code_images"]) if tokenizer and settings["code_images"] else None
     model = (job.recorded["model"] or {}).get("sha256", job.recorded["checkpoint"])
-    identity = f"{protocol.protocol_hash(described)} {model} {config['batch_size']} {vistok.__version__}"
+    identity = (
+        f"{protocol.protocol_hash(described)} {model} {config['batch_size']} {vistok.__version__}"
+    )
     progressing = Progressing(out / "unfinished", identity, settings["save_seconds"])
     rows, seconds = run_through(source, measurements, tokens, progressing)
     results = {budget: m.compute() for budget, m in measurements.items()}
+    job.notes += dict.fromkeys(note for m in measurements.values() for note in m.notes)
     all_rows = [row for part in ranks.gather(rows) for row in part]
     skips = {skip[0]: skip for part in ranks.gather(source.skips) for skip in part}
     ids, labels = tokens.gathered() if tokens else (None, None)

@@ -44,7 +44,9 @@ TOOL = Tool(
     place_about="Each RUN is a run folder, an export or the folder of an evaluation, measured by "
     "vistok eval.",
     options={
-        "anyway": Option("true: compare unlike protocols; a warning names the fields", flag, "false"),
+        "anyway": Option(
+            "true: compare unlike protocols; a warning names the fields", flag, "false"
+        ),
         "out": Option("a file for the table in Markdown", str, "", "table.md"),
     },
     run=_run,

@@ -16,6 +16,19 @@ NAMES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
+    "hed_vgg": "hed_vgg distance",
+    "lite0": "lite0 distance",
+    "fd_lite0": "FD-lite0",
+    "fd_lite0_corrected": "FD-lite0, corrected",
+    "kid_lite0": "KID-lite0",
+    "pr_lite0_precision": "precision (lite0)",
+    "pr_lite0_recall": "recall (lite0)",
+    "lpips_vgg": "LPIPS (VGG)",
+    "lpips_alex": "LPIPS (AlexNet)",
+    "fid": "rFID",
+    "fid_corrected": "rFID, corrected",
+    "inception_score": "IS",
+    "inception_score_original": "IS of the originals",
     "codebook_usage": "codebook usage",
     "perplexity": "perplexity",
 }
@@ -38,7 +51,11 @@ def is_number(value: Any) -> bool:
 
 def quality_names(row: Mapping[str, Any]) -> list[str]:
     """Return the metrics of quality among the numbers of a row of results."""
-    return [k for k, v in row.items() if is_number(v) and not k.startswith(_COUNTS)]
+    return [
+        k
+        for k, v in row.items()
+        if is_number(v) and not k.startswith(_COUNTS) and not k.endswith("_images")
+    ]
 
 
 def token_panels(results: Mapping[str, Any]) -> dict[str, Panel]:

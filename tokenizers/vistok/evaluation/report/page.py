@@ -117,7 +117,8 @@ def _page(name: str, body: str, data: str) -> str:
 <label>original <input type="range" id="wipe" min="0" max="100" value="50"
 aria-label="Divider between original and reconstruction"> reconstruction</label>
 </div></dialog>
-<footer>Written by vistok. Pictures are stored without loss; nothing is loaded from elsewhere.</footer>
+<footer>Written by vistok. Pictures are stored without loss; nothing is loaded from
+elsewhere.</footer>
 <script type="application/json" id="data">{data}</script>
 <script>
 {script}</script>
@@ -171,7 +172,11 @@ def measured_html(results: Mapping[str, Any]) -> str:
 
 
 def _cards(results: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {k: v for k, v in results.items() if charts.is_number(v) and k not in _ASIDE}
+    numbers = {
+        k: v
+        for k, v in results.items()
+        if charts.is_number(v) and k not in _ASIDE and not k.endswith("_images")
+    }
     first = [name for name in _FIRST if name in numbers]
     names = [*first[:3], *(k for k in numbers if k not in _FIRST), *first[3:]]
     return {name: numbers[name] for name in dict.fromkeys(names)}
@@ -333,7 +338,8 @@ def _rate_table(results: Mapping[str, Any]) -> str:
                     size = p[f"{counted}_bytes"]
                     rows.append([charts.TITLES[codec], words, size, *(p.get(n) for n in names)])
     heads = ["", "counted", "bytes", *map(charts.title, names)]
-    return f"<details><summary>As a table, at the bytes of the tokenizer</summary>{table(heads, rows)}</details>"
+    summary = "<summary>As a table, at the bytes of the tokenizer</summary>"
+    return f"<details>{summary}{table(heads, rows)}</details>"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -349,7 +355,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         + "</tr>"
         for row in rows
     )  # fmt: skip
-    return f"<div class='scroll'><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    head = f"<thead><tr>{top}</tr></thead>"
+    return f"<div class='scroll'><table>{head}<tbody>{body}</tbody></table></div>"
 
 
 def _codes(results: Mapping[str, Any], measured: Path) -> str:
@@ -375,8 +382,8 @@ def _codes(results: Mapping[str, Any], measured: Path) -> str:
     maps = _effect_maps(codes, measured)
     return (
         '<section id="codes"><h2>Codes</h2>'
-        f"<p class='note'>Ids of {codes['images']} images. Entropies are plug-in estimates, too low "
-        "where there are few tokens for each code; n-grams are of the first slot, in the order of "
+        f"<p class='note'>Ids of {codes['images']} images. Entropies are plug-in estimates, too "
+        "low where there are few tokens for each code; n-grams are of the first slot, in the order of "
         f"the tokens.</p>{_charts(charts.code_panels(codes))}{body}{table(heads, grams)}{maps}"
         "</section>"
     )
