@@ -68,7 +68,7 @@ def run_through(
     measurements: Mapping[int, Measurement],
     tokens: TokenSample | None,
     progressing: Progressing,
-) -> tuple[Rows, float]:
+) -> Rows:
     """Take in all images of a source.
 
     Args:
@@ -78,14 +78,14 @@ def run_through(
         progressing: where the state goes, and from where a killed evaluation goes on.
 
     Returns:
-        A row for each image of this rank, and the seconds spent on reconstructing and measuring.
+        A row for each image of this rank.
     """
     rows: Rows = []
-    first, seconds = 0, 0.0
+    first = 0
     shown = source.budgets[-1]
     state = progressing.read()
     if state is not None:
-        first, rows, seconds = state["batches"], state["rows"], state["seconds"]
+        first, rows = state["batches"], state["rows"]
         for budget, measurement in measurements.items():
             measurement.load_state_dict(state["measurements"][budget])
         if tokens is not None:
@@ -98,7 +98,6 @@ def run_through(
         return {
             "batches": batches,
             "rows": rows,
-            "seconds": seconds,
             "measurements": {b: m.state_dict() for b, m in measurements.items()},
             "tokens": None if tokens is None else tokens.state_dict(),
             "skips": list(source.skips),
@@ -106,7 +105,6 @@ def run_through(
 
     with bar("evaluating", source.num_images, ranks.rank() == 0) as advance:
         advance(len(rows) * ranks.world_size())
-        begun = time.perf_counter()
         for number, pairs in enumerate(source.batches(first), first + 1):
             columns: dict[str, list[float]] = {}
             for budget, measurement in measurements.items():
@@ -119,11 +117,9 @@ def run_through(
             for i, place in enumerate(pairs.numbers):
                 row = {"number": place, "key": pairs.keys[i]}
                 rows.append({**row, **{name: values[i] for name, values in columns.items()}})
-            seconds += time.perf_counter() - begun
             advance(len(pairs.numbers) * ranks.world_size())
             progressing.write(lambda done=number: now(done))
-            begun = time.perf_counter()
-    return rows, seconds
+        return rows
 
 
 class bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class PairSource(Protocol):
         num_batches: of this rank.
         pick_size: how many images `pick` takes at a time, at most.
         skips: (key, reason, cause) of each image of this rank that could not be used.
+        seconds: spent on encoding and decoding by this process, and `done`, of how many images.
     """
 
     budgets: list[int]
@@ -66,6 +68,8 @@ class PairSource(Protocol):
     num_batches: int
     pick_size: int
     skips: list[tuple[str, str, str]]
+    seconds: float
+    done: int
 
     def restore(self, skips: Sequence[tuple[str, str, str]]) -> None:
         """Take note of images that an evaluation could not use before it was killed."""
@@ -108,6 +112,7 @@ class TokenizerPairs:
         places = np.arange(data.num_val) if members is None else members
         self._number = {int(index): number for number, index in enumerate(places)}
         self.skips: list[tuple[str, str, str]] = []
+        self.seconds, self.done = 0.0, 0
 
     def restore(self, skips: Sequence[tuple[str, str, str]]) -> None:
         """Take note of images that an evaluation could not use before it was killed."""
@@ -136,15 +141,22 @@ class TokenizerPairs:
         reconstructions: dict[int, Tensor] = {}
         indices = torch.zeros(0, tokenizer.num_tokens, tokenizer.quantizer.num_indices).long()
         if kept:
+            begun = time.perf_counter()
             with self.autocast:
                 indices = tokenizer.tokenize(images)
-                for budget in self.budgets:
+                for budget in reversed(self.budgets):
                     given = {**self.sampling, **conditions}
                     if budget < tokenizer.num_tokens:
                         given["num_tokens"] = budget
                     reconstructions[budget] = to_uint8(tokenizer.detokenize(indices, **given))
+                    if budget == tokenizer.num_tokens:
+                        if images.device.type == "cuda":
+                            torch.cuda.synchronize()
+                        self.seconds += time.perf_counter() - begun
+                        self.done += len(kept)
         else:
-            reconstructions = dict.fromkeys(self.budgets, images)
+            for budget in self.budgets:
+                reconstructions[budget] = images
         return Pairs(
             [self._number[int(batch["index"][i])] for i in kept],
             [batch["key"][i] for i in kept],
@@ -201,6 +213,7 @@ class FolderPairs:
         self._chunks = chunks[ranks.rank() :: ranks.world_size()]
         self.num_batches = len(self._chunks)
         self.skips: list[tuple[str, str, str]] = []
+        self.seconds, self.done = 0.0, 0
 
     def restore(self, skips: Sequence[tuple[str, str, str]]) -> None:
         """Do nothing: an image that cannot be used ends the evaluation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ import vistok
 from vistok.checkpoints.load import load
 from vistok.core import ranks
 from vistok.core.console import say
-from vistok.core.errors import ConfigError, nearest
+from vistok.core.errors import ConfigError
 from vistok.core.terminal import counted
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.transforms import Transform
@@ -25,6 +24,12 @@ from vistok.evaluation import inputs, protocol
 from vistok.evaluation.budgets import checked_budgets, print_budgets
 from vistok.evaluation.codecs import checked_codecs
 from vistok.evaluation.codes import TokenSample
+from vistok.evaluation.described import (
+    describe_machine,
+    describe_model,
+    describe_protocol,
+    whole_protocol,
+)
 from vistok.evaluation.engine import Progressing, run_through
 from vistok.evaluation.findings import Findings
 from vistok.evaluation.inputs import Subject
@@ -151,38 +156,18 @@ def _of_tokenizer(
     source = TokenizerPairs(tokenizer, data, budgets, given, autocast)
     precision = str(dtype or torch.float32).removeprefix("torch.")
     read = [name for name in conditions if name in data.fields]
-    val, members = data.val_set.source, data.val_set.members
-    places = range(len(val)) if members is None else members.tolist()
-    described = {
-        "images": {
-            "reference": protocol.reference_hash(
-                (val.keys[i].decode(errors="surrogateescape") for i in places),
-                (int(val.sizes[i]) for i in places),
-            ),
-            "height": data.image_size[0],
-            "width": data.image_size[1],
-            "channels": data.channels,
-            "crop": values["val_crop"],
-            "kernel": protocol.KERNELS[values["val_crop"]],
-        },
-        "weights": "released" if subject.kind == "model" else config["weights"],
-        "num_tokens": "all",
-        "budgets": budgets,
-        "sampling": effective_sampling(tokenizer, given),
-        "conditions": read,
-        "precision": precision,
-    }
-    if (subject.path / "model.safetensors").exists():
-        described["weights"] = "ema"  # an export holds one set of weights, those to use
+    # An export holds one set of weights, those to use.
+    weights = "ema" if (subject.path / "model.safetensors").exists() else config["weights"]
+    described = describe_protocol(tokenizer, data, weights, precision, budgets, given)
     recorded = {
         "weights": config["weights"],
         "checkpoint": str(subject.source),
-        "crop": values["val_crop"],
+        "crop": described["images"]["crop"],
         "precision": precision,
         "sampling": given,
         "conditions": read,
-        "data": source_name(val),
-        "model": describe(tokenizer),
+        "data": source_name(data.val_set.source),
+        "model": describe_model(tokenizer),
     }
     suite = build_suite(settings, source.budgets, data.channels, [data.image_size], device)
     job = Job(source, suite, described, recorded, tokenizer, given, budgets, data)
@@ -234,47 +219,23 @@ def _of_folder(
     return Job(source, suite, described, recorded)
 
 
-def effective_sampling(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a decoder samples with: those given, else its own."""
-    decoder = tokenizer.decoder
-    found = {name: given.get(name, getattr(decoder, name, None)) for name in decoder.sampling}
-    return {k: v for k, v in found.items() if isinstance(v, (int, float, str, bool))}
-
-
-def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what a tokenizer is, for people and for `compare`."""
-    quantizer = tokenizer.quantizer
-    return {
-        "tokenizer": type(tokenizer).__name__,
-        "quantizer": type(quantizer).__name__,
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "num_tokens": tokenizer.num_tokens,
-        "codebook_sizes": list(quantizer.codebook_sizes),
-        "sha256": protocol.weights_hash(tokenizer),
-    }
-
-
 def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str]) -> Findings:
     """Run an evaluation to its end, or from where a kill ended it."""
     tokenizer, source, settings = job.tokenizer, job.source, config["eval"]
-    described = {
-        "format": protocol.FORMAT,
-        **job.protocol,
-        "rounding": protocol.ROUNDING,
-        "metrics": {name: metric.identity() for name, metric in job.metrics.items()},
-    }
+    described = whole_protocol(job.protocol, job.metrics)
     lenient = settings["missing"] == "leave_out"
     measurements = {
         budget: Measurement(metrics, _usage(tokenizer), budget or None, lenient)
         for budget, metrics in job.suite.sets.items()
     }
-    tokens = TokenSample(settings["code_images"]) if tokenizer and settings["code_images"] else None
+    kept = settings["code_images"] if tokenizer else 0
+    tokens = TokenSample(kept) if kept else None
     model = (job.recorded["model"] or {}).get("sha256", job.recorded["checkpoint"])
     identity = (
         f"{protocol.protocol_hash(described)} {model} {config['batch_size']} {vistok.__version__}"
     )
     progressing = Progressing(out / "unfinished", identity, settings["save_seconds"])
-    rows, seconds = run_through(source, measurements, tokens, progressing)
+    rows = run_through(source, measurements, tokens, progressing)
     results = {budget: m.compute() for budget, m in measurements.items()}
     job.notes += dict.fromkeys(note for m in measurements.values() for note in m.notes)
     all_rows = [row for part in ranks.gather(rows) for row in part]
@@ -286,8 +247,8 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
     recorded = {
         **job.recorded,
         "skipped_images": len(skips),
-        "images_per_second": len(rows) / seconds if seconds else 0.0,
-        "machine": machine(config, config_device(job)),
+        "images_per_second": source.done / source.seconds if source.seconds else 0.0,
+        "machine": describe_machine(config["batch_size"], config_device(job)),
     }
     if settings["codec_images"] and codecs:
         described_codecs = codec_settings(codecs)
@@ -307,20 +268,6 @@ def config_device(job: Job) -> torch.device:
     if job.tokenizer is not None:
         return job.tokenizer.device
     return torch.device(getattr(job.source, "device", "cpu"))
-
-
-def machine(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return what a measurement ran on, which its numbers should not depend on."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "vistok": vistok.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": gpu or device.type,
-        "ranks": ranks.world_size(),
-        "batch_size": config["batch_size"],
-    }
 
 
 # ---------------------------------------------------------------------- for people
@@ -356,8 +303,3 @@ def as_text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
-
-
-def unknown_suite(name: str, known: Sequence[str]) -> ConfigError:
-    """Return the error for `eval=NAME` of which there is none."""
-    return ConfigError(f"eval={name}: no such suite{nearest(name, known)}")

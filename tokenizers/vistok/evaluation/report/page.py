@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import csv
-import html
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,16 @@ from vistok.core.errors import CheckpointError
 from vistok.core.files import replacing
 from vistok.evaluation.plots import Panel, heat, svg
 from vistok.evaluation.report import charts
+from vistok.evaluation.report.parts import (
+    budgets_shown,
+    e,
+    facts,
+    leaves,
+    number,
+    per_image,
+    script_data,
+    table,
+)
 from vistok.evaluation.results import read_json
 
 #: Cards at the top: what comes first, where it was measured.
@@ -31,8 +38,6 @@ _FIRST = (
 _ASIDE = ("format", "images", "skipped_images", "images_per_second", "codec_images")
 
 _SHOWN_MAPS = 64
-
-e = html.escape
 
 
 def write_report(measured: Path | None, folder: Path) -> Path:
@@ -62,8 +67,8 @@ def write_report(measured: Path | None, folder: Path) -> Path:
         _training(rows),
         _protocol(results),
     ]
-    values = _per_image(measured / "per_image.csv", results) if measured else {}
-    page = _page(name, "\n".join(filter(None, parts)), _script_data(results, values))
+    values = per_image(measured / "per_image.csv", results) if measured else {}
+    page = _page(name, "\n".join(filter(None, parts)), script_data(results, values))
     with replacing(folder / "report.html") as file:
         file.write(page.encode())
     return folder / "report.html"
@@ -182,15 +187,6 @@ def _cards(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: numbers[name] for name in dict.fromkeys(names)}
 
 
-def number(value: Any) -> str:
-    """Return a number for people."""
-    if value is None:
-        return "–"
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:.4g}"
-    return f"{value:,.0f}".replace(",", "\u202f")
-
-
 # ---------------------------------------------------------------------- pictures
 
 
@@ -222,16 +218,11 @@ _HEADS = '<div class="heads"><span>original</span><span>reconstruction</span>'
 _HEADS += "<span>difference × 4</span></div>"
 
 
-def _budgets(results: Mapping[str, Any]) -> list[str]:
-    found = {b for p in results.get("pictures", []) if p["spread"] for b in p["files"]}
-    return sorted(found, key=int)
-
-
 def _pictures(results: Mapping[str, Any], measured: Path) -> str:
     spread = [p for p in results.get("pictures", []) if p["spread"]]
     if not spread:
         return ""
-    budgets = _budgets(results)
+    budgets = budgets_shown(results)
     slider = ""
     if len(budgets) > 1:
         last = len(budgets) - 1
@@ -342,28 +333,11 @@ def _rate_table(results: Mapping[str, Any]) -> str:
     return f"<details>{summary}{table(heads, rows)}</details>"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return an HTML table; numbers are to the right."""
-    top = "".join(f"<th class='{'n' if i > 1 else ''}'>{e(h)}</th>" for i, h in enumerate(heads))
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td class='n'>{number(v)}</td>" if v is None or charts.is_number(v)
-            else f"<td>{e(str(v))}</td>"
-            for v in row
-        )
-        + "</tr>"
-        for row in rows
-    )  # fmt: skip
-    head = f"<thead><tr>{top}</tr></thead>"
-    return f"<div class='scroll'><table>{head}<tbody>{body}</tbody></table></div>"
-
-
 def _codes(results: Mapping[str, Any], measured: Path) -> str:
     codes = results.get("codes") or {}
     if not codes:
         return ""
-    facts = {
+    told = {
         "tokens counted, of each slot": codes["tokens"],
         "entropy of a token (bits)": codes["entropy"],
         "usage that uniform codes would have": codes["usage_expected"],
@@ -371,8 +345,8 @@ def _codes(results: Mapping[str, Any], measured: Path) -> str:
         "zlib on shuffled ids (share left)": codes["compression"]["shuffled_zlib"],
     }
     if fit := (codes.get("zipf") or {}).get("1"):
-        facts["Zipf slope"], facts["Zipf fit, R²"] = fit["slope"], fit["r2"]
-    body = table(["", "value"], [[k, v] for k, v in facts.items()])
+        told["Zipf slope"], told["Zipf fit, R²"] = fit["slope"], fit["r2"]
+    body = table(["", "value"], [[k, v] for k, v in told.items()])
     grams = [
         [f"{n}-gram", "", g["distinct"], g["count"], g["entropy"], g["conditional_entropy"],
          ((codes["zipf"].get(n) or {}).get("slope"))]
@@ -383,8 +357,8 @@ def _codes(results: Mapping[str, Any], measured: Path) -> str:
     return (
         '<section id="codes"><h2>Codes</h2>'
         f"<p class='note'>Ids of {codes['images']} images. Entropies are plug-in estimates, too "
-        "low where there are few tokens for each code; n-grams are of the first slot, in the order of "
-        f"the tokens.</p>{_charts(charts.code_panels(codes))}{body}{table(heads, grams)}{maps}"
+        "low where there are few tokens for each code; n-grams are of the first slot, in the order "
+        f"of the tokens.</p>{_charts(charts.code_panels(codes))}{body}{table(heads, grams)}{maps}"
         "</section>"
     )
 
@@ -425,7 +399,7 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
 def _protocol(results: Mapping[str, Any]) -> str:
     if not results:
         return ""
-    rows = [[key, value] for key, value in _leaves(results["protocol"])]
+    rows = [[key, value] for key, value in leaves(results["protocol"])]
     beside = [["checkpoint", results.get("checkpoint")]]
     beside += [[f"model.{k}", v] for k, v in (results.get("model") or {}).items()]
     beside += [[f"machine.{k}", v] for k, v in results["machine"].items()]
@@ -434,73 +408,7 @@ def _protocol(results: Mapping[str, Any]) -> str:
         '<section id="protocol"><h2>Protocol</h2>'
         "<p class='note'>All that the numbers depend on besides the tokenizer. Numbers compare "
         "where this hash is the same: "
-        f"<code>{results['protocol_hash']}</code></p>{_facts(rows)}"
-        f"<details><summary>Not in the hash: model and machine</summary>{_facts(beside)}</details>"
+        f"<code>{results['protocol_hash']}</code></p>{facts(rows)}"
+        f"<details><summary>Not in the hash: model and machine</summary>{facts(beside)}</details>"
         "</section>"
     )
-
-
-def _facts(rows: Iterable[Sequence[Any]]) -> str:
-    body = "".join(
-        f"<tr><th>{e(str(key))}</th><td><code>{e(_plain(value))}</code></td></tr>"
-        for key, value in rows
-    )
-    return f"<div class='scroll'><table>{body}</table></div>"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _leaves(value: Mapping[str, Any], key: str = "") -> Iterable[tuple[str, Any]]:
-    for name, inner in value.items():
-        here = f"{key}.{name}" if key else name
-        if isinstance(inner, Mapping) and inner:
-            yield from _leaves(inner, here)
-        else:
-            yield here, inner
-
-
-# ---------------------------------------------------------------------- what the script reads
-
-
-def _per_image(path: Path, results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, str]]]:
-    """Return the values of the images shown: by place, number of tokens and metric."""
-    shown = {str(p["number"]) for p in results.get("pictures", [])}
-    budgets = _budgets(results)
-    if not path.is_file() or not budgets:
-        return {}
-    names = [n for n in results.get("higher_is_better", {}) if n in ("psnr", "ssim")] or list(
-        results.get("higher_is_better", {})
-    )
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        for row in csv.DictReader(file):
-            if row["number"] not in shown:
-                continue
-            own = found[row["number"]] = {b: {} for b in budgets}
-            for budget in budgets:
-                for name in names[:2]:
-                    value = row.get(name if budget == budgets[-1] else f"{name}@{budget}")
-                    if value:
-                        own[budget][name] = number(float(value))
-    return found
-
-
-def _script_data(results: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    budgets = _budgets(results) or ["0"]
-    rows = {str(row["num_tokens"]): row for row in results.get("budgets", [])}
-    if "num_tokens" in results:
-        own = {**results, "bytes": -(-results["bits_per_image"] // 8)}
-        rows.setdefault(str(results["num_tokens"]), own)
-    labels = {}
-    for budget in budgets:
-        row = rows.get(budget, {})
-        parts = [f"{budget} tokens"] if budget != "0" else []
-        if "bytes" in row:
-            parts.append(f"{number(row['bytes'])} bytes")
-        if charts.is_number(row.get("psnr")):
-            parts.append(f"PSNR {number(row['psnr'])} dB")
-        labels[budget] = " · ".join(parts)
-    data = {"budgets": budgets, "labels": labels, "values": values}
-    return json.dumps(data).replace("<", "\\u003c")
