@@ -130,7 +130,7 @@ def originals_of(overrides: Sequence[str]) -> tuple[Source, dict[str, Any]]:
     kind = choice[-1] if choice else "folder"
     if kind not in ("folder", "shards"):
         raise ConfigError(f"data={kind}: originals for images= are in a folder or in shards")
-    values = _overridden(_group(kind), overrides)
+    values = _overridden({**_group(kind), "seed": 0}, overrides)
     values["train"] = values["val"]
     return VistokDataModule(**values).val_set.source, values
 

@@ -287,7 +287,7 @@ def print_results(results: Mapping[str, Any], out: Path) -> None:
     """Print the table of an evaluation, and of each number of tokens."""
     table = Table(title=escape(str(out)), title_justify="left", caption_justify="left")
     table.add_column("metric")
-    table.add_column("value", justify="right")
+    table.add_column("value", justify="right", overflow="fold")
     for name, value in results.items():
         if isinstance(value, (list, dict)) or name in ("data", "protocol_hash", "format"):
             continue
