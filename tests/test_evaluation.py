@@ -238,7 +238,7 @@ def test_effect_maps_find_the_pixels_of_a_token():
     """A decoder that paints each token's own quarter, and nothing else."""
 
     class Painter:
-        class quantizer:  # noqa: N801
+        class quantizer:
             codebook_sizes = (7,)
 
         def detokenize(self, ids):

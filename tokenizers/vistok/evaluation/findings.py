@@ -14,6 +14,7 @@ from vistok.evaluation.budgets import panels
 from vistok.evaluation.pairs import Pairs, PairSource
 from vistok.evaluation.pictures import comparison, grid, save_png
 from vistok.evaluation.plots import draw
+from vistok.evaluation.probe import linear_probe, pooled_latents
 from vistok.evaluation.rates import rate_distortion, whole_bytes
 from vistok.evaluation.results import Rows, extremes, save_pictures, write_json, write_rows
 
@@ -47,7 +48,7 @@ class Findings:
         results: Mapping[int, dict[str, float]],
         rows: Rows,
         ids: np.ndarray | None,
-        labels: np.ndarray | None,
+        labels: np.ndarray,
         codecs: Sequence[str],
     ) -> None:
         self.job, self.config, self.out = job, config, out
@@ -78,6 +79,7 @@ class Findings:
             sizes = job.tokenizer.quantizer.codebook_sizes
             results["codes"] = codes.statistics(self.ids, sizes)
             self._effects(results["codes"])
+            self._probe(results)
         results["extremes"] = extremes(self.rows, better, settings["extremes"])
         self._rates(results, budgets)
         results["pictures"] = self._pictures(results["extremes"])
@@ -128,6 +130,17 @@ class Findings:
             # The share of the pixels that take half of the effect: small for local tokens.
             "half_of_effect": [_half(m) for m in maps],
         }
+
+    def _probe(self, results: dict[str, Any]) -> None:
+        tokenizer = self.job.tokenizer
+        if not self.config["eval"]["probe"] or tokenizer is None or self.ids is None:
+            return
+        found = linear_probe(pooled_latents(tokenizer, self.ids), self.labels)
+        if isinstance(found, str):
+            self.job.notes.append(f"linear probe is left out: {found}")
+            return
+        results["probe"] = found
+        results |= {"probe_top1": found["top1"], "probe_chance": found["chance"]}
 
     def _rates(self, results: dict[str, Any], budgets: Sequence[Mapping[str, Any]]) -> None:
         job, settings = self.job, self.config["eval"]

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.markup import escape
 from rich.table import Table
@@ -240,7 +241,7 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
     job.notes += dict.fromkeys(note for m in measurements.values() for note in m.notes)
     all_rows = [row for part in ranks.gather(rows) for row in part]
     skips = {skip[0]: skip for part in ranks.gather(source.skips) for skip in part}
-    ids, labels = tokens.gathered() if tokens else (None, None)
+    ids, labels = tokens.gathered() if tokens else (None, np.zeros(0))
     described["images"]["count"] = len(all_rows)
     if skips and job.data is not None and (report := job.data.skipped_report()):
         job.notes.append(report)
