@@ -148,7 +148,7 @@ def test_the_slider_changes_the_pictures(painted):
             assert label.startswith(f"{tokens} token")
         assert browser.value("location.hash") == "#tokens=2"
         best = browser.seen("#extremes .gallery")
-        assert share(best, COLORS["4"]) > 0.2  # the worst and best are of all tokens, always
+        assert share(best, COLORS["4"]) > 0.1  # the worst and best are of all tokens, always
         assert browser.problems == []
 
 

@@ -56,9 +56,9 @@ def linear_probe(features: np.ndarray, labels: np.ndarray) -> dict[str, Any] | s
     split = StratifiedKFold(folds, shuffle=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = cross_val_predict(model, x, y, cv=split)
+        found = np.asarray(cross_val_predict(model, x, y, cv=split))
     return {
-        "top1": float(np.equal(found, y).mean()),
+        "top1": float(np.mean(found == y)),
         "chance": float(np.unique(y, return_counts=True)[1].max() / len(y)),
         "images": len(y),
         "classes": len(np.unique(y)),

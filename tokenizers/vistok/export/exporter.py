@@ -183,8 +183,8 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     if "protocol" in metrics:
         protocol = json.dumps(metrics["protocol"], indent=2)
         table += (
-            f"\n\nOn {metrics['protocol']['images']['count']} images of `{metrics['data']}`, protocol "
-            f"`{metrics['protocol_hash']}`:\n\n```json\n{protocol}\n```"
+            f"\n\nOn {metrics['protocol']['images']['count']} images of `{metrics['data']}`, "
+            f"protocol `{metrics['protocol_hash']}`:\n\n```json\n{protocol}\n```"
         )
     size = " x ".join(map(str, io["image_size"]))
     sizes = zip(io["codebook_sizes"], io["codebook_dims"], strict=True)
