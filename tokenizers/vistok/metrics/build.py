@@ -8,6 +8,7 @@ from typing import Any
 from vistok.core.errors import ConfigError, as_written
 from vistok.core.registry import build
 from vistok.metrics.image import ImageMetric
+from vistok.nn.network import Network
 
 
 def build_metrics(table: Mapping[str, Any], key: str = "metrics") -> dict[str, ImageMetric]:
@@ -37,6 +38,9 @@ def build_metrics(table: Mapping[str, Any], key: str = "metrics") -> dict[str, I
             if not found:
                 found = [build(described, f"{here}.network")]
                 networks.append((described, found[0]))
+                if not isinstance(found[0], Network):
+                    target = described.get("_target_")
+                    raise ConfigError(f"{here}.network={target}: must be a part of class Network")
             given["network"] = found[0]
         metrics[name] = build(options, here, "metric", **given)
     return metrics

@@ -18,7 +18,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.registry import name_of, register
 from vistok.core.signatures import check_values
 from vistok.core.values import Count
@@ -185,7 +185,7 @@ class MSSSIM(MeanPerImage):
         super().__init__()
         check_values(MSSSIM, locals())
         if scales > 5:
-            raise ConfigError(f"scales={scales}: must be 1 to 5")
+            raise ArgumentError(f"scales={scales}: must be 1 to 5")
         self.scales = scales
 
     def options(self) -> dict[str, Any]:
@@ -206,12 +206,13 @@ class MSSSIM(MeanPerImage):
                 f"which need {least} px{hint}"
             )
         weights = _SCALE_WEIGHTS[: self.scales]
+        total = 1.0 if self.scales == 5 else sum(weights)  # the published five make 1.0001
         value = multiscale_structural_similarity_index_measure(
             reconstructions.float() / 255,
             originals.float() / 255,
             data_range=1.0,
             reduction="none",
-            betas=tuple(weight / sum(weights) for weight in weights),
+            betas=tuple(weight / total for weight in weights),
             normalize="relu",
         )
         assert isinstance(value, Tensor)

@@ -40,6 +40,7 @@ class Pretrained(nn.Module):
 
     Attributes:
         model: the network, without its classifier.
+        key: that two networks share if they compute the same.
 
     Args:
         name: of a model in timm, or "packaged_lite0".
@@ -59,6 +60,7 @@ class Pretrained(nn.Module):
         if weights is not None and not Path(weights).is_file():
             raise ArgumentError(f"weights={weights}: no such file")
         self.name = name
+        self.key = ("pretrained", name, str(weights), input_size)
         self.model = packaged(weights) if name == PACKAGED else create(name, weights, input_size)
         taken: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         mean, std = (torch.tensor(taken[key]).view(1, 3, 1, 1) for key in ("mean", "std"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,28 @@ class Step:
     tokenizer: Tokenizer
     samples_seen: int = 0
     of: str = "image"
+    _shared: dict[Hashable, tuple[Tensor, Any]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def once(self, what: Hashable, tensor: Tensor, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` makes of a tensor; in one step the same is computed once.
+
+        Terms that look at the same picture through the same network share its forward so. It ends
+        with the step. Of a leaf that takes a gradient nothing is shared: it is a copy whose graph
+        somebody walks term by term, and a graph can be walked once.
+
+        Args:
+            what: is computed, for example a network's key and the name of its output.
+            tensor: of which; told apart by identity.
+            compute: computes it.
+        """
+        if tensor.is_leaf and tensor.requires_grad:
+            return compute()
+        key = (what, id(tensor), torch.is_grad_enabled())
+        if key not in self._shared:
+            self._shared[key] = (tensor, compute())  # kept along, so that no other takes its id
+        return self._shared[key][1]
 
     @property
     def prediction(self) -> Prediction:

@@ -133,8 +133,8 @@ class Network(nn.Module):
     def recall(self, what: str, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `compute` of uint8 images, or what it returned for this same tensor just now.
 
-        Metrics that look at the same batch through one network share its forward so. The last two
-        tensors are remembered: originals and reconstructions.
+        Metrics that look at the same batch through one network share its forward so. The two
+        tensors that were asked for last are remembered: originals and reconstructions.
 
         Args:
             what: is computed.
@@ -144,8 +144,9 @@ class Network(nn.Module):
         if images.is_inference():  # its changes are not counted
             return compute(images.float() / 127.5 - 1)
         known = self._recalled.setdefault(what, [])
-        for tensor, version, found in known:
+        for number, (tensor, version, found) in enumerate(known):
             if tensor is images and version == images._version:
+                known.append(known.pop(number))
                 return found
         with torch.autocast(images.device.type, enabled=False):
             found = compute(images.float() / 127.5 - 1)
