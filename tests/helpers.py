@@ -71,6 +71,7 @@ TINY = [
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "callbacks.num_pictures=2",
+    "callbacks.report=false",
     "init_images=8",
     "optimizer.lr=1e-3",
     "optimizer.warmup_samples=0",

@@ -256,8 +256,9 @@ def test_disk_full(fails, cli, finished_run, tmp_path, monkeypatch):
 
 def test_export_of_a_checkpoint_file_and_evaluated_metrics(cli, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    assert cli("evaluate", "run=run", "num_pictures=0")[0] == 0
+    assert cli("evaluate", "run=run", "num_pictures=0", "eval=pixels")[0] == 0
     assert cli("export", "run=run/checkpoints/last.ckpt", "out=out")[0] == 0
     card = (tmp_path / "out" / "README.md").read_text()
     metrics = json.loads((run / "eval" / "metrics.json").read_text())
     assert f"| psnr | {metrics['psnr']:.4g} |" in card and "| ssim |" in card
+    assert metrics["protocol_hash"] in card and '"crop": "adm_center"' in card

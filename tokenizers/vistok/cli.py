@@ -76,6 +76,16 @@ def check_shards(argv: Sequence[str] | None = None) -> int:
     return _guarded(_tool("check_shards"), argv)
 
 
+def compare(argv: Sequence[str] | None = None) -> int:
+    """Put measured runs side by side; return the exit code."""
+    return _guarded(_tool("compare"), argv)
+
+
+def report(argv: Sequence[str] | None = None) -> int:
+    """Write the page of a run again; return the exit code."""
+    return _guarded(_tool("report"), argv)
+
+
 def bench_data(argv: Sequence[str] | None = None) -> int:
     """Measure the data stream; return the exit code."""
     return _guarded(_tool("bench_data"), argv)
@@ -84,6 +94,8 @@ def bench_data(argv: Sequence[str] | None = None) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "train": train,
     "eval": evaluate,
+    "compare": compare,
+    "report": report,
     "export": export,
     "import-weights": import_weights,
     "list": list_configs,
@@ -234,7 +246,7 @@ def _evaluate(argv: list[str]) -> None:
     data = [o for o in overrides if o.lstrip("+").startswith(("data.", "data="))]
     own = [o for o in overrides if o not in data]
     config = c.compose("eval", own, folders)
-    if not _value(own, "run"):
+    if not any(_value(own, key) for key in ("run", "model", "images")):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
     from vistok.evaluation.run import evaluate as run
 

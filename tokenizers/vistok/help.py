@@ -24,7 +24,9 @@ def overview() -> None:
     commands = {
         "train [key=value ...]": "train a tokenizer, or resume=runs/<run>",
         "doctor [key=value ...]": "try out a training: memory, time, health",
-        "eval run=runs/<run>": "metrics, metrics.json, pictures",
+        "eval run=runs/<run>": "metrics, metrics.json, report.html",
+        "compare RUN RUN ...": "measured runs side by side",
+        "report RUN": "report.html again, without measuring",
         "export run=runs/<run> out=FOLDER": "files for other programs",
         "import-weights source=NAME ...": "released weights to an export",
         "list [GROUP [WORD]]": "what there is to choose from",
@@ -94,18 +96,21 @@ def eval_help() -> None:
     program = typed("eval")
     examples = {
         f"{program} run=runs/<run>": "on the validation images of that run",
-        f"{program} run=exported/mine data=shards data.val=val.tar": "on other images",
-        f"{program} run=runs/<run> 'eval.num_tokens=[1,8,64]'": "curve over token budgets",
+        f"{program} run=runs/<run> eval=full": "more metrics, token statistics, codecs",
+        f"{program} model=exported/mine data=folder data.val=FOLDER": "an export",
+        f"{program} images=FOLDER data.val=FOLDER": "what another program wrote",
+        f"{program} run=runs/<run> 'eval.num_tokens=[1,8,64]'": "curves over token budgets",
     }
     keys = {
-        "run=": "a run folder, an export folder or a checkpoint",
+        "run=": "a run folder, an export folder or a checkpoint; or model=, or images=",
+        "eval=default": f"the suite: {', '.join(options('eval'))}",
         "out=": "where to write; empty: <run>/eval",
         "weights=ema": "ema (averaged) or last",
         "device=auto": "auto, cpu or cuda",
         "precision=auto": "auto, bf16, 16 or 32",
         "batch_size=64": "images per batch",
         "num_pictures=12": "number of images in the picture; picture_scale= enlarges it",
-        "eval.num_tokens=": "token budgets (flexible length), measured next to JPEG and WebP",
+        "eval.num_tokens=": "token budgets (flexible length), measured next to image codecs",
         "eval.steps=": "of a decoder that samples; likewise eval.guidance= and eval.seed=",
         "data.*": "as in training, for example data.val=/photos/val data.val_crop=tv_center",
         "plugins=": "modules of your own to import first",
@@ -113,8 +118,8 @@ def eval_help() -> None:
     }
     _show(
         wrapped(
-            "Evaluate a tokenizer: PSNR, SSIM, codebook usage and bits, as a table, as "
-            "metrics.json and in a picture."
+            "Evaluate a tokenizer by a hashed protocol: a table, metrics.json, per_image.csv and "
+            "report.html."
         ),
         f"  {program} run=runs/<run> [key=value ...]",
         "Examples\n" + columns(examples.items()),

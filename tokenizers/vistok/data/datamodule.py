@@ -254,9 +254,13 @@ class VistokDataModule(L.LightningDataModule):
         loader = self._train_loader and self._train_loader()
         return 0.0 if loader is None else loader.wait_seconds
 
-    def val_dataloader(self) -> ImageLoader:
-        """Return every validation image once over all ranks, in a fixed order."""
-        sampler = EvalSampler(self.num_val, self.eval_batch_size)
+    def val_dataloader(self, first: int = 0) -> ImageLoader:
+        """Return every validation image once over all ranks, in a fixed order.
+
+        Args:
+            first: batches of each rank to leave out at the beginning.
+        """
+        sampler = EvalSampler(self.num_val, self.eval_batch_size, first)
         workers = min(self._workers(), len(sampler))
         return ImageLoader(self.val_set, sampler, workers, self._record_val)
 

@@ -261,17 +261,24 @@ class EvalSampler:
     """All members exactly once over all ranks, in order, in equally many batches on each rank.
 
     The last global batch is dealt out evenly and filled up with padding where it does not divide.
+
+    Args:
+        num_samples: of the set.
+        batch_size: per rank.
+        first: batches to leave out at the beginning, for they were taken before.
     """
 
-    def __init__(self, num_samples: int, batch_size: int):
-        self.num_samples, self.batch_size = num_samples, batch_size
+    def __init__(self, num_samples: int, batch_size: int, first: int = 0):
+        self.num_samples, self.batch_size, self.first = num_samples, batch_size, first
 
     def __len__(self) -> int:
-        return -(-self.num_samples // (self.batch_size * distributed.world_size()))
+        batches = -(-self.num_samples // (self.batch_size * distributed.world_size()))
+        return max(0, batches - self.first)
 
     def __iter__(self) -> Iterator[list[Request]]:
         rank, world = distributed.rank(), distributed.world_size()
-        for begin in range(0, self.num_samples, self.batch_size * world):
+        step = self.batch_size * world
+        for begin in range(self.first * step, self.num_samples, step):
             left = self.num_samples - begin
             share = min(self.batch_size, -(-left // world))
             first = begin + rank * share

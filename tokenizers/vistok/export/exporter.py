@@ -155,12 +155,17 @@ def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_metrics(checkpoint: Path) -> dict[str, Any]:
-    """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`."""
+    """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`.
+
+    Of the first also `protocol`, `protocol_hash` and `data`, which the numbers belong to.
+    """
     run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):
         if path.is_file():
             values = json.loads(path.read_text())
-            return {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            told = ("protocol", "protocol_hash", "data") if "protocol" in values else ()
+            return numbers | {key: values[key] for key in told}
     return {}
 
 
@@ -172,8 +177,15 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     rows = [
         f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |"
         for k, v in metrics.items()
+        if isinstance(v, (int, float))
     ]
     table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not evaluated yet."
+    if "protocol" in metrics:
+        protocol = json.dumps(metrics["protocol"], indent=2)
+        table += (
+            f"\n\nOn {metrics['protocol']['images']['count']} images of `{metrics['data']}`, "
+            f"protocol `{metrics['protocol_hash']}`:\n\n```json\n{protocol}\n```"
+        )
     size = " x ".join(map(str, io["image_size"]))
     sizes = zip(io["codebook_sizes"], io["codebook_dims"], strict=True)
     books = [f"{count} codes of dimension {dim}" for count, dim in sizes]

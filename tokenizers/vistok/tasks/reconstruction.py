@@ -19,11 +19,12 @@ from vistok.core.registry import register
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
+from vistok.evaluation.trained import write_trained
 from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer, starts_from_data
 from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
-from vistok.tasks.callbacks import CodebookWatch, ReconstructionGrid
+from vistok.tasks.callbacks import CodebookWatch, LastPictures, ReconstructionGrid
 from vistok.tasks.stages import prepare_stage, resolve_stage
 from vistok.training.task import Task
 
@@ -133,12 +134,14 @@ class Reconstruction(Task):
     # ------------------------------------------------------------------ for people
 
     def callbacks(self, folder: Path) -> list[L.Callback]:
-        """Return the watch over the codebook, and pictures."""
+        """Return the watch over the codebook, pictures, and those for the run's page."""
         options = self.config["callbacks"]
         self._watch = CodebookWatch(options["codebook_window"])
         pictures = folder / "pictures"
         grid = ReconstructionGrid(pictures, options["num_pictures"], options["picture_scale"])
-        return [self._watch, grid]
+        self._folder = folder
+        self._last = LastPictures(options["num_pictures"] if options.get("report", True) else 0)
+        return [self._watch, grid, self._last]
 
     def description(self) -> str:
         """Return a line that says what is trained."""
@@ -172,7 +175,28 @@ class Reconstruction(Task):
         options = baseline_options(self.config.get("baseline"))
         if options:  # on every rank: they begin with the same codes and share the images
             summary.update(kmeans_baseline(self.data, self.tokenizer, **options))
+        if self._last.pairs:
+            self._write_report(str(trainer.precision))
         return summary
+
+    @rank_zero_only
+    def _write_report(self, precision: str) -> None:
+        """Write `report.html`; a run whose numbers are there does not fail for its page."""
+        words = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(precision, "float32")
+        weights = "last" if self.ema is None else "ema"
+        try:
+            page = write_trained(
+                self._folder,
+                self.tokenizer,
+                self.data,
+                self.results,
+                self._last.pairs,
+                weights,
+                words,
+            )
+            say(f"report: {page}")
+        except OSError as error:
+            say(f"[yellow]report.html could not be written: {error.strerror}[/yellow]")
 
 
 @rank_zero_only
