@@ -17,11 +17,19 @@ from vistok.core.errors import CheckpointError
 
 
 class Released(NamedTuple):
-    """Result of a converter: the parts of a config, and a state without fresh statistics."""
+    """Result of a converter: the parts of a config, and a state without fresh statistics.
+
+    Attributes:
+        tokenizer: its config.
+        quantizer: its config.
+        state: tensors by our names.
+        license: the one that the weights were released under, as their owners name it.
+    """
 
     tokenizer: dict[str, Any]
     quantizer: dict[str, Any]
     state: dict[str, Tensor]
+    license: str = "unknown"
 
 
 class Published:
@@ -59,7 +67,7 @@ class Published:
             CheckpointError: if there is none.
         """
         if name not in self.left:
-            raise self._misfit(f"'{name}' is missing")
+            raise self.misfit(f"'{name}' is missing")
         return self.left[name].shape
 
     def move(self, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -71,10 +79,31 @@ class Published:
                 moved[ours + name[len(theirs) :]] = self.take(name)
         return moved
 
+    def drop(self, *prefixes: str) -> None:
+        """Leave out tensors that are known and not needed, such as those of a loss."""
+        for name in [name for name in self.left if name.startswith(prefixes)]:
+            del self.left[name]
+
     def count(self, prefix: str) -> int:
         """Return how many parts `prefix.0`, `prefix.1`, ... there are."""
         start = len(prefix) + 1
         return len({k[start:].partition(".")[0] for k in self.left if k.startswith(f"{prefix}.")})
+
+    def within(self, *prefixes: str) -> None:
+        """Leave out what is outside a part of a larger model, if the file has one.
+
+        Args:
+            prefixes: names that the part may have, such as "model.vqmodel".
+        """
+        for prefix in prefixes:
+            start = f"{prefix}."
+            if any(name.startswith(start) for name in self.left):
+                self.left = {
+                    name.removeprefix(start): value
+                    for name, value in self.left.items()
+                    if name.startswith(start)
+                }
+                return
 
     def finish(self) -> None:
         """Check that nothing is left.
@@ -83,9 +112,10 @@ class Published:
             CheckpointError: naming the first tensor that has no place.
         """
         for name in self.left:
-            raise self._misfit(f"'{name}' has no place (and {len(self.left) - 1} more)")
+            raise self.misfit(f"'{name}' has no place (and {len(self.left) - 1} more)")
 
-    def _misfit(self, found: str) -> CheckpointError:
+    def misfit(self, found: str) -> CheckpointError:
+        """Return the error that the file is of another kind, for what was found in it."""
         return CheckpointError(
             f"the file does not look like weights of source={self.source}: {found}"
         )

@@ -24,10 +24,13 @@ class AdaptiveGroupNorm(nn.Module):
     Args:
         channels: C of the map that is normalised.
         latent_channels: D of the latents.
+        correction: 1 for deviations with n - 1 in the denominator (Open-MAGVIT2), 0 for n; a single
+            cell has a deviation of 0 either way.
     """
 
-    def __init__(self, channels: int, latent_channels: int) -> None:
+    def __init__(self, channels: int, latent_channels: int, correction: int = 0) -> None:
         super().__init__()
+        self.correction = correction
         self.norm = group_norm(channels, affine=False)
         self.scale = nn.Linear(latent_channels, channels)
         self.shift = nn.Linear(latent_channels, channels)
@@ -39,7 +42,8 @@ class AdaptiveGroupNorm(nn.Module):
         """Map `(B, C, H, W)` to `(B, C, H, W)`, given latents `(B, D, h, w)`."""
         flat = latents.flatten(2).float()
         # Of no images torch would warn.
-        variances = flat.var(dim=2, correction=0) if len(flat) else flat.mean(dim=2)
+        correction = min(self.correction, flat.shape[2] - 1)
+        variances = flat.var(dim=2, correction=correction) if len(flat) else flat.mean(dim=2)
         deviations = (variances + 1e-6).sqrt()  # the root of a variance of zero has no gradient
         scale = self.scale(deviations.to(latents.dtype))[..., None, None]
         shift = self.shift(flat.mean(dim=2).to(latents.dtype))[..., None, None]
@@ -52,18 +56,19 @@ class ResBlock(nn.Module):
     Args:
         channels_in: C of the input.
         channels_out: C of the output.
+        bias: of the convolutions.
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
         self.norm2 = group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=bias)
         self.skip = (
             nn.Identity()
             if channels_in == channels_out
-            else nn.Conv2d(channels_in, channels_out, 1)
+            else nn.Conv2d(channels_in, channels_out, 1, bias=bias)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,15 +127,21 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the size by a strided 3x3 convolution, padded at the right and the bottom."""
+    """Halve the size by a strided 3x3 convolution.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C, in and out.
+        centered: pad on all four sides; else at the right and the bottom alone.
+    """
+
+    def __init__(self, channels: int, centered: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=int(centered))
+        self.centered = centered
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C, H/2, W/2)`."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.centered else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
