@@ -7,13 +7,15 @@ that is missing or left over is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from vistok.core.errors import CheckpointError
+
+Importer = TypeVar("Importer", bound=Callable[..., Any])
 
 
 class Released(NamedTuple):
@@ -79,6 +81,17 @@ class Published:
                 moved[ours + name[len(theirs) :]] = self.take(name)
         return moved
 
+    def has(self, *names: str) -> bool:
+        """Return whether there are all of some tensors, or parts."""
+        return all(
+            name in self.left or any(key.startswith(f"{name}.") for key in self.left)
+            for name in names
+        )
+
+    def copy(self) -> Published:
+        """Return another one with the same tensors, to try something on."""
+        return Published(self.left, self.metadata, self.source)
+
     def drop(self, *prefixes: str) -> None:
         """Leave out tensors that are known and not needed, such as those of a loss."""
         for name in [name for name in self.left if name.startswith(prefixes)]:
@@ -119,6 +132,28 @@ class Published:
         return CheckpointError(
             f"the file does not look like weights of source={self.source}: {found}"
         )
+
+
+def recognized(why: str, test: Callable[[Published], bool]) -> Callable[[Importer], Importer]:
+    """Let `source=auto` find an importer; a decorator of it.
+
+    Args:
+        why: what in a file tells that it is of this family, for the user.
+        test: whether a file has that.
+    """
+
+    def mark(importer: Importer) -> Importer:
+        importer.mark = Mark(why, test)  # type: ignore[attr-defined]
+        return importer
+
+    return mark
+
+
+class Mark(NamedTuple):
+    """What tells a family: in words, and as a test."""
+
+    why: str
+    test: Callable[[Published], bool]
 
 
 def vector_quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,14 @@ from vistok.checkpoints.load import load_weights
 from vistok.core.errors import CheckpointError
 from vistok.core.registry import resolve
 from vistok.export.exporter import check_out, place_export
-from vistok.export.recognize import recognize
+from vistok.export.recognize import family_of, recognize
 from vistok.export.released_files import read_released
 from vistok.models.build import build_tokenizer
 
-_FRESH = ("quantizer.stats.", "quantizer.usage.", "quantizer.initialized", "encoder.latent_means")
+#: What a released file does not have, for only training needs it.
+_FRESH = re.compile(
+    r"quantizer\.(.*\.)?(stats\..*|usage\..*|initialized|steps)|encoder\.latent_means"
+)
 
 
 def import_weights(
@@ -32,7 +36,8 @@ def import_weights(
             a folder of Hugging Face; of a training checkpoint the averaged weights are taken, if it
             has some.
         out: folder to write; it appears whole or not at all.
-        image_size: side in pixels or (height, width), for weights that take any; None for the published one.
+        image_size: side in pixels or (height, width), for weights that take any; None for the
+            published one.
         overwrite: replace an export that is there.
 
     Returns:
@@ -52,7 +57,7 @@ def import_weights(
         released = resolve(source, kind="importer", key="source")(published, image_size)
         published.finish()
     except CheckpointError as error:
-        raise CheckpointError(f"{weights}: {error}") from error
+        raise CheckpointError(f"{weights}: {error}{_hint(weights, source)}") from error
     config = {
         "tokenizer": released.tokenizer,
         "quantizer": released.quantizer,
@@ -64,7 +69,7 @@ def import_weights(
         "released": {"source": source, "license": released.license},
     }
     tokenizer = build_tokenizer(config).eval()
-    fresh = {k: v for k, v in tokenizer.state_dict().items() if k.startswith(_FRESH)}
+    fresh = {k: v for k, v in tokenizer.state_dict().items() if _FRESH.fullmatch(k)}
     load_weights(tokenizer, fresh | released.state, str(weights))
     place_export(tokenizer, config, out, metrics={})
     print(
@@ -75,3 +80,8 @@ def import_weights(
     )
     return out
 
+
+def _hint(weights: Path, source: str) -> str:
+    """Return which family a file is of, if it is another than `source`."""
+    family = None if source == "auto" else family_of(read_released(weights))
+    return f"; it looks like source={family}" if family not in (None, source) else ""

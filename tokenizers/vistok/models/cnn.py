@@ -42,11 +42,25 @@ Block = Literal["biased", "unbiased", "output_skip"]
 Side = Literal[1, 3]
 Levels = bool | Annotated[Sequence[int], filled_list(Index, "a list of levels, 0 or more")]
 
-_BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "biased": ResBlock,
-    "unbiased": partial(ResBlock, bias=False),
-    "output_skip": OutputSkipBlock,
-}
+
+class _Layers:
+    """Makes the layers of one CNN, all with norms of so many groups."""
+
+    def __init__(self, block: Block, groups: int | None) -> None:
+        kinds: dict[str, Callable[..., nn.Module]] = {
+            "biased": ResBlock,
+            "unbiased": partial(ResBlock, bias=False),
+            "output_skip": OutputSkipBlock,
+        }
+        self.block: Callable[[int, int], nn.Module] = partial(kinds[block], groups=groups)
+        self.attention = partial(SpatialAttention, groups=groups)
+
+    def middle(self, width: int, count: int, attention: bool) -> list[nn.Module]:
+        """Return the layers at the lowest resolution."""
+        layers = [self.block(width, width)]
+        if attention:
+            layers.append(self.attention(width))
+        return [*layers, *(self.block(width, width) for _ in range(count - 1))]
 
 
 @register("cnn_encoder")
@@ -80,6 +94,8 @@ class CNNEncoder(Encoder):
         latent_kernel: side of one more convolution, from latents to latents (VQGAN's `quant_conv`);
             None for none.
         unit_range: the weights know images in [0, 1].
+        norm_groups: groups of all norms, 32 in published networks; None for up to 32 that divide
+            the channels into two or more each.
     """
 
     def __init__(
@@ -99,10 +115,11 @@ class CNNEncoder(Encoder):
         output_kernel: Side = 3,
         latent_kernel: Side | None = None,
         unit_range: bool = False,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         check_values(CNNEncoder, locals())
-        make = _BLOCKS[block]
+        make = _Layers(block, norm_groups)
         self.unit_range = unit_range
         factor = stem * 2 ** (len(channel_multipliers) - 1)
         grid = grid_of(image_size, factor)
@@ -120,15 +137,15 @@ class CNNEncoder(Encoder):
         attends = _attending(attention, level_attention, last)
         for level in range(last + 1):
             for _ in range(num_res_blocks):
-                layers.append(make(width, self.widths[level]))
+                layers.append(make.block(width, self.widths[level]))
                 width = self.widths[level]
                 if level in attends:
-                    layers.append(SpatialAttention(width))
+                    layers.append(make.attention(width))
             self.ends[len(layers) - 1] = level
             if level < last:
                 layers.append(Downsample(width, padding == "centered"))
-        self.layers = nn.Sequential(*layers, *_middle(width, make, middle_blocks, attention))
-        self.norm_out = group_norm(width)
+        self.layers = nn.Sequential(*layers, *make.middle(width, middle_blocks, attention))
+        self.norm_out = group_norm(width, groups=norm_groups)
         self.dim = width if latent_dim is None else latent_dim
         self.conv_out = None if latent_dim is None else _conv(width, latent_dim, output_kernel)
         self.latent_conv = (
@@ -196,16 +213,6 @@ def _attending(attention: bool, level_attention: Levels, last: int) -> set[int]:
     return levels
 
 
-def _middle(
-    width: int, make: Callable[[int, int], nn.Module], count: int, attention: bool
-) -> list[nn.Module]:
-    """Return the blocks at the lowest resolution."""
-    layers = [make(width, width)]
-    if attention:
-        layers.append(SpatialAttention(width))
-    return [*layers, *(make(width, width) for _ in range(count - 1))]
-
-
 def level_taps(widths: Sequence[int], coarsest: tuple[int, int]) -> dict[str, Tap]:
     """Return the taps `level.{i}` of a CNN, each grid half of the one before.
 
@@ -260,6 +267,7 @@ class CNNDecoder(Decoder):
         latent_kernel: the encoder's (VQGAN's `post_quant_conv`).
         unbiased_deviation: the deviations of adaptive norms have n - 1 in the denominator.
         unit_range: the encoder's.
+        norm_groups: the encoder's.
     """
 
     def __init__(
@@ -280,6 +288,7 @@ class CNNDecoder(Decoder):
         latent_kernel: Side | None = None,
         unbiased_deviation: bool = False,
         unit_range: bool = False,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         check_values(CNNDecoder, locals())
@@ -289,26 +298,32 @@ class CNNDecoder(Decoder):
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         self.unit_range = unit_range
-        make, last, width = _BLOCKS[block], len(channel_multipliers) - 1, self.widths[-1]
+        make, last, width = (
+            _Layers(block, norm_groups),
+            len(channel_multipliers) - 1,
+            self.widths[-1],
+        )
         attends = _attending(attention, level_attention, last)
         self.latent_conv = (
             None if latent_kernel is None else _conv(latent_dim, latent_dim, latent_kernel)
         )
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
-        layers = _middle(width, make, middle_blocks, attention)
+        layers = make.middle(width, middle_blocks, attention)
         for level in reversed(range(last + 1)):
             if adaptive_norm:
-                layers.append(AdaptiveGroupNorm(width, latent_dim, int(unbiased_deviation)))
+                layers.append(
+                    AdaptiveGroupNorm(width, latent_dim, norm_groups, int(unbiased_deviation))
+                )
             for _ in range(num_res_blocks):
-                layers.append(make(width, self.widths[level]))
+                layers.append(make.block(width, self.widths[level]))
                 width = self.widths[level]
                 if level in attends:
-                    layers.append(SpatialAttention(width))
+                    layers.append(make.attention(width))
             self.ends[len(layers) - 1] = level
             if level:
                 layers.append((Upsample if upsample == "nearest" else DepthToSpace)(width))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, groups=norm_groups)
         self.conv_out = nn.Conv2d(width, channels * stem * stem, 3, padding=1)
 
     def reconstruct(

@@ -172,6 +172,7 @@ class _Part:
             "attention": in_middle,
             "level_attention": attending == [last] if attending in ([], [last]) else attending,
             "block": self._block(),
+            "norm_groups": 32,
             "middle_blocks": sum(not self._attends(name) for name in self.middle_layers),
         }
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.core.errors import ArgumentError
 
-def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
-    """GroupNorm of up to 32 groups that divide `channels`."""
-    groups = next(
-        g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 2) or g == 1
-    )
+
+def group_norm(channels: int, affine: bool = True, groups: int | None = None) -> nn.GroupNorm:
+    """GroupNorm of `groups`; by default up to 32 that divide `channels` into two or more each."""
+    if groups is None:
+        groups = next(
+            g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 2) or g == 1
+        )
+    if channels % groups:
+        raise ArgumentError(f"norm_groups={groups}: must divide {channels}, a number of channels")
     return nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
 
 
@@ -24,14 +29,21 @@ class AdaptiveGroupNorm(nn.Module):
     Args:
         channels: C of the map that is normalised.
         latent_channels: D of the latents.
+        groups: of the norm, see `group_norm`.
         correction: 1 for deviations with n - 1 in the denominator (Open-MAGVIT2), 0 for n; a single
             cell has a deviation of 0 either way.
     """
 
-    def __init__(self, channels: int, latent_channels: int, correction: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        latent_channels: int,
+        groups: int | None = None,
+        correction: int = 0,
+    ) -> None:
         super().__init__()
         self.correction = correction
-        self.norm = group_norm(channels, affine=False)
+        self.norm = group_norm(channels, affine=False, groups=groups)
         self.scale = nn.Linear(latent_channels, channels)
         self.shift = nn.Linear(latent_channels, channels)
         for parameter in self.parameters():
@@ -57,13 +69,16 @@ class ResBlock(nn.Module):
         channels_in: C of the input.
         channels_out: C of the output.
         bias: of the convolutions.
+        groups: of the norms, see `group_norm`.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, bias: bool = True, groups: int | None = None
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = group_norm(channels_in, groups=groups)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
-        self.norm2 = group_norm(channels_out)
+        self.norm2 = group_norm(channels_out, groups=groups)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=bias)
         self.skip = (
             nn.Identity()
@@ -88,10 +103,11 @@ class OutputSkipBlock(ResBlock):
     Args:
         channels_in: C of the input.
         channels_out: C of the output.
+        groups: of the norms, see `group_norm`.
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out)
+    def __init__(self, channels_in: int, channels_out: int, groups: int | None = None) -> None:
+        super().__init__(channels_in, channels_out, groups=groups)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.keeps_channels = channels_in == channels_out
@@ -109,11 +125,12 @@ class SpatialAttention(nn.Module):
 
     Args:
         channels: C, in and out.
+        groups: of the norm, see `group_norm`.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int | None = None) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups=groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released
+from vistok.core.released_weights import Published, Released, recognized
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer
 from vistok.models.grid import GridTokenizer
@@ -19,6 +19,10 @@ class IBQTokenizer(GridTokenizer):
 
 
 @register("ibq", kind="importer")
+@recognized(
+    "VQGAN's names, with four residual blocks in a level of the encoder",
+    lambda p: p.has("encoder.down.0.block.3", "quantize.embedding", "quant_conv"),
+)
 def ibq(published: Published, image_size: ImageSize | None) -> Released:
     """IBQ (https://arxiv.org/abs/2412.02692)."""
     published.drop("loss.", "quantize.embed_prob")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released, vector_quantizer
+from vistok.core.released_weights import Published, Released, recognized, vector_quantizer
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer, projections
 from vistok.models.grid import GridTokenizer
@@ -19,6 +19,13 @@ class Janus(GridTokenizer):
 
 
 @register("janus", kind="importer")
+@recognized(
+    "decoder levels from low to high resolution, and a narrow `quant_conv`",
+    lambda p: (
+        any(name.endswith("decoder.up.0.upsample.conv.weight") for name in p.left)
+        and not p.has("decoder.adaptive")
+    ),
+)
 def janus(published: Published, image_size: ImageSize | None) -> Released:
     """Janus' VQ model, as transformers lays it out (https://arxiv.org/abs/2410.13848)."""
     published.within("model.vqmodel", "vqmodel")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released, vector_quantizer
+from vistok.core.released_weights import Published, Released, recognized, vector_quantizer
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer, projections
 from vistok.models.grid import GridTokenizer
@@ -19,6 +19,13 @@ class LlamaGen(GridTokenizer):
 
 
 @register("llamagen", kind="importer")
+@recognized(
+    "levels named `conv_blocks` around a narrow `quant_conv`",
+    lambda p: (
+        p.has("encoder.conv_blocks", "quant_conv", "quantize.embedding")
+        and not p.has("s2to1encoder")
+    ),
+)
 def llamagen(published: Published, image_size: ImageSize | None) -> Released:
     """LlamaGen VQ-16 and VQ-8 (https://arxiv.org/abs/2406.06525)."""
     published.drop("quantize.codebook_used")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released, vector_quantizer
+from vistok.core.released_weights import Published, Released, recognized, vector_quantizer
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer
 from vistok.models.grid import GridTokenizer
@@ -19,6 +19,10 @@ class MaskBit(GridTokenizer):
 
 
 @register("maskbit", kind="importer")
+@recognized(
+    "levels of `res_blocks`",
+    lambda p: p.has("encoder.down.0.res_blocks"),
+)
 def maskbit(published: Published, image_size: ImageSize | None) -> Released:
     """MaskBit and VQGAN+ (https://arxiv.org/abs/2409.16211)."""
     published.drop("quantize.bits_to_indices", "quantize.codebook")

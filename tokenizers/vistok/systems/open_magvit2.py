@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released
+from vistok.core.released_weights import Published, Released, recognized
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer
 from vistok.models.grid import GridTokenizer
@@ -19,6 +19,10 @@ class OpenMAGVIT2(GridTokenizer):
 
 
 @register("open_magvit2", kind="importer")
+@recognized(
+    "norms `adaptive` in the decoder, and no codebook",
+    lambda p: p.has("encoder.mid_block", "decoder.adaptive") and not p.has("quant_conv"),
+)
 def open_magvit2(published: Published, image_size: ImageSize | None) -> Released:
     """Open-MAGVIT2 (https://arxiv.org/abs/2409.04410)."""
     published.drop("loss.", "quantize.")

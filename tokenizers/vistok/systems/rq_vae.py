@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released
+from vistok.core.released_weights import Published, Released, recognized
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer
 from vistok.models.grid import GridTokenizer
@@ -19,6 +19,10 @@ class RQVAE(GridTokenizer):
 
 
 @register("rq_vae", kind="importer")
+@recognized(
+    "codebooks for each depth",
+    lambda p: p.has("quantizer.codebooks.0", "encoder.down"),
+)
 def rq_vae(published: Published, image_size: ImageSize | None) -> Released:
     """RQ-VAE (https://arxiv.org/abs/2203.01941)."""
     depth = published.count("quantizer.codebooks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released
+from vistok.core.released_weights import Published, Released, recognized
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer
 from vistok.models.grid import GridTokenizer
@@ -19,6 +19,10 @@ class VARTokenizer(GridTokenizer):
 
 
 @register("var", kind="importer")
+@recognized(
+    "shared convolutions `quant_resi` between scales",
+    lambda p: p.has("quantize.quant_resi"),
+)
 def var(published: Published, image_size: ImageSize | None) -> Released:
     """VAR's multi-scale VQ (https://arxiv.org/abs/2404.02905)."""
     # How often each scale has used each code: the file says how many scales there are, not which.
@@ -40,6 +44,7 @@ def var(published: Published, image_size: ImageSize | None) -> Released:
         "codebook_dim": codes.shape[1],
         "scales": scales,
         "num_phi": count,
+        "phi_ties": "later",
         "metric": "euclidean",
         "codebook": "gradient",
         "kmeans_init": False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vistok.core.registry import register
-from vistok.core.released_weights import Published, Released, vector_quantizer
+from vistok.core.released_weights import Published, Released, recognized, vector_quantizer
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer
 from vistok.models.grid import GridTokenizer
@@ -20,6 +20,16 @@ class VQGAN(GridTokenizer):
 
 
 @register("vqgan", kind="importer")
+@recognized(
+    "levels `down` and `up`, two residual blocks in each of the encoder, and a `quant_conv`",
+    lambda p: (
+        p.has("encoder.down.0.block.1", "decoder.up.0.block.0", "quant_conv")
+        and (p.has("quantize.embedding") or p.has("quantize.proj"))
+        and not p.has("encoder.down.0.block.3")
+        and not p.has("quantize.quant_resi")
+        and not p.has("decoder.up.0.upsample")
+    ),
+)
 def vqgan(published: Published, image_size: ImageSize | None) -> Released:
     """VQGAN of taming-transformers, with a codebook or Gumbel (https://arxiv.org/abs/2012.09841)."""
     published.drop("loss.", "colorize")
