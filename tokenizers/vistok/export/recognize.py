@@ -40,9 +40,10 @@ def recognize(published: Published) -> str:
 
 
 def family_of(published: Published) -> str | None:
-    """Return the importer that takes every tensor of a file; None if none does, or several do."""
+    """Return the importer that a file is for, by its mark or as the only one that fits; or None."""
     importers = registered("importer")
-    fitting = [name for name, each in importers.items() if attempt(published, each) == 0]
+    marked = [name for name, each in importers.items() if _marks(each, published)]
+    fitting = [n for n in marked or importers if attempt(published, importers[n]) == 0]
     return fitting[0] if len(fitting) == 1 else None
 
 

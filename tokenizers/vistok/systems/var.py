@@ -34,6 +34,8 @@ def var(published: Published, image_size: ImageSize | None) -> Released:
     # One convolution for all scales is not in a list.
     shared = "quantize.quant_resi.qresi.weight" in published.left
     count = 1 if shared else published.count("quantize.quant_resi.qresi_ls")
+    if not count:
+        raise published.misfit("'quantize.quant_resi' is missing")
     lists = {f"quantize.quant_resi.qresi_ls.{n}": f"quantizer.phi.{n}" for n in range(count)}
     state = published.move({"quantize.quant_resi.qresi": "quantizer.phi.0"} if shared else lists)
     tokenizer, cnn_state = grid_tokenizer(published, "var_tokenizer", image_size or 256)

@@ -21,9 +21,9 @@ class VQGAN(GridTokenizer):
 
 @register("vqgan", kind="importer")
 @recognized(
-    "levels `down` and `up`, two residual blocks in each of the encoder, and a `quant_conv`",
+    "levels `down` and `up`, fewer than four residual blocks in one of the encoder, a `quant_conv`",
     lambda p: (
-        p.has("encoder.down.0.block.1", "decoder.up.0.block.0", "quant_conv")
+        p.has("encoder.down.0.block.0", "decoder.up.0.block.0", "quant_conv")
         and (p.has("quantize.embedding") or p.has("quantize.proj"))
         and not p.has("encoder.down.0.block.3")
         and not p.has("quantize.quant_resi")
