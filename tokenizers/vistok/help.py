@@ -151,7 +151,7 @@ def import_help() -> None:
     """Print `import_weights.py --help`."""
     program = typed("import-weights")
     keys = {
-        "source=": ", ".join(_importers()),
+        "source=": ", ".join(["auto", *_importers()]),
         "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
         "out=": "folder to write, for example exported/my_tokenizer",
         "image_size=": "for weights that take any size (published: 256)",

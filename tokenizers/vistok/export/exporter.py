@@ -151,6 +151,8 @@ def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
             "bits_per_image": tokenizer.bits_per_image,
         },
         "data": {key: config["data"].get(key) for key in ("image_size", "channels", "val_crop")},
+        # of imported weights: whose they are, and their license
+        **({"released": config["released"]} if config.get("released") else {}),
     }
 
 
@@ -187,12 +189,14 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
             f"protocol `{metrics['protocol_hash']}`:\n\n```json\n{protocol}\n```"
         )
     size = " x ".join(map(str, io["image_size"]))
+    released = description.get("released")
+    license = f"\nlicense of the weights: {released['license']}\n" if released else ""
     sizes = zip(io["codebook_sizes"], io["codebook_dims"], strict=True)
     books = [f"{count} codes of dimension {dim}" for count, dim in sizes]
     return f"""# {name} with {quantizer}
 
 A discrete visual tokenizer, exported by vistok {description["vistok"]}.
-
+{license}
 | | |
 |---|---|
 | images | {size} pixels, {io["channels"]} channels, {io["image_range"]}, crop `{io["crop"]}` |

@@ -81,7 +81,8 @@ def start_block_(block: nn.Module, maps: Tensor) -> None:
     if isinstance(block, ResBlock):
         for parameter in block.conv2.parameters():
             nn.init.zeros_(parameter)
-        if isinstance(block.skip, nn.Conv2d):
+        # A skip from the block's own output has nothing of its input to hand on.
+        if isinstance(block.skip, nn.Conv2d) and block.skip.in_channels == maps.shape[1]:
             start_conv_(block.skip, maps)
     elif isinstance(block, SpatialAttention):
         for parameter in block.proj.parameters():
@@ -115,8 +116,8 @@ def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor, taps: int) -> None:
         first = 0 if taps > 1 else side // 2
         part = conv.weight[:, :, first : first + taps, first : first + taps]
         part.copy_(weight.view_as(part))
-    assert conv.bias is not None
-    conv.bias.copy_(bias)
+    if conv.bias is not None:
+        conv.bias.copy_(bias)
 
 
 def chunks(images: Tensor, *others: Tensor, most: int = 32) -> Iterator[Any]:
