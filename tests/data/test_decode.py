@@ -7,7 +7,8 @@ import pytest
 from data_helpers import encode, picture
 from PIL import Image, ImageOps
 
-from vistok.data.decode import DecodeError, decode, image_extension
+from vistok.data.decode import DecodeError, decode
+from vistok.data.formats import image_extension
 from vistok.data.order import sample_rng
 from vistok.data.transforms import MARGIN, Transform
 

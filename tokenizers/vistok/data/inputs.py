@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from vistok.core.errors import ConfigError, DataError, nearest
-from vistok.data.decode import IMAGE_EXTENSIONS, image_extension
+from vistok.data.folders import FileSource, FolderSource
+from vistok.data.formats import IMAGE_EXTENSIONS, image_extension
 from vistok.data.index import ShardIndex, sidecar
+from vistok.data.places import expand_shards
 from vistok.data.shards import ShardFile
-from vistok.data.sources import FileSource, FolderSource, ShardSource, Source, expand_shards
+from vistok.data.sources import ShardSource, Source
 
 SPOOL = ".unpacked"  # folder within `out`
 

@@ -19,9 +19,9 @@ from vistok.core.files import replacing
 from vistok.core.terminal import counted
 from vistok.data.decode import DecodeError, decode
 from vistok.data.index import ShardIndex, scan, sidecar
+from vistok.data.places import expand_shards
 from vistok.data.remote import RemoteShard, ShardCache, read_manifest
 from vistok.data.shards import sha256
-from vistok.data.sources import expand_shards
 from vistok.tools.words import Option, Tool, flag, processes
 
 

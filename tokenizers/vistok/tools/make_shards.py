@@ -23,7 +23,8 @@ import numpy as np
 
 from vistok.core.errors import DataError, VistokError
 from vistok.core.terminal import counted, typed
-from vistok.data.decode import DecodeError, decode, image_extension
+from vistok.data.decode import DecodeError, decode
+from vistok.data.formats import image_extension
 from vistok.data.held_out import hold_out
 from vistok.data.index import ShardIndex, sidecar
 from vistok.data.inputs import SPOOL, Columns, Tables, end_with_parent, open_input
