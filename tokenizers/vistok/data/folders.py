@@ -113,7 +113,7 @@ class FolderSource(FileSource):
             found = "is a file, not a folder" if root.exists() else "no such folder"
             hint = "; for shards use data=shards" if root.suffix == ".tar" else ""
             raise DataError(f"{key}={shown(str(folder))}: {found}{hint}")
-        images, left_out = _images_under(root)
+        images, left_out = images_under(root)
         found = sorted(images)
         if not found:
             if left_out:
@@ -150,7 +150,7 @@ def read_file(path: Path, most_bytes: int) -> bytes:
         return file.read()
 
 
-def _images_under(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
+def images_under(root: Path) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
     """Look through a folder, follow links, not in circles.
 
     Returns:

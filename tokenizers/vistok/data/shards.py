@@ -247,6 +247,29 @@ class ShardWriter:
             self._open.__exit__(*exception)
 
 
+def write_names(folder: Path, shards: Sequence[str]) -> Path:
+    r"""Write `names.tsv`: shard, key, and what the image was called before it was packed.
+
+    Tabs, line ends, backslashes and bytes that are not UTF-8 in names are written as Python does,
+    such as `\t` and `\xe9`.
+
+    Args:
+        folder: where the shards are.
+        shards: their names; their indexes know the rest.
+    """
+    path = folder / "names.tsv"
+    with replacing(path) as file:
+        file.write(b"shard\tkey\tname\n")
+        for shard in shards:
+            index = ShardIndex.load(sidecar(folder / shard))
+            if index is None:
+                raise DataError(f"{sidecar(folder / shard)}: no index next to the shard")
+            for key, name in zip(index.keys.tolist(), index.names.tolist(), strict=True):
+                said = shown(name.replace(b"\\", b"\\\\"))
+                file.write(f"{shard}\t{shown(key)}\t{said}\n".encode())
+    return path
+
+
 def write_manifest(
     folder: str | Path, splits: Mapping[str, Sequence[ShardInfo]], **more: Any
 ) -> Path:

@@ -164,7 +164,7 @@ class TarReader:
         while True:
             block = read(place, BLOCK)
             if len(block) < BLOCK:
-                raise self._cut()
+                raise self._cut() if place else self._damaged(place, "no valid tar header")
             if not block.strip(b"\0"):
                 self.proof.add(place, block)
                 following = self._after_end(place + BLOCK, descriptor)
