@@ -204,7 +204,9 @@ def test_tables(pa, tmp_path, images, kind, nested, capsys):
     assert manifest["classes"] == ["cat", "dog"]
     assert [name.partition("/")[2] for name in manifest["left_out"]] == ["000000005", "000000006"]
     names = {path.name for path in (tmp_path / "o").iterdir()}
-    assert all(name.endswith((".tar", ".idx", ".json", "names.tsv")) for name in names)  # nothing left behind
+    assert all(
+        name.endswith((".tar", ".idx", ".json", "names.tsv")) for name in names
+    )  # nothing left behind
     # The same as from a folder, but for order: no image is encoded anew.
     assert run(tmp_path / "t", f"out={tmp_path / 'again'}", "shard_size=20KB") == 0
     assert tree(tmp_path / "again") == tree(tmp_path / "o")

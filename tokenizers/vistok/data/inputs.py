@@ -22,7 +22,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vistok.core.console import say
 from vistok.core.errors import ConfigError, DataError, VistokError, nearest
+from vistok.core.terminal import counted
 from vistok.data.folders import FileSource, FolderSource, images_under, read_file
 from vistok.data.formats import HEAD, IMAGE_EXTENSIONS, image_extension, sniffed
 from vistok.data.index import ShardIndex, sidecar
@@ -30,7 +32,7 @@ from vistok.data.names import shown
 from vistok.data.places import expand_shards
 from vistok.data.shards import ShardFile
 from vistok.data.sources import ShardSource, Source
-from vistok.data.table_labels import Labels, look
+from vistok.data.table_labels import Labels, class_names, look
 
 SPOOL = ".unpacked"  # folder within `out`
 
@@ -263,6 +265,10 @@ class Tables:
             raise DataError(f"{self.name}: has no rows")
         source = ShardSource(tars, "source", None)
         source.name, source.classes = shown(self.name), classes
+        if labels.kind == "texts":
+            say(f"labels: {counted(len(classes), 'text')}, numbered in the order of manifest.json")
+        if labels.kind == "others":
+            say(f"labels: {fields.label} is neither numbers nor texts; kept as members label.json")
         return source
 
     def _schema(self) -> tuple[Columns, Labels, list[str]]:
@@ -282,7 +288,7 @@ class Tables:
                 for batch in _batches(path, [column], _LABELS)
             )
             labels = look(values, self.name, column)
-        classes = labels.classes or _class_names(schema, column or "")
+        classes = labels.classes or class_names(schema, column or "")
         return Columns(**found), labels, classes
 
     def _column(self, schema: Any, kind: str) -> str | None:
@@ -297,16 +303,6 @@ class Tables:
                 )
             return asked
         return next((name for name in _USUAL[kind] if name in schema.names), None)
-
-
-def _class_names(schema: Any, label: str) -> list[str]:
-    """Return the names of classes that Hugging Face's library notes in a table."""
-    try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = info.get("info", {}).get("features", {}).get(label, {}).get("names", [])
-    except (ValueError, RecursionError, AttributeError):
-        return []
-    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _read_schema(path: Path) -> Any:

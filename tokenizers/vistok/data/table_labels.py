@@ -82,3 +82,13 @@ def _is_whole(value: Any) -> bool:
     if isinstance(value, bool | int):
         return abs(value) < _MOST
     return isinstance(value, float) and math.isfinite(value) and value == int(value) < _MOST
+
+
+def class_names(schema: Any, label: str) -> list[str]:
+    """Return the names of classes that Hugging Face's library notes in a table."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = info.get("info", {}).get("features", {}).get(label, {}).get("names", [])
+    except (ValueError, RecursionError, AttributeError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
