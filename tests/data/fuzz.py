@@ -4,6 +4,7 @@ A case is right if the input is refused in one line, or accepted with what an in
 (tarfile, numpy, Pillow) finds in it. Everything else is counted by its kind.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -23,9 +24,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "tokenizers"), str(Path(__file__).parent)]
 
-import numpy as np
-from data_helpers import encode, picture
-from PIL import Image, ImageOps
+import numpy as np  # noqa: E402
+from data_helpers import encode, picture  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 
 SECONDS, MEMORY = 10, 2 << 30
 RIGHT = ("refused", "accepted")
@@ -186,7 +187,8 @@ def prepare_index(folder, rng):
         path.write_bytes(mutated(path.read_bytes(), rng))
         return
     if kind == 1:  # the tar changes, its size stays
-        members = [(m.name, tarfile.open(tar).extractfile(m).read()) for m in tarfile.open(tar)]
+        with tarfile.open(tar) as archive:
+            members = [(m.name, archive.extractfile(m).read()) for m in archive]
         rng.shuffle(members)
         size = tar.stat().st_size
         with tarfile.open(tar, "w") as archive:
@@ -395,7 +397,9 @@ def prepare_folder(folder, rng):
         path = os.path.join(os.fsencode(root), stem + suffix)
         kind = rng.randrange(7)
         if kind <= 2:
-            open(path, "wb").write(rng.choice((encode(picture(number, 9, 9)), b"", b"no image")))
+            Path(os.fsdecode(path)).write_bytes(
+                rng.choice((encode(picture(number, 9, 9)), b"", b"no image"))
+            )
         elif kind == 3:
             os.symlink(rng.choice((b"/nowhere", path, b"..", b".")), path)
         elif kind == 4:
@@ -403,7 +407,7 @@ def prepare_folder(folder, rng):
         elif kind == 5:
             os.mkdir(path)
         else:
-            open(path, "wb").write(mutated(encode(picture(number, 9, 9)), rng))
+            Path(os.fsdecode(path)).write_bytes(mutated(encode(picture(number, 9, 9)), rng))
 
 
 def run_folder(folder):
@@ -419,7 +423,7 @@ def run_folder(folder):
         except (DecodeError, OSError):
             continue
     print(source.keys.tolist(), source.left_out, file=io.StringIO())
-    entries = [e for e in os.scandir(os.fsencode(folder / "photos"))]
+    entries = list(os.scandir(os.fsencode(folder / "photos")))
     wanted = sum(
         e.name.rpartition(b".")[2].lower().decode("ascii", "replace") in IMAGE_EXTENSIONS
         and not stat.S_ISDIR(os.stat(e.path).st_mode if os.path.exists(e.path) else 0)
@@ -514,10 +518,8 @@ def outcome(kind, number, root):
     there, _, _ = select.select([reader], [], [], SECONDS)
     said = os.read(reader, 4096).decode() if there else "hang"
     os.close(reader)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     _, status = os.waitpid(child, 0)
     if not said:
         said = f"crash: signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "crash"
