@@ -18,6 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vistok.core.errors import CheckpointError, ConfigError, as_written, nearest
 
+#: Keys of data, by path.
+_PLACES = ("data.train", "data.val")
+
 #: Groups of keys that may be null.
 _NULL_FOR_NONE = ("baseline",)
 
@@ -76,18 +79,22 @@ def header(path: Path) -> str:
 def quoted(override: str) -> str:
     """Return the override, with its value in quotes if Hydra's grammar would trip over it.
 
-    Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then.
+    Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then, nor
+    do data whose name Hydra would read as a choice (a,b), a list ([1]) or a number (2020).
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     key, _, value = override.partition("=")
+    is_there = key in _PLACES and value and os.path.lexists(os.path.expanduser(value))
     try:
-        OverridesParser.create().parse_override(override)
-        return override
+        parsed = OverridesParser.create().parse_override(override)
+        if not is_there or parsed.value() == value:
+            return override
     except HydraException:
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{key}="{escaped}"'
+        pass
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:

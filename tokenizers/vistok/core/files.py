@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,17 @@ from typing import BinaryIO
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that can be made again: `$VISTOK_CACHE`, or a default one."""
+    """Return the folder for files that can be made again: `$VISTOK_CACHE`, or a default one.
+
+    A user without a home, as of `docker run --user`, has one among the temporary files.
+    """
+    try:
+        return _cache_dir()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"vistok-cache-{os.getuid()}"
+
+
+def _cache_dir() -> Path:
     if chosen := os.environ.get("VISTOK_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":

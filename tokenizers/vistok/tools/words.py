@@ -172,6 +172,27 @@ def _number(text: str, wanted: str, allowed: Callable[[float], bool]) -> float:
     return value
 
 
+def value_range(text: str) -> tuple[float, float] | None:
+    """Read two numbers between commas, the first one smaller; None for an empty text."""
+    if not text:
+        return None
+    low, _, high = text.strip("[]() ").partition(",")
+    try:
+        pair = float(low), float(high)
+    except ValueError:
+        pair = 0.0, 0.0
+    if not -float("inf") < pair[0] < pair[1] < float("inf"):
+        raise ValueError("two numbers, the values that are black and white, for example 0,1")
+    return pair
+
+
+VALUE_RANGE = Option(
+    "LOW,HIGH: values that are black and white in images of more than 8 bits, as in training "
+    "(data.value_range); empty: those of their types, which floats do not have",
+    value_range,
+)
+
+
 def size(text: str) -> int:
     """Read a number of bytes, such as 300MB, 1.5GiB or 4096."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())

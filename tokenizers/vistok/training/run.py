@@ -21,6 +21,7 @@ from vistok.core.console import say
 from vistok.core.errors import ConfigError, Preempted, VistokError
 from vistok.core.terminal import typed
 from vistok.data.datamodule import VistokDataModule
+from vistok.data.places import absolute
 from vistok.training.checkpointing import Checkpoints, CheckpointWriter
 from vistok.training.optimizers import learning_rate
 from vistok.training.run_folder import announce, finish, write_run_files
@@ -74,6 +75,7 @@ def _train(
     started = time.time()
     quiet_libraries()
     config = in_todays_form(config)
+    config["data"] = absolute(config["data"])  # for a resume in another working folder
     if resume is None or words is not None:
         config = task_type.resolve(config, words or ())
     L.seed_everything(config["seed"], verbose=False)
