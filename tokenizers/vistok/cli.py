@@ -250,7 +250,7 @@ def _export(argv: list[str]) -> None:
     from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
-    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
+    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite, config.license)
 
 
 def _import_weights(argv: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vistok.checkpoints.exports import check_export
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.read import read_export, read_weights
 from vistok.core.errors import CheckpointError
@@ -32,11 +33,13 @@ def load(path: str | Path, weights: str = "ema", device: str | torch.device = "c
     """
     path = Path(path)
     if (path / "model.safetensors").exists():
+        check_export(path)
         config, state = read_export(path)
     else:
         config, state = read_weights(find_checkpoint(path), weights)
     tokenizer = build_tokenizer(config, teachers=False)
     load_weights(tokenizer, state, str(path))
+    tokenizer.crop = (config.get("data") or {}).get("val_crop", tokenizer.crop)
     return tokenizer.to(device).eval()
 
 

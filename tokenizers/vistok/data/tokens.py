@@ -154,6 +154,10 @@ class TokenFolder:
             self._open[number] = arrays
         return self._open[number]
 
+    def close(self, number: int) -> None:
+        """Give the map of a shard back; asking for it opens it again."""
+        self._open.pop(number, None)
+
     def _sizes(self) -> list[int]:
         return [stream["size"] for stream in self.manifest["streams"]]
 
