@@ -206,7 +206,7 @@ def run_metrics(checkpoint: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             print(f"{path}: not readable; the card is written without it")
             continue
-        kept = {
+        kept: dict[str, Any] = {
             key: value
             for key, value in values.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)

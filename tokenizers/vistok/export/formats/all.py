@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
-from vistok.core.errors import ConfigError, nearest
+from vistok.core.errors import ConfigError, DataError, nearest
+from vistok.data.token_shards import file_sha256
 from vistok.data.tokens import TokenFolder, TokenSample
 from vistok.export.formats.base import Layout
 from vistok.export.formats.flat import NanoGPT, Torchtitan
@@ -47,4 +51,28 @@ def samples_of(tokens: TokenFolder, format: str = NATIVE) -> Iterator[TokenSampl
     if not layouts:
         yield from (tokens[index] for index in range(len(tokens)))
         return
-    yield from layouts[0].read(tokens.path / format, tokens.manifest)
+    folder, known = tokens.path / format, tokens.manifest.get("formats") or {}
+    if format not in known:
+        there = ", ".join([NATIVE, *known])
+        raise DataError(f"{tokens.path}: was not written as {format}; it has {there}")
+    if tokens.verify and digest_of(folder) != known[format]:
+        raise DataError(f"{folder}: a file is missing or altered; copy the folder again")
+    yield from layouts[0].read(folder, tokens.manifest)
+
+
+def digest_of(folder: Path) -> dict[str, Any]:
+    """Return number, bytes and a joint checksum of the files of a layout.
+
+    The checksum is the SHA-256 of a line for each file, in the order of their names: its name, a
+    zero byte and its own SHA-256.
+    """
+    summed, files, size = hashlib.sha256(), 0, 0
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    )
+    for name in names:
+        summed.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
+        files, size = files + 1, size + (folder / name).stat().st_size
+    return {"files": files, "bytes": size, "sha256": summed.hexdigest()}

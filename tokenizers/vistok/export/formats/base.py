@@ -175,8 +175,9 @@ def documents(shard: ShardArrays, alphabet: Alphabet, dtype: np.dtype) -> Iterat
 
 
 def stream_dtype(alphabet: Alphabet) -> np.dtype:
-    """Return the smallest type that holds every id of the vocabulary."""
-    return smallest_dtype(alphabet.size - 1)
+    """Return the smallest type that holds every id that a document may have."""
+    largest = alphabet.size if "class" in alphabet.document else alphabet.first_class
+    return smallest_dtype(largest - 1)
 
 
 def needed(path: Path, wanted: str) -> Path:

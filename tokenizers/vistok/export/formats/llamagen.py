@@ -47,8 +47,8 @@ class LlamaGen(Layout):
                 label = int(shard.labels[row])
                 if label < 0:
                     raise ConfigError(
-                        f"format=llamagen: {shard.key(row)} has no class, and LlamaGen wants one of "
-                        "every image; leave the format out"
+                        f"format=llamagen: {shard.key(row)} has no class, and LlamaGen wants one "
+                        "of every image; leave the format out"
                     )
                 joint = [alphabet.join(shard.tokens(row + view)) for view in range(views)]
                 for place, array in (

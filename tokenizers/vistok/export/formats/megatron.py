@@ -82,9 +82,8 @@ class Megatron(Layout):
         lengths = np.frombuffer(head, "<i4", count, _HEADER.size)
         places = np.frombuffer(head, "<i8", count, _HEADER.size + 4 * count)
         kind = np.dtype(kinds[code]).newbyteorder("<")
-        ids = (
-            np.memmap(needed(data, "its index is there"), kind, "r") if count else np.zeros(0, kind)
-        )
+        needed(data, "its index is there")
+        ids = np.memmap(data, kind, "r") if count else np.zeros(0, kind)
         ends = rising(path, [*(places // kind.itemsize), len(ids)] if count else [0], len(ids))
         for number in range(count):
             if ends[number] + lengths[number] != ends[number + 1]:

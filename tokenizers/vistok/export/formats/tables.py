@@ -63,7 +63,7 @@ class Parquet(Layout):
                 "key": pa.array([shard.key(row) for row in rows], pa.string()),
                 "view": pa.array(np.asarray(shard.views), pa.int32()),
                 "label": pa.array(
-                    [v if v >= 0 else None for v in shard.labels.tolist()], pa.int64()
+                    [None if v < 0 else v for v in shard.labels.tolist()], pa.int64()
                 ),
                 "caption": pa.array([shard.caption(row) for row in rows], pa.string()),
                 "length": pa.array(lengths, pa.int32()),
