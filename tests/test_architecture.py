@@ -28,6 +28,7 @@ RANKS = {
     "tasks": 8,
     "export": 8,
     "tools": 8,
+    "hf": 8,
     "help": 9,
     "cli": 10,
     "__main__": 11,
@@ -94,10 +95,10 @@ ALLOWED = {
     "torchmetrics": ("metrics/",),
     "wandb": ("training/",),
     "timm": ("models/pretrained.py",),
-    "huggingface_hub": ("models/pretrained.py",),
     "h5py": ("models/networks/files.py",),
+    "huggingface_hub": ("models/pretrained.py", "checkpoints/hub.py", "export/hub.py"),
     "matplotlib": ("evaluation/plots.py",),
-    "rich": ("core/console.py", "training/", "tasks/", "evaluation/", "data/", "tools/"),
+    "rich": ("core/console.py", "training/", "tasks/", "evaluation/", "data/", "export/", "tools/"),
     "PIL": ("data/", "evaluation/", "tools/"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,10 @@ from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
 from vistok.core.leaving import ends_with
 from vistok.core.plugins import import_plugins
 from vistok.core.terminal import typed
+from vistok.core.words import split as _split
+from vistok.core.words import take_folders as _take_folders
+from vistok.core.words import value as _value
+from vistok.core.words import wants_help as _wants_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +54,26 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 def export(argv: Sequence[str] | None = None) -> int:
     """Export a run; return the exit code."""
     return _guarded(_export, argv)
+
+
+def tokenize(argv: Sequence[str] | None = None) -> int:
+    """Turn images into folders of tokens; return the exit code."""
+    return _guarded(_by_schema("tokenize", "tokenize"), argv)
+
+
+def detokenize(argv: Sequence[str] | None = None) -> int:
+    """Write pictures of a folder of tokens; return the exit code."""
+    return _guarded(_by_schema("detokenize", "detokenize"), argv)
+
+
+def vocabulary(argv: Sequence[str] | None = None) -> int:
+    """Put the codes of an export behind the ids of a text tokenizer; return the exit code."""
+    return _guarded(_by_schema("vocabulary", "merged", "merge"), argv)
+
+
+def near_codes(argv: Sequence[str] | None = None) -> int:
+    """Write the nearest codes of each, and measure which ids survive; return the exit code."""
+    return _guarded(_by_schema("near-codes", "near_codes"), argv)
 
 
 def import_weights(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +122,10 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "compare": compare,
     "report": report,
     "export": export,
+    "tokenize": tokenize,
+    "detokenize": detokenize,
+    "vocabulary": vocabulary,
+    "near-codes": near_codes,
     "import-weights": import_weights,
     "list": list_configs,
     "doctor": doctor,
@@ -271,7 +300,37 @@ def _export(argv: list[str]) -> None:
     from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
-    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
+    words = (config.weights, config.overwrite, config.license, config.push)
+    export_run(Path(config.run), Path(config.out), *words)
+
+
+def _by_schema(name: str, module: str, function: str = "") -> Callable[[list[str]], None]:
+    """Return a command of vistok.export that takes the keys of its `configs/NAME.yaml`."""
+
+    def command(argv: list[str]) -> None:
+        from vistok.core import configuration as c
+        from vistok.help import config_help
+
+        if _wants_help(argv):
+            return config_help(name)
+        import importlib
+
+        schema = name.replace("-", "_")
+        takes_data = name in ("tokenize", "near-codes")
+        # Hydra takes a,b for a sweep.
+        words = [re.sub(r"^format=(\w+(,\w+)+)$", r"format=[\1]", word) for word in argv]
+        overrides, folders, _ = _split(words)
+        data = [o for o in overrides if takes_data and o.startswith(("data.", "data="))]
+        own = [o for o in overrides if o not in data]
+        config = c.compose(schema, own, folders)
+        for key in c.required(schema):
+            if not _value(own, key):
+                raise ConfigError(f"{key} is missing; see {typed(name)} --help")
+        import_plugins(config.plugins)
+        run = getattr(importlib.import_module(f"vistok.export.{module}"), function or module)
+        run(c.to_container(config), *([data] if takes_data else []))
+
+    return command
 
 
 def _import_weights(argv: list[str]) -> None:
@@ -296,12 +355,11 @@ def _import_weights(argv: list[str]) -> None:
 
 
 def _list(argv: list[str]) -> None:
-    from vistok.core.configuration import take_folders
     from vistok.help import list_help, listing
 
     if _wants_help(argv):
         return list_help()
-    words, folders = take_folders(argv)
+    words, folders = _take_folders(argv)
     for word in words:
         if word.startswith("-"):
             raise ConfigError(f"{word}: no such option; --help shows an example")
@@ -382,37 +440,6 @@ def _launched_from_outside() -> bool:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1")) > 1
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
-    return any(word in ("-h", "--help", "help") for word in argv)
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
-    """Return the overrides, the folders given by --config-dir, and Hydra's other flags."""
-    from vistok.core.configuration import quoted, take_folders
-
-    overrides, flags = [], []
-    others, folders = take_folders(argv)
-    words = iter(others)
-    for word in words:
-        if word.lower() in ("debug=true", "debug=false"):
-            continue  # `_guarded` reads it; Hydra would take it for a file of configs/debug
-        if word.startswith("-"):
-            flags.append(word)
-            if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
-                flags += [w for w in [next(words, None)] if w]
-        elif "=" in word or word.startswith("~") or word.startswith("hydra."):
-            overrides.append(quoted(word))
-        else:
-            raise ConfigError(f"{word}: expected key=value; --help shows examples")
-    return overrides, folders, flags
-
-
-def _value(overrides: Sequence[str], key: str) -> str | None:
-    values = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    value = values[-1].strip("'\"") if values else None
-    return None if value in (None, "null", "") else value
 
 
 def _run_of(path: Path) -> tuple[Path, Path]:

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vistok.core.configuration import groups, header, notes, option_files, options
+from vistok.core.configuration import (
+    config_dir,
+    groups,
+    header,
+    notes,
+    option_files,
+    options,
+    required,
+)
 from vistok.core.errors import ConfigError, nearest
 from vistok.core.terminal import columns, counted, show, typed, wrapped
 
@@ -28,6 +36,10 @@ def overview() -> None:
         "compare RUN RUN ...": "measured runs side by side",
         "report RUN": "report.html again, without measuring",
         "export run=runs/<run> out=FOLDER": "files for other programs",
+        "tokenize model=FOLDER ...": "images to tokens, in the formats of trainers",
+        "detokenize tokens=FOLDER ...": "tokens to pictures",
+        "vocabulary model=FOLDER ...": "a text tokenizer with the codes behind its ids",
+        "near-codes model=FOLDER ...": "neighbors of each code; which ids survive",
         "import-weights source=NAME ...": "released weights to an export",
         "list [GROUP [WORD]]": "what there is to choose from",
         "make-shards IMAGES out=FOLDER": "images to WebDataset shards",
@@ -133,6 +145,8 @@ def export_help() -> None:
         "run=": "a run folder or a checkpoint",
         "out=": "folder to write, for example exported/my_tokenizer",
         "weights=ema": "ema (averaged) or last",
+        "license=": "of the weights, for the card, such as apache-2.0",
+        "push=": "owner/name: also upload it to the Hugging Face Hub",
         "overwrite=false": "true: replace an export",
         "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
@@ -144,6 +158,23 @@ def export_help() -> None:
         wrapped(
             'vistok.load("FOLDER") reads it back; the codebooks can be read with safetensors alone.'
         ),
+    )
+
+
+def config_help(name: str) -> None:
+    """Print the `--help` of a command by its schema, `configs/NAME.yaml`."""
+    path = config_dir() / f"{name.replace('-', '_')}.yaml"
+    rows = []
+    for line in path.read_text().splitlines():
+        if match := re.match(r"(\w+): (\S+)(?:\s+# (.*))?$", line):
+            key, value, about = match.groups()
+            value = "" if value == "???" else value
+            rows.append((f"{key}={value}", about or "show the traceback of an error"))
+    needed = " ".join(f"{key}=..." for key in required(name.replace("-", "_")))
+    _show(
+        wrapped(" ".join(notes(path))),
+        f"  {typed(name)} {needed} [key=value ...]",
+        "Keys\n" + columns(rows),
     )
 
 

@@ -8,20 +8,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vistok.checkpoints.exports import check_export
 from vistok.checkpoints.find import find_checkpoint
+from vistok.checkpoints.hub import fetch, on_hub
 from vistok.checkpoints.read import read_export, read_weights
 from vistok.core.errors import CheckpointError
 from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
 
 
-def load(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> Tokenizer:
-    """Load a tokenizer from a run folder, an export folder or a checkpoint file.
+def load(
+    path: str | Path,
+    weights: str = "ema",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> Tokenizer:
+    """Load a tokenizer from a run folder, an export folder, a checkpoint file or the Hub.
 
     Args:
-        path: `runs/<run>` (its best checkpoint, else the last), an exported folder, a `.ckpt`.
+        path: `runs/<run>` (its best checkpoint, else the last), an exported folder, a `.ckpt`, or
+            `owner/name` of an export on the Hugging Face Hub (needs huggingface_hub).
         weights: "ema" for the averaged weights where there are any, or "last" for the raw ones.
         device: where to put it.
+        revision: on the Hub: a branch, a tag or a commit.
 
     Returns:
         The tokenizer in eval mode.
@@ -30,14 +39,29 @@ def load(path: str | Path, weights: str = "ema", device: str | torch.device = "c
         CheckpointError: if there is none, it is damaged, or its weights do not fit its config.
         ConfigError: if its config names a class outside the registry.
     """
-    path = Path(path)
-    if (path / "model.safetensors").exists():
+    name = on_hub(path)
+    path = fetch(name, revision) if name else Path(path)
+    if is_export := (path / "model.safetensors").exists():
+        check_export(path)
         config, state = read_export(path)
     else:
         config, state = read_weights(find_checkpoint(path), weights)
     tokenizer = build_tokenizer(config, teachers=False)
     load_weights(tokenizer, state, str(path))
+    if is_export:
+        _check_values(tokenizer, state, path)
+    tokenizer.crop = (config.get("data") or {}).get("val_crop", tokenizer.crop)
     return tokenizer.to(device).eval()
+
+
+def _check_values(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise if a weight of an export has another type, or is NaN."""
+    for key, own in module.state_dict().items():
+        if state[key].dtype != own.dtype:
+            found, wanted = (str(t.dtype).removeprefix("torch.") for t in (state[key], own))
+            raise CheckpointError(f"{folder}: '{key}' is {found}, expected {wanted}")
+        if own.is_floating_point() and own.isnan().any():
+            raise CheckpointError(f"{folder}: '{key}' contains NaN; export the run anew")
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -76,6 +76,12 @@ def header(path: Path) -> str:
     return re.split(r"(?<=\.)\s(?=[A-Z])", text)[0].removesuffix(":")
 
 
+def required(name: str) -> list[str]:
+    """Return the keys of a schema that must be given, in the order of its file."""
+    written = (config_dir() / f"{name}.yaml").read_text()
+    return re.findall(r"^(\w+): \?\?\?", written, re.MULTILINE)
+
+
 def quoted(override: str) -> str:
     """Return the override, with its value in quotes if Hydra's grammar would trip over it.
 
@@ -95,22 +101,6 @@ def quoted(override: str) -> str:
         pass
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="{escaped}"'
-
-
-def take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Return the words without --config-dir, and the folders that it gives."""
-    others, folders = [], []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in ("--config-dir", "-cd"):
-            others.append(word)
-            continue
-        folder = value if equals else next(words, "")
-        if not folder:
-            raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
-        folders.append(Path(folder).expanduser())
-    return others, folders
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:

@@ -71,7 +71,8 @@ def import_weights(
     tokenizer = build_tokenizer(config).eval()
     fresh = {k: v for k, v in tokenizer.state_dict().items() if _FRESH.fullmatch(k)}
     load_weights(tokenizer, fresh | released.state, str(weights))
-    place_export(tokenizer, config, out, metrics={})
+    license = None if released.license == "unknown" else released.license
+    place_export(tokenizer, config, out, {}, license)
     print(
         f"imported {weights} to {out} (source={source}, license: {released.license})\n"
         f"  {type(tokenizer).__name__}, {tokenizer.num_tokens} tokens per image of "

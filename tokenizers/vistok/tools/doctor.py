@@ -24,6 +24,7 @@ from vistok.core.ranks import is_first_process
 from vistok.core.registry import resolve
 from vistok.core.terminal import columns, show, typed, wrapped
 from vistok.core.values import Count, NonNegative, check, is_whole
+from vistok.core.words import take_folders
 from vistok.training.callbacks import StepClock
 from vistok.training.run import train
 
@@ -223,7 +224,7 @@ def TOOL(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     own = {name: default for name, (default, _) in _OPTIONS.items()}
     overrides = []
-    others, folders = c.take_folders(argv)
+    others, folders = take_folders(argv)
     for word in others:
         name, equals, value = word.partition("=")
         if equals and name in own:
