@@ -123,6 +123,17 @@ class Quantizer(nn.Module, ABC):
         """Length of the index sequence of `num_tokens` latents; longer for multi-scale only."""
         return num_tokens
 
+    def scales_of(self, num_tokens: int, grid: Grid | None = None) -> list[Grid] | None:
+        """Return the grids whose ids follow one another in a code, coarse to fine; else None."""
+        return None
+
+    def digits(self) -> list[int] | None:
+        """Return the values of each digit of an id, the least significant first.
+
+        For implicit codebooks, whose codes are computed from the digits; None for tables.
+        """
+        return None
+
     def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
         """The mask over index tokens `(B, num_index_tokens(N))` of one over latents `(B, N)`."""
         return mask

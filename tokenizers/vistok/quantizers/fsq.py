@@ -172,6 +172,10 @@ class FSQ(Quantizer):
         """The grid is fixed: only the latents can spread."""
         return "fewer or smaller quantizer.levels, or a lower optimizer.lr"
 
+    def digits(self) -> list[int]:
+        """Return the levels of each channel."""
+        return self.levels.tolist()
+
     def codebooks(self) -> list[Tensor]:
         """The same table `(prod(levels), len(levels))` in [-1, 1] for each slot."""
         ids = torch.arange(self.codebook_sizes[0], device=self.levels.device)

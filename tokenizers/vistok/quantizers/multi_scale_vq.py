@@ -240,6 +240,10 @@ class MultiScale(Composite):
         """L: the sizes of all scales added up."""
         return self._length(self._grid(num_tokens, grid))
 
+    def scales_of(self, num_tokens: int, grid: Grid | None = None) -> list[Grid]:
+        """Return the grid of every scale; the last is that of the latents."""
+        return self._sizes(self._grid(num_tokens, grid))
+
     def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
         """An index token counts if any latent under it does; `(B, L)`."""
         grid = self._grid(mask.shape[1], grid)
