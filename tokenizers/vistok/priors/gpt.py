@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from vistok.core.errors import ArgumentError
 from vistok.core.registry import register
 from vistok.core.signatures import check_values
-from vistok.core.values import Count, Share
+from vistok.core.values import Count, Share, Sizes
 from vistok.nn.positions import grid_points, level_points
 from vistok.priors.layout import Layout, parents
 from vistok.priors.prior import ConditionKind, Likelihood, Prior, Samples
@@ -61,12 +62,19 @@ class GPT(Prior):
         condition_dropout: share of the images of which it is told nothing, for guidance.
         caption_bytes: the longest caption in bytes.
         streams: heads, chained or flattened.
-        predict: "tokens", one by one, or "blocks", the scales or levels of the layout.
+        predict: "tokens", one by one, or "blocks": the scales of the layout, or `levels`.
+        levels: tokens of each level, coarse to fine, of a sequence that has no scales, such as
+            [1, 1, 2, 4, 8] of ResTok; for predict="blocks".
         multiple: the hidden width of the MLP, 8/3 of W, is rounded up to a multiple of it.
         token_dropout: of the input, in training.
         dropout: of what attention and MLP add, in training.
         activation_checkpointing: recompute each block in the backward pass.
     """
+
+    mask: Tensor | None
+    turn: Tensor
+    parent: Tensor
+    offsets: Tensor
 
     def __init__(
         self,
@@ -79,16 +87,27 @@ class GPT(Prior):
         caption_bytes: Count = 64,
         streams: Streams = "heads",
         predict: Literal["tokens", "blocks"] = "tokens",
+        levels: Sizes | None = None,
         multiple: Count = 256,
         token_dropout: Share = 0.1,
         dropout: Share = 0.1,
         activation_checkpointing: bool = False,
     ) -> None:
         check_values(GPT, locals())
+        if levels is not None:
+            if predict != "blocks" or sum(levels) != layout.num_tokens:
+                raise ArgumentError(
+                    f"levels={list(levels)}: must add up to the {layout.num_tokens} tokens of an "
+                    "image, with predict=blocks"
+                )
+            blocks = tuple((1, count) for count in levels)
+            layout = dataclasses.replace(layout, blocks=blocks, grid=None)
         super().__init__(layout, condition, condition_dropout, caption_bytes, width)
         if predict == "blocks":
             if not layout.blocks:
-                raise ArgumentError("predict=blocks: the tokens have no scales or levels; must be tokens")
+                raise ArgumentError(
+                    "predict=blocks: the tokens have no scales; must be tokens, or give levels"
+                )
             if layout.variable:
                 raise ArgumentError("predict=blocks: images have different lengths; must be tokens")
             if streams == "flattened":
@@ -118,9 +137,10 @@ class GPT(Prior):
             self.counts = list(layout.counts)
             parent = parents(layout.blocks)
             points = level_points(list(layout.blocks), layout.blocks[-1])
-            points = points if layout.grid or _two_axes(layout) else points[:, 1]
-            levels = [i for i, count in enumerate([1] * (front - 1) + self.counts) for _ in range(count)]
-            level = torch.tensor(levels)
+            if all(rows == 1 for rows, _ in layout.blocks):
+                points = points[:, 1]
+            sizes = [1] * (front - 1) + self.counts
+            level = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
             self.register_buffer("mask", level[:, None] >= level, persistent=False)
             turn = turns(points, head_dim, front - 1, zero)
             self.places = nn.Embedding(layout.num_tokens, width)
@@ -132,7 +152,7 @@ class GPT(Prior):
                 points = points.repeat_interleave(self.per_place, dim=0)
             elif self.per_place > 1:
                 points = torch.arange(self.num_places)
-            self.mask: Tensor | None = None
+            self.register_buffer("mask", None)
             # A place has the position of the token that it is predicted from.
             turn = turns(points, head_dim, front, zero)[:-1]
             self.places = None
@@ -220,10 +240,6 @@ class GPT(Prior):
         run = _Run(self, condition, sampling, first, cached)
         while not run.done:
             yield run.step()
-
-
-def _two_axes(layout: Layout) -> bool:
-    return any(rows > 1 for rows, _ in layout.blocks)
 
 
 @dataclass

@@ -89,6 +89,30 @@ class Layout:
             tokenizer=str(values.get("tokenizer") or ""),
         )
 
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], num_classes: int = 0) -> Layout:
+        """Return the layout of the ids in a folder of tokens.
+
+        Args:
+            manifest: of the folder, see `vistok.data.tokens.TokenFolder`.
+            num_classes: number of labels, which the folder may know by its samples alone.
+        """
+        count, grid = manifest["num_tokens"], manifest["grid"]
+        if grid is not None and (len(grid) != 2 or math.prod(grid) != count):
+            grid = None  # of scales, or of latents that are others than the tokens
+        return cls.from_config(
+            {
+                "sizes": [stream["size"] for stream in manifest["streams"]],
+                "num_tokens": count,
+                "grid": grid,
+                "blocks": manifest.get("scales") or (),
+                "variable": manifest["lengths"] == "variable",
+                "num_classes": num_classes,
+                "captions": bool(manifest.get("captions")),
+                "tokenizer": manifest["tokenizer_hash"],
+            }
+        )
+
     def check(self, ids: Tensor, name: str) -> None:
         """Raise if ids `(B, N, Q)` are not of this layout.
 

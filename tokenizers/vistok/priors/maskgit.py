@@ -18,7 +18,7 @@ from vistok.core.values import Count, Share
 from vistok.nn.positions import grid_points
 from vistok.priors.layout import Layout
 from vistok.priors.prior import ConditionKind, Likelihood, Prior, Samples
-from vistok.priors.sampling import Sampling, draw, guided, gumbel, probabilities, random_numbers
+from vistok.priors.sampling import Sampling, draw, guided, gumbel, random_numbers
 from vistok.priors.transformer import PriorTransformer, dropped, init_prior_, nll_of, turns
 
 #: Schedules of the share of tokens that are masked.
@@ -71,6 +71,9 @@ class MaskGITPrior(Prior):
         dropout: of what attention and MLP add, in training.
         activation_checkpointing: recompute each block in the backward pass.
     """
+
+    turn: Tensor
+    offsets: Tensor
 
     def __init__(
         self,
@@ -179,8 +182,8 @@ class MaskGITPrior(Prior):
             for stream, logits in enumerate(self.logits(given[0], given[1], condition)):
                 logits = guided(logits.float(), sampling.guidance)
                 drawn[..., stream] = draw(logits, numbers[:, step - 1, :, stream], sampling)
-                chance = probabilities(logits, sampling).gather(-1, drawn[..., stream, None])
-                confidence += chance.squeeze(-1).log()
+                chances = F.log_softmax(logits, dim=-1)
+                confidence += chances.gather(-1, drawn[..., stream, None]).squeeze(-1)
             ids = torch.where(masked[..., None], drawn, ids)
             progress = step / steps
             noise = gumbel(numbers[:, step - 1, :, -1]) * (sampling.noise * (1 - progress))

@@ -99,7 +99,7 @@ class Prior(nn.Module, ABC):
 
     #: See `training/sharding.py`.
     unsharded: tuple[str, ...] = ()
-    entries: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ("generate",)
 
     def __init__(
         self,

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from vistok.core.errors import VistokError
 from vistok.core.ranks import all_reduce_sum, average_gradients, world_size
 from vistok.core.sample_random import drawing
-from vistok.data.datamodule import VistokDataModule
+from vistok.core.terminal import typed
 from vistok.losses.objective import Objective
+from vistok.training.data import TrainingData
 from vistok.training.ema import EMA
 from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
 from vistok.training.memory import keep_freed_memory
@@ -84,7 +85,7 @@ class Task(L.LightningModule, ABC):
         return config
 
     @abstractmethod
-    def build_data(self) -> VistokDataModule:
+    def build_data(self) -> TrainingData:
         """Return the run's data, not set up yet."""
 
     @abstractmethod
@@ -92,7 +93,7 @@ class Task(L.LightningModule, ABC):
         """Return a batch's losses with their "total", and further numbers to log."""
 
     @abstractmethod
-    def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
+    def start_weights(self, data: TrainingData, device: torch.device) -> None:
         """Give the model the weights that a fresh run starts with."""
 
     @abstractmethod
@@ -110,6 +111,20 @@ class Task(L.LightningModule, ABC):
     @abstractmethod
     def summary(self, trainer: L.Trainer) -> dict[str, Any]:
         """Return what `summary.json` says of the finished run; every rank must call it."""
+
+    @classmethod
+    @abstractmethod
+    def evaluate(cls, config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
+        """Judge a finished run, for `eval.py`; return what `metrics.json` holds.
+
+        Args:
+            config: resolved `configs/eval.yaml`.
+            data_overrides: `data=...` and `data.*=...`.
+        """
+
+    def next_commands(self, folder: Path) -> list[str]:
+        """Return what to type after the run in this folder."""
+        return [f"{typed('eval')} run={folder}"]
 
     def after_step(self) -> dict[str, Tensor]:
         """Do what happens once per optimizer step, before the average moves; return numbers."""
@@ -199,7 +214,7 @@ class Task(L.LightningModule, ABC):
         return build_optimizer(trained, s["lr"], s["betas"], s["weight_decay"])
 
     @property
-    def data(self) -> VistokDataModule:
+    def data(self) -> TrainingData:
         """The DataModule, which owns the position in the data."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
