@@ -95,9 +95,9 @@ ALLOWED = {
     "torchmetrics": ("metrics/",),
     "wandb": ("training/",),
     "timm": ("models/pretrained.py",),
-    "huggingface_hub": ("models/pretrained.py",),
+    "huggingface_hub": ("models/pretrained.py", "checkpoints/hub.py", "export/hub.py"),
     "matplotlib": ("evaluation/plots.py",),
-    "rich": ("core/console.py", "training/", "tasks/", "evaluation/", "data/", "tools/"),
+    "rich": ("core/console.py", "training/", "tasks/", "evaluation/", "data/", "export/", "tools/"),
     "PIL": ("data/", "evaluation/", "tools/"),
 }
 

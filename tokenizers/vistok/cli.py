@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,11 @@ def export(argv: Sequence[str] | None = None) -> int:
     return _guarded(_export, argv)
 
 
+def tokenize(argv: Sequence[str] | None = None) -> int:
+    """Turn images into folders of tokens; return the exit code."""
+    return _guarded(_tokenize, argv)
+
+
 def import_weights(argv: Sequence[str] | None = None) -> int:
     """Make an export of released weights; return the exit code."""
     return _guarded(_import_weights, argv)
@@ -77,6 +83,7 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "train": train,
     "eval": evaluate,
     "export": export,
+    "tokenize": tokenize,
     "import-weights": import_weights,
     "list": list_configs,
     "make-shards": make_shards,
@@ -255,7 +262,32 @@ def _export(argv: list[str]) -> None:
     from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
-    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
+    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite, config.license)
+
+
+def _tokenize(argv: list[str]) -> None:
+    if _wants_help(argv):
+        from vistok.help import tokenize_help
+
+        return tokenize_help()
+    from vistok.core import configuration as c
+
+    # Hydra takes a,b for a sweep.
+    words = [f"format=[{w[7:]}]" if re.fullmatch(r"format=\w+(,\w+)*", w) else w for w in argv]
+    overrides, folders, _ = _split(words)
+    data = [o for o in overrides if o.lstrip("+").startswith(("data.", "data="))]
+    own = [o for o in overrides if o not in data]
+    config = c.compose("tokenize", own, folders)
+    for key in ("model", "out"):
+        if not _value(own, key):
+            raise ConfigError(
+                f"{key} is missing; use: {typed('tokenize')} model=exported/<name> "
+                "data.train=/photos out=/tokens/<name>"
+            )
+    from vistok.export.tokenize import tokenize as run
+
+    import_plugins(config.plugins)
+    run(c.to_container(config), data)
 
 
 def _import_weights(argv: list[str]) -> None:

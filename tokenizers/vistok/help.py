@@ -25,6 +25,7 @@ def overview() -> None:
         "train [key=value ...]": "train a tokenizer, or resume=runs/<run>",
         "eval run=runs/<run>": "metrics, metrics.json, pictures",
         "export run=runs/<run> out=FOLDER": "files for other programs",
+        "tokenize model=FOLDER ...": "images to tokens, in the formats of trainers",
         "import-weights source=NAME ...": "released weights to an export",
         "list [GROUP [WORD]]": "what there is to choose from",
         "make-shards IMAGES out=FOLDER": "images to WebDataset shards",
@@ -138,6 +139,34 @@ def export_help() -> None:
         wrapped(
             'vistok.load("FOLDER") reads it back; the codebooks can be read with safetensors alone.'
         ),
+    )
+
+
+def tokenize_help() -> None:
+    """Print `vistok tokenize --help`."""
+    program = typed("tokenize")
+    keys = {
+        "model=": "an export folder, or owner/name on the Hub",
+        "out=": "folder of tokens to write, or to continue",
+        "data.train=": "a folder of images, or shards such as '/sets/in1k/*.tar'",
+        "data.*": "as in training, for example data.fields=[caption] data.val_crop=tv_center",
+        "format=": "megatron, torchtitan, nanogpt, webdataset, parquet, llamagen, with commas",
+        "flip=false": "true: the mirrored pictures, too; crops=5 crop_range=1.1: corners, too",
+        "psnr=": "dB that the codes of a flexible tokenizer reach; or num_tokens= of all",
+        "document=": "around an image in streams: [begin_of_image,class,end_of_image]",
+        "batch_size=64": "pictures at once; device=auto, precision=32 or bf16",
+        "workers=": "processes here; worker=k/n: this is worker k of n, as torchrun, srun and "
+        "SLURM arrays say by themselves",
+        "plugins=": "modules of your own to import first",
+        "debug=true": "show the traceback of an error",
+    }
+    _show(
+        wrapped(
+            "Turn images into tokens for other programs. Shards are the unit of work; the same "
+            "command continues what was interrupted, with as many workers as it has then."
+        ),
+        f"  {program} model=exported/mine data.train=/photos out=/tokens/mine [key=value ...]",
+        "Keys\n" + columns(keys.items()),
     )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistok.checkpoints.exports import check_export
 from vistok.checkpoints.find import find_checkpoint
+from vistok.checkpoints.hub import fetch, on_hub
 from vistok.checkpoints.read import read_export, read_weights
 from vistok.core.errors import CheckpointError
 from vistok.models.build import build_tokenizer
@@ -18,13 +20,20 @@ from vistok.priors.build import build_prior
 from vistok.priors.prior import Prior
 
 
-def load(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> Tokenizer:
-    """Load a tokenizer from a run folder, an export folder or a checkpoint file.
+def load(
+    path: str | Path,
+    weights: str = "ema",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> Tokenizer:
+    """Load a tokenizer from a run folder, an export folder, a checkpoint file or the Hub.
 
     Args:
-        path: `runs/<run>` (its best checkpoint, else the last), an exported folder, a `.ckpt`.
+        path: `runs/<run>` (its best checkpoint, else the last), an exported folder, a `.ckpt`, or
+            `owner/name` of an export on the Hugging Face Hub (needs huggingface_hub).
         weights: "ema" for the averaged weights where there are any, or "last" for the raw ones.
         device: where to put it.
+        revision: on the Hub: a branch, a tag or a commit.
 
     Returns:
         The tokenizer in eval mode.
@@ -33,8 +42,10 @@ def load(path: str | Path, weights: str = "ema", device: str | torch.device = "c
         CheckpointError: if there is none, it is damaged, or its weights do not fit its config.
         ConfigError: if its config names a class outside the registry.
     """
-    path = Path(path)
+    name = on_hub(path)
+    path = fetch(name, revision) if name else Path(path)
     if (path / "model.safetensors").exists():
+        check_export(path)
         config, state = read_export(path)
     else:
         config, state = read_weights(find_checkpoint(path), weights)
@@ -44,6 +55,7 @@ def load(path: str | Path, weights: str = "ema", device: str | torch.device = "c
         )
     tokenizer = build_tokenizer(config, teachers=False)
     load_weights(tokenizer, state, str(path))
+    tokenizer.crop = (config.get("data") or {}).get("val_crop", tokenizer.crop)
     return tokenizer.to(device).eval()
 
 

@@ -150,6 +150,11 @@ class ShardArrays:
         """Return key and reason of the images that could not be used."""
         return [(key, reason) for key, reason in json.loads(self.notes.get("left_out", "[]"))]
 
+    @property
+    def has_captions(self) -> bool:
+        """Return whether any sample has a text."""
+        return bool(self._has_caption.any())
+
     def tokens(self, row: int) -> np.ndarray:
         """Return the ids `(n, Q)` of a sample, as they are stored."""
         return self.flat[self._begin(self.ends, row) : int(self.ends[row])]

@@ -60,6 +60,7 @@ class TokenFolder:
     Args:
         path: a folder with `manifest.json`.
         verify: compare checksums and ranges; without, sizes alone are compared.
+        manifest: of the folder, where it is not written yet; None reads it.
 
     Attributes:
         manifest: `format`, `tokenizer_hash`, `num_tokens` (N, the most that a sample has),
@@ -75,9 +76,11 @@ class TokenFolder:
             is missing or of another size.
     """
 
-    def __init__(self, path: str | Path, verify: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, verify: bool = True, manifest: dict[str, Any] | None = None
+    ) -> None:
         self.path = Path(path).expanduser()
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path) if manifest is None else manifest
         self.verify = verify
         shards = self.manifest["shards"]
         for shard in shards:
@@ -154,6 +157,10 @@ class TokenFolder:
             self._open[number] = arrays
         return self._open[number]
 
+    def close(self, number: int) -> None:
+        """Give the map of a shard back; asking for it opens it again."""
+        self._open.pop(number, None)
+
     def _sizes(self) -> list[int]:
         return [stream["size"] for stream in self.manifest["streams"]]
 
@@ -203,7 +210,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("kind") != _KIND:
         raise DataError(f'{path}: not of a folder of tokens; expected "kind": "{_KIND}"')
     number = found.get("format")
-    if not _whole(number, 1):
+    if not (isinstance(number, int) and _whole(number, 1)):
         raise DataError(f"{path}: format: expected a whole number, 1 to {FORMAT}, found {number!r}")
     if number > FORMAT:
         raise DataError(
@@ -306,11 +313,24 @@ def finish_folder(folder: Path, names: Sequence[str], values: dict[str, Any]) ->
     Args:
         folder: with the shards in it.
         names: of their files, in order.
-        values: of the manifest, without `shards`; `counts` is added to.
+        values: of the manifest, without `shards`, `counts`, `usage` and `histogram`.
 
     Returns:
         The manifest.
     """
+    manifest = describe_shards(folder, names, values)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, whole or not at all."""
+    with replacing(folder / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def describe_shards(folder: Path, names: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of shards that are whole, as `finish_folder` writes it."""
     sizes = [stream["size"] for stream in values["streams"]]
     histograms = [np.zeros(size, dtype=np.int64) for size in sizes]
     shards, left_out = [], 0
@@ -333,18 +353,15 @@ def finish_folder(folder: Path, names: Sequence[str], values: dict[str, Any]) ->
     counts = {key: sum(shard[key] for shard in shards) for key in ("samples", "tokens")}
     with replacing(folder / HISTOGRAM) as file:
         file.write(serialized({f"stream.{q}": h for q, h in enumerate(histograms)}, {}))
-    manifest = {
+    return {
         "kind": _KIND,
         "format": FORMAT,
         **values,
-        "counts": {**values.get("counts", {}), **counts, "left_out": left_out},
+        "counts": {**counts, "left_out": left_out},
         "usage": [_usage(histogram) for histogram in histograms],
         "histogram": {"name": HISTOGRAM, "sha256": file_sha256(folder / HISTOGRAM)},
         "shards": shards,
     }
-    with replacing(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
-    return manifest
 
 
 def _usage(histogram: np.ndarray) -> dict[str, float]:

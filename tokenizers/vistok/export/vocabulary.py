@@ -31,7 +31,8 @@ def vocabulary(tokenizer: Tokenizer, num_classes: int = 0) -> dict[str, Any]:
     """
     quantizer, grid = tokenizer.quantizer, tokenizer.encoder.grid
     sizes = list(quantizer.codebook_sizes)
-    codes = sum(sizes)
+    codes, digits = sum(sizes), quantizer.digits()
+    counts = None if digits is None else [len(values) for values in digits]
     scales = quantizer.scales_of(tokenizer.encoder.num_tokens, grid)
     lengths = _lengths(tokenizer)
     return {
@@ -40,10 +41,10 @@ def vocabulary(tokenizer: Tokenizer, num_classes: int = 0) -> dict[str, Any]:
         "num_streams": len(sizes),
         "streams": [
             {"name": f"codebook.{q}", "size": size, "offset": sum(sizes[:q])}
-            | ({"factors": factors(size, quantizer.digits())} if size > _HUGE else {})
+            | ({"factors": factors(size, counts)} if size > _HUGE else {})
             for q, size in enumerate(sizes)
         ],
-        "digits": quantizer.digits(),
+        "digits": digits,
         "num_codes": codes,
         "special": {name: codes + number for number, name in enumerate(SPECIAL)},
         "classes": {"first": codes + len(SPECIAL), "count": num_classes},

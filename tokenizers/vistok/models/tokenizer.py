@@ -19,12 +19,13 @@ from vistok.models.arguments import as_lengths, as_plain, as_tensor, in_words, i
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
+from vistok.models.preprocessing import Preprocessing
 from vistok.nn.data_init import chunks
 from vistok.quantizers.base import Quantizer
 
 
 @register("tokenizer")
-class Tokenizer(nn.Module):
+class Tokenizer(Preprocessing, nn.Module):
     """Images to integers and back.
 
     Subclasses add what their paper adds; the parts are given, never built inside.

@@ -127,10 +127,11 @@ class Quantizer(nn.Module, ABC):
         """Return the grids whose ids follow one another in a code, coarse to fine; else None."""
         return None
 
-    def digits(self) -> list[int] | None:
-        """Return the values of each digit of an id, the least significant first.
+    def digits(self) -> list[list[float]] | None:
+        """Return the values that each channel of an implicit code takes; None for tables.
 
-        For implicit codebooks, whose codes are computed from the digits; None for tables.
+        An id is a number whose digits choose them: the first channel's is the least significant,
+        and has as many values as the first list.
         """
         return None
 

@@ -172,9 +172,12 @@ class FSQ(Quantizer):
         """The grid is fixed: only the latents can spread."""
         return "fewer or smaller quantizer.levels, or a lower optimizer.lr"
 
-    def digits(self) -> list[int]:
-        """Return the levels of each channel."""
-        return self.levels.tolist()
+    def digits(self) -> list[list[float]]:
+        """Return the values of each channel's levels."""
+        most = torch.arange(int(self.levels.max()), device=self.levels.device)
+        values = self._values(most[:, None].minimum(self.levels - 1))
+        counts = self.levels.tolist()
+        return [values[:count, j].tolist() for j, count in enumerate(counts)]
 
     def codebooks(self) -> list[Tensor]:
         """The same table `(prod(levels), len(levels))` in [-1, 1] for each slot."""
