@@ -96,6 +96,7 @@ ALLOWED = {
     "wandb": ("training/",),
     "timm": ("models/pretrained.py",),
     "huggingface_hub": ("models/pretrained.py", "checkpoints/hub.py", "export/hub.py"),
+    "h5py": ("models/networks/files.py",),
     "matplotlib": ("evaluation/plots.py",),
     "rich": ("core/console.py", "training/", "tasks/", "evaluation/", "data/", "export/", "tools/"),
     "PIL": ("data/", "evaluation/", "tools/"),
@@ -120,7 +121,8 @@ def test_quantizers_and_networks_need_torch_alone():
     for path, parts in modules():
         if layer_of(parts) in ("quantizers", "nn", "models", "systems", "losses", "priors"):
             for name, line in imports(path):
-                if path.name != "pretrained.py":  # which needs timm once a run names a network
+                # These need timm, safetensors and h5py once a run names a network.
+                if parts not in (("models", "pretrained.py"), ("models", "networks", "files.py")):
                     assert name.split(".")[0] in allowed, f"{path}:{line} imports {name}"
 
 

@@ -94,9 +94,7 @@ def integers(
     return (low + _shift(words, 24) % (high - low)).view(tuple(shape))
 
 
-def chances(
-    share: float, shape: Sequence[int], device: torch.device | str | None = None
-) -> Tensor:
+def chances(share: float, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Draw bools that are True with a probability, to 1/65536; `shape` as in `uniform`.
 
     Four of them cost what one number of `uniform` costs: for dropout.

@@ -382,5 +382,3 @@ def num_classes(folder: TokenFolder) -> int:
         labels = folder.shard(number).labels
         most = max(most, int(labels.max())) if len(labels) else most
     return most + 1
-
-

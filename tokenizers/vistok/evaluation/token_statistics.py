@@ -30,11 +30,11 @@ def token_statistics(
         ids, with the strength that suits these best. A prior that has learned more than pairs of
         neighbours is below `bigram_nll`.
     """
-    totals = dict.fromkeys(("unigram_entropy", "bigram_entropy", "unigram_nll", "bigram_nll"), 0.0)
+    totals: dict[str, float] = {}
     for stream, size in enumerate(sizes):
         pairs = [_pairs([ids[:, stream] for ids in images]) for images in (train, val)]
         for name, value in _of_stream(*pairs[0], *pairs[1], size).items():
-            totals[name] += value
+            totals[name] = totals.get(name, 0.0) + value
     return totals
 
 
@@ -66,9 +66,7 @@ def _of_stream(
     found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     seen = np.where(keys[found] == wanted, pair_counts[found], 0).astype(np.float64)
     context = contexts[val_before + 1]
-    bigram_nll = min(
-        -np.log((seen + s * smooth[val]) / (context + s)).mean() for s in _STRENGTHS
-    )
+    bigram_nll = min(-np.log((seen + s * smooth[val]) / (context + s)).mean() for s in _STRENGTHS)
     return {
         "unigram_entropy": float(unigram_entropy),
         "bigram_entropy": float(bigram_entropy),

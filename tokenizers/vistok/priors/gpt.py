@@ -163,19 +163,15 @@ class GPT(Prior):
 
     def likelihood(self, ids: Tensor, lengths: Tensor | None, condition: Tensor) -> Likelihood:
         """Return the likelihood of all ids; see `Prior.likelihood`."""
-        batch, count, streams = ids.shape
-        absent = None
+        count, streams = ids.shape[1:]
+        targets = ids
         if self.layout.variable and lengths is not None:
             behind = torch.arange(count, device=ids.device) - lengths[:, None]
-            absent = behind >= 0
-            ids = ids.masked_fill(absent[..., None], 0)
-        hidden = self.hidden(ids, condition)
-        targets = ids
-        if absent is not None:
-            ended = behind == 0
-            targets = ids.masked_fill(absent[..., None], -1)
-            first = torch.where(ended, self.layout.sizes[0], targets[..., 0])
+            targets = ids.masked_fill((behind >= 0)[..., None], -1)
+            first = targets[..., 0].masked_fill(behind == 0, self.layout.sizes[0])
             targets = torch.cat([first[..., None], targets[..., 1:]], dim=-1)
+            ids = ids.masked_fill((behind >= 0)[..., None], 0)
+        hidden = self.hidden(ids, condition)
         rows = [
             nll_of(self.logits(self.seen_by(hidden, ids, stream), stream), targets[..., stream])
             for stream in range(streams)
@@ -185,20 +181,31 @@ class GPT(Prior):
     def hidden(self, ids: Tensor, condition: Tensor) -> Tensor:
         """Return what the heads see, `(B, places, W)`, of ids `(B, N, Q)`, the last one unread."""
         front = self.told(condition)
-        x = torch.cat([front, self.embedded(ids)], dim=1)
         if self.places is None:
-            x = x[:, :-1]
+            x = torch.cat([front, self.embedded(ids, last=False)], dim=1)
         else:
+            x = torch.cat([front, self.embedded(ids)], dim=1)
             inputs = self._in_places(x, front.shape[1], slice(None))
             x = torch.cat([front[:, :-1], inputs], dim=1)
         x = dropped(x, self.token_dropout, self.training)
         x = self.transformer(x, self.turn, self.mask, causal=self.mask is None)
-        return x[:, front.shape[1] - 1 :]
+        return x[:, front.shape[1] - 1 :] if front.shape[1] > 1 else x
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """Embed ids `(B, n, Q)`: `(B, n, W)`, or `(B, n * Q, W)` of flattened ones."""
-        vectors = self.embed(ids + self.offsets)
-        return vectors.flatten(1, 2) if self.per_place > 1 else vectors.sum(dim=2)
+    def embedded(self, ids: Tensor, last: bool = True) -> Tensor:
+        """Embed ids `(B, n, Q)`: `(B, n, W)`, or `(B, n * Q, W)` of flattened ones.
+
+        Args:
+            ids: of the streams.
+            last: with the last place, which in training nothing is predicted from.
+        """
+        ids = ids + self.offsets
+        if self.per_place > 1:
+            ids = ids.flatten(1)
+            return self.embed(ids if last else ids[:, :-1])
+        ids = ids if last else ids[:, :-1]
+        if ids.shape[2] == 1:
+            return self.embed(ids.squeeze(2))
+        return self.embed(ids).sum(dim=2)
 
     def _in_places(self, x: Tensor, front: int, places: slice) -> Tensor:
         """Gather the inputs of some places of blocks from `[condition | embeddings]`."""

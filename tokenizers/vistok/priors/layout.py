@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def parents(blocks: Sequence[tuple[int, int]]) -> Tensor:
         `(N,)` int64; -1 in the first block.
     """
     found, start = [torch.full((math.prod(blocks[0]),), -1)], 0
-    for (rows, columns), (next_rows, next_columns) in zip(blocks, blocks[1:], strict=False):
+    for (rows, columns), (next_rows, next_columns) in itertools.pairwise(blocks):
         row = torch.arange(next_rows) * rows // next_rows
         column = torch.arange(next_columns) * columns // next_columns
         found.append((row[:, None] * columns + column[None, :]).flatten() + start)

@@ -162,10 +162,7 @@ class Prior(nn.Module, ABC):
         self, condition: Tensor, sampling: Sampling, first: int = 0, cached: bool = True
     ) -> Samples:
         """Draw images; see `stream`."""
-        samples = None
-        for samples in self.stream(condition, sampling, first, cached):
-            pass
-        assert samples is not None, "a stream yields its end"
+        *_, samples = self.stream(condition, sampling, first, cached)
         return samples
 
     def condition_of(self, batch: Mapping[str, Any]) -> Tensor:
@@ -199,7 +196,9 @@ class Prior(nn.Module, ABC):
         known = self.told.num_classes
         for label in labels:
             if not -1 <= label < known:
-                raise ConfigError(f"label {label}: the prior knows 0 to {known - 1}, and -1 for none")
+                raise ConfigError(
+                    f"label {label}: the prior knows 0 to {known - 1}, and -1 for none"
+                )
         found = torch.tensor(labels, dtype=torch.long, device=device)
         return torch.where(found < 0, known, found)
 
@@ -209,12 +208,10 @@ class Prior(nn.Module, ABC):
         return self.told.table.weight.device
 
 
-def _as_bytes(text: str | None, length: int) -> list[int]:
+def _as_bytes(text: Any, length: int) -> list[int]:
     if text is None:
         return [-1] * length
     if not isinstance(text, str):
         raise DataError(f"caption {text!r}: expected text")
     found = list(text.encode())[:length]
     return found + [_END] * (length - len(found))
-
-

@@ -13,6 +13,7 @@ from vistok.core.errors import ArgumentError
 from vistok.core.sample_random import chances
 from vistok.nn.attention import attend
 from vistok.nn.blocks import SwiGLU
+from vistok.nn.norms import RMSNorm
 from vistok.nn.rotary import rotation
 
 
@@ -103,9 +104,10 @@ class SelfAttention(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Attend over `(B, L, W)`, and over what the cache holds."""
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        q, k = turned(qkv[:, :, :2], turn).permute(2, 0, 3, 1, 4)
-        v = qkv[:, :, 2].transpose(1, 2)
+        # Split, for slices have gradients that are mostly zeros.
+        qk, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).split((2, 1), dim=2)
+        q, k = turned(qk, turn).permute(2, 0, 3, 1, 4)
+        v = v.squeeze(2).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.proj(attend(q, k, v, mask, causal).transpose(1, 2).flatten(2))
@@ -123,9 +125,9 @@ class PriorBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, multiple: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=1e-5)
+        self.norm1 = RMSNorm(width)
         self.attn = SelfAttention(width, num_heads)
-        self.norm2 = nn.RMSNorm(width, eps=1e-5)
+        self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, multiple=multiple)
         self.dropout = dropout
 
@@ -171,7 +173,7 @@ class PriorTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             PriorBlock(width, num_heads, multiple, dropout) for _ in range(depth)
         )
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = RMSNorm(width)
 
     def forward(
         self,

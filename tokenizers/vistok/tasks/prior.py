@@ -216,5 +216,5 @@ class SampleGrid(L.Callback):
         samples = prior.generate(condition, self.sampling)
         if not trainer.is_global_zero:
             return
-        pictures = pictures_of(self.tokenizer, samples)
-        save_png(grid(pictures[None]), self.folder / f"step_{trainer.global_step:06d}.png", self.scale)
+        sheet = grid(pictures_of(self.tokenizer, samples)[None])
+        save_png(sheet, self.folder / f"step_{trainer.global_step:06d}.png", self.scale)
