@@ -277,7 +277,7 @@ def test_misfits_are_refused():
             GPT(layout, **{"width": 16, "depth": 1, "num_heads": 2, **options})
     with pytest.raises(ArgumentError, match="different lengths"):
         MaskGITPrior(KINDS["lengths"][0], 16, 1, 2)
-    with pytest.raises(ConfigError, match="layout.grid"):
+    with pytest.raises(ConfigError, match=r"layout\.grid"):
         Layout((3,), 4, (2, 3))
     with pytest.raises(DataError, match="stream 1 holds the id 2; valid are 0 to 1"):
         KINDS["heads"][0].check(torch.full((1, 3, 2), 2), "x")
