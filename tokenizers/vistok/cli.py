@@ -11,6 +11,10 @@ from pathlib import Path
 from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
 from vistok.core.plugins import import_plugins
 from vistok.core.terminal import typed
+from vistok.core.words import split as _split
+from vistok.core.words import take_folders as _take_folders
+from vistok.core.words import value as _value
+from vistok.core.words import wants_help as _wants_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +55,22 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 def tokenize(argv: Sequence[str] | None = None) -> int:
     """Turn images into folders of tokens; return the exit code."""
-    return _guarded(_tokenize, argv)
+    return _guarded(_by_schema("tokenize", "tokenize"), argv)
+
+
+def detokenize(argv: Sequence[str] | None = None) -> int:
+    """Write pictures of a folder of tokens; return the exit code."""
+    return _guarded(_by_schema("detokenize", "detokenize"), argv)
+
+
+def vocabulary(argv: Sequence[str] | None = None) -> int:
+    """Put the codes of an export behind the ids of a text tokenizer; return the exit code."""
+    return _guarded(_by_schema("vocabulary", "merged", "merge"), argv)
+
+
+def near_codes(argv: Sequence[str] | None = None) -> int:
+    """Write the nearest codes of each, and measure which ids survive; return the exit code."""
+    return _guarded(_by_schema("near-codes", "near_codes"), argv)
 
 
 def import_weights(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +103,9 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "eval": evaluate,
     "export": export,
     "tokenize": tokenize,
+    "detokenize": detokenize,
+    "vocabulary": vocabulary,
+    "near-codes": near_codes,
     "import-weights": import_weights,
     "list": list_configs,
     "make-shards": make_shards,
@@ -262,32 +284,37 @@ def _export(argv: list[str]) -> None:
     from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
-    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite, config.license)
+    words = (config.weights, config.overwrite, config.license, config.push)
+    export_run(Path(config.run), Path(config.out), *words)
 
 
-def _tokenize(argv: list[str]) -> None:
-    if _wants_help(argv):
-        from vistok.help import tokenize_help
+def _by_schema(name: str, module: str, function: str = "") -> Callable[[list[str]], None]:
+    """Return a command of vistok.export that takes the keys of its `configs/NAME.yaml`."""
 
-        return tokenize_help()
-    from vistok.core import configuration as c
+    def command(argv: list[str]) -> None:
+        from vistok.core import configuration as c
+        from vistok.help import config_help
 
-    # Hydra takes a,b for a sweep.
-    words = [f"format=[{w[7:]}]" if re.fullmatch(r"format=\w+(,\w+)*", w) else w for w in argv]
-    overrides, folders, _ = _split(words)
-    data = [o for o in overrides if o.lstrip("+").startswith(("data.", "data="))]
-    own = [o for o in overrides if o not in data]
-    config = c.compose("tokenize", own, folders)
-    for key in ("model", "out"):
-        if not _value(own, key):
-            raise ConfigError(
-                f"{key} is missing; use: {typed('tokenize')} model=exported/<name> "
-                "data.train=/photos out=/tokens/<name>"
-            )
-    from vistok.export.tokenize import tokenize as run
+        if _wants_help(argv):
+            return config_help(name)
+        import importlib
 
-    import_plugins(config.plugins)
-    run(c.to_container(config), data)
+        schema = name.replace("-", "_")
+        takes_data = name in ("tokenize", "near-codes")
+        # Hydra takes a,b for a sweep.
+        words = [re.sub(r"^format=(\w+(,\w+)+)$", r"format=[\1]", word) for word in argv]
+        overrides, folders, _ = _split(words)
+        data = [o for o in overrides if takes_data and o.startswith(("data.", "data="))]
+        own = [o for o in overrides if o not in data]
+        config = c.compose(schema, own, folders)
+        for key in c.required(schema):
+            if not _value(own, key):
+                raise ConfigError(f"{key} is missing; see {typed(name)} --help")
+        import_plugins(config.plugins)
+        run = getattr(importlib.import_module(f"vistok.export.{module}"), function or module)
+        run(c.to_container(config), *([data] if takes_data else []))
+
+    return command
 
 
 def _import_weights(argv: list[str]) -> None:
@@ -395,53 +422,6 @@ def _launched_from_outside() -> bool:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1")) > 1
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
-    return any(word in ("-h", "--help", "help") for word in argv)
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
-    """Return the overrides, the folders given by --config-dir, and Hydra's other flags."""
-    from vistok.core.configuration import quoted
-
-    overrides, flags = [], []
-    others, folders = _take_folders(argv)
-    words = iter(others)
-    for word in words:
-        if word.lower() in ("debug=true", "debug=false"):
-            continue  # `_guarded` reads it; Hydra would take it for a file of configs/debug
-        if word.startswith("-"):
-            flags.append(word)
-            if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
-                flags += [w for w in [next(words, None)] if w]
-        elif "=" in word or word.startswith("~") or word.startswith("hydra."):
-            overrides.append(quoted(word))
-        else:
-            raise ConfigError(f"{word}: expected key=value; --help shows examples")
-    return overrides, folders, flags
-
-
-def _take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Return the words without --config-dir, and the folders that it gives."""
-    others, folders = [], []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in ("--config-dir", "-cd"):
-            others.append(word)
-            continue
-        folder = value if equals else next(words, "")
-        if not folder:
-            raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
-        folders.append(Path(folder).expanduser())
-    return others, folders
-
-
-def _value(overrides: Sequence[str], key: str) -> str | None:
-    values = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    value = values[-1].strip("'\"") if values else None
-    return None if value in (None, "null", "") else value
 
 
 def _run_of(path: Path) -> tuple[Path, Path]:

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vistok.core.configuration import groups, header, notes, option_files, options
+from vistok.core.configuration import (
+    config_dir,
+    groups,
+    header,
+    notes,
+    option_files,
+    options,
+    required,
+)
 from vistok.core.errors import ConfigError, nearest
 from vistok.core.terminal import columns, counted, show, typed, wrapped
 
@@ -26,6 +34,9 @@ def overview() -> None:
         "eval run=runs/<run>": "metrics, metrics.json, pictures",
         "export run=runs/<run> out=FOLDER": "files for other programs",
         "tokenize model=FOLDER ...": "images to tokens, in the formats of trainers",
+        "detokenize tokens=FOLDER ...": "tokens to pictures",
+        "vocabulary model=FOLDER ...": "a text tokenizer with the codes behind its ids",
+        "near-codes model=FOLDER ...": "neighbors of each code; which ids survive",
         "import-weights source=NAME ...": "released weights to an export",
         "list [GROUP [WORD]]": "what there is to choose from",
         "make-shards IMAGES out=FOLDER": "images to WebDataset shards",
@@ -129,6 +140,8 @@ def export_help() -> None:
         "run=": "a run folder or a checkpoint",
         "out=": "folder to write, for example exported/my_tokenizer",
         "weights=ema": "ema (averaged) or last",
+        "license=": "of the weights, for the card, such as apache-2.0",
+        "push=": "owner/name: also upload it to the Hugging Face Hub",
         "overwrite=false": "true: replace an export",
         "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
@@ -143,31 +156,20 @@ def export_help() -> None:
     )
 
 
-def tokenize_help() -> None:
-    """Print `vistok tokenize --help`."""
-    program = typed("tokenize")
-    keys = {
-        "model=": "an export folder, or owner/name on the Hub",
-        "out=": "folder of tokens to write, or to continue",
-        "data.train=": "a folder of images, or shards such as '/sets/in1k/*.tar'",
-        "data.*": "as in training, for example data.fields=[caption] data.val_crop=tv_center",
-        "format=": "megatron, torchtitan, nanogpt, webdataset, parquet, llamagen, with commas",
-        "flip=false": "true: the mirrored pictures, too; crops=5 crop_range=1.1: corners, too",
-        "psnr=": "dB that the codes of a flexible tokenizer reach; or num_tokens= of all",
-        "document=": "around an image in streams: [begin_of_image,class,end_of_image]",
-        "batch_size=64": "pictures at once; device=auto, precision=32 or bf16",
-        "workers=": "processes here; worker=k/n: this is worker k of n, as torchrun, srun and "
-        "SLURM arrays say by themselves",
-        "plugins=": "modules of your own to import first",
-        "debug=true": "show the traceback of an error",
-    }
+def config_help(name: str) -> None:
+    """Print the `--help` of a command by its schema, `configs/NAME.yaml`."""
+    path = config_dir() / f"{name.replace('-', '_')}.yaml"
+    rows = []
+    for line in path.read_text().splitlines():
+        if match := re.match(r"(\w+): (\S+)(?:\s+# (.*))?$", line):
+            key, value, about = match.groups()
+            value = "" if value == "???" else value
+            rows.append((f"{key}={value}", about or "show the traceback of an error"))
+    needed = " ".join(f"{key}=..." for key in required(name.replace("-", "_")))
     _show(
-        wrapped(
-            "Turn images into tokens for other programs. Shards are the unit of work; the same "
-            "command continues what was interrupted, with as many workers as it has then."
-        ),
-        f"  {program} model=exported/mine data.train=/photos out=/tokens/mine [key=value ...]",
-        "Keys\n" + columns(keys.items()),
+        wrapped(" ".join(notes(path))),
+        f"  {typed(name)} {needed} [key=value ...]",
+        "Keys\n" + columns(rows),
     )
 
 

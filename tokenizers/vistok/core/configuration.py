@@ -73,6 +73,12 @@ def header(path: Path) -> str:
     return re.split(r"(?<=\.)\s(?=[A-Z])", text)[0].removesuffix(":")
 
 
+def required(name: str) -> list[str]:
+    """Return the keys of a schema that must be given, in the order of its file."""
+    written = (config_dir() / f"{name}.yaml").read_text()
+    return re.findall(r"^(\w+): \?\?\?", written, re.MULTILINE)
+
+
 def quoted(override: str) -> str:
     """Return the override, with its value in quotes if Hydra's grammar would trip over it.
 

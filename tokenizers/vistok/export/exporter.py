@@ -18,6 +18,7 @@ from vistok.checkpoints.load import load
 from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.export import hub
 from vistok.export.card import card
 from vistok.export.codebooks import codebook_dims, codebook_tensors
 from vistok.export.vocabulary import vocabulary
@@ -30,6 +31,7 @@ def export_run(
     weights: str = "ema",
     overwrite: bool = False,
     license: str | None = None,
+    push: str | None = None,
 ) -> Path:
     """Export a run.
 
@@ -39,6 +41,7 @@ def export_run(
         weights: "ema" or "last".
         overwrite: replace an export that is there.
         license: of the weights, for the card and config.json; such as "apache-2.0".
+        push: owner/name on the Hugging Face Hub to upload it to.
 
     Returns:
         `out`.
@@ -47,6 +50,8 @@ def export_run(
         ConfigError: if `out` is there already and `overwrite` is off, or is not an export.
     """
     check_out(out, overwrite)
+    if push is not None:
+        hub.check_name(push)
     source = find_checkpoint(run)
     tokenizer = load(run, weights=weights)
     place_export(tokenizer, read_config(source), out, run_metrics(source), license)
@@ -56,6 +61,8 @@ def export_run(
         f"  {tokenizer.num_tokens} tokens per image, codebooks {' '.join(map(str, sizes))}\n"
         f'  python: vistok.load("{out}")'
     )
+    if push is not None:
+        print(f"  pushed to {hub.push(out, push)}")
     return out
 
 
