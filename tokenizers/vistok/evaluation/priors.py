@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.load import load_prior
+from vistok.core.configuration import apply_overrides, closed, to_container
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
 from vistok.core.sample_random import drawing
@@ -92,16 +93,10 @@ def _data_of(
     run_config: dict[str, Any], options: dict[str, Any], overrides: list[str], batch_size: int
 ) -> TokenDataModule:
     """Return the run's tokens, with the user's changes."""
-    from omegaconf import OmegaConf
-
-    from vistok.core.configuration import apply_overrides, closed
-
     if chosen := [o for o in overrides if o.startswith("data=")]:
         raise ConfigError(f"{chosen[0]}: a prior reads tokens; prior.tokens=FOLDER names others")
     changed = apply_overrides(closed({"data": run_config["data"]}), overrides)
-    values = OmegaConf.to_container(changed.data, resolve=True)
-    assert isinstance(values, dict)
-    values["eval_batch_size"] = batch_size
+    values = {**to_container(changed)["data"], "eval_batch_size": batch_size}
     tokens = options["tokens"] or run_config["tokens"]
     return token_data({**run_config, "data": values, "tokens": tokens})
 
