@@ -27,12 +27,12 @@ from vistok.evaluation.generation import conditions_for, load_decoder, pictures_
 from vistok.evaluation.pictures import grid, save_png
 from vistok.evaluation.run import choose_device, default_folder
 from vistok.evaluation.token_statistics import token_statistics
+from vistok.evaluation.tokens import check_layout, token_data
 from vistok.metrics.build import build_metrics
 from vistok.models.tokenizer import Tokenizer
 from vistok.priors.layout import Layout
 from vistok.priors.prior import Prior, Samples
 from vistok.priors.sampling import Sampling
-from vistok.priors.tokens import check_layout, token_data
 
 #: Images whose ids the simple models are made of, at most.
 _COUNTED = 50_000

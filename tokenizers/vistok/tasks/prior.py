@@ -20,11 +20,11 @@ from vistok.data.token_module import TokenDataModule
 from vistok.evaluation.generation import conditions_for, load_decoder, pictures_of
 from vistok.evaluation.pictures import grid, save_png
 from vistok.evaluation.priors import evaluate_prior, statistics_of
+from vistok.evaluation.tokens import check_layout, token_data
 from vistok.losses.objective import Objective
 from vistok.priors.build import build_prior
 from vistok.priors.layout import Layout
 from vistok.priors.sampling import Sampling
-from vistok.priors.tokens import check_layout, token_data
 from vistok.quantizers.base import token_mean
 from vistok.training.task import Task
 
