@@ -277,10 +277,15 @@ def _evaluate(argv: list[str]) -> None:
     config = c.compose("eval", own, folders)
     if not any(_value(own, key) for key in ("run", "model", "images")):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
-    from vistok.evaluation.run import evaluate as run
-
     import_plugins(config.plugins)
-    run(c.to_container(config), data)
+    from vistok.checkpoints.find import find_checkpoint_or_export
+    from vistok.checkpoints.read import read_config
+    from vistok.core.registry import resolve
+
+    # An export has no task: it is a tokenizer.
+    name = read_config(find_checkpoint_or_export(config.run)).get("task", "reconstruction")
+    task = resolve(name, kind="task", key="task")
+    task.evaluate(c.to_container(config), data)
 
 
 def _export(argv: list[str]) -> None:

@@ -125,6 +125,7 @@ def eval_help() -> None:
         "eval.num_tokens=": "token budgets (flexible length), measured next to image codecs",
         "eval.steps=": "of a decoder that samples; likewise eval.guidance= and eval.seed=",
         "data.*": "as in training, for example data.val=/photos/val data.val_crop=tv_center",
+        "prior.*": "of a prior: num_samples, images, tokenizer, guidance, ...",
         "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
     }

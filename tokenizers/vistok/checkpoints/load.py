@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from vistok.checkpoints.read import read_export, read_weights
 from vistok.core.errors import CheckpointError
 from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
+from vistok.priors.build import build_prior
+from vistok.priors.prior import Prior
 
 
 def load(
@@ -46,12 +49,40 @@ def load(
         config, state = read_export(path)
     else:
         config, state = read_weights(find_checkpoint(path), weights)
+    if "tokenizer" not in config:
+        raise CheckpointError(
+            f"{path}: not of a tokenizer, but of task={config.get('task')}; load_prior reads priors"
+        )
     tokenizer = build_tokenizer(config, teachers=False)
     load_weights(tokenizer, state, str(path))
     if is_export:
         _check_values(tokenizer, state, path)
     tokenizer.crop = (config.get("data") or {}).get("val_crop", tokenizer.crop)
     return tokenizer.to(device).eval()
+
+
+def load_prior(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
+) -> tuple[Prior, dict[str, Any]]:
+    """Load a prior from a run folder or a checkpoint file.
+
+    Args:
+        path: `runs/<run>` (its best checkpoint, else the last), or a `.ckpt`.
+        weights: as in `load`.
+        device: where to put it.
+
+    Returns:
+        The prior in eval mode, and the config of its run.
+
+    Raises:
+        CheckpointError: if there is none, it is damaged, or it is not of a prior.
+    """
+    config, state = read_weights(find_checkpoint(path), weights, "prior")
+    if "prior" not in config:
+        raise CheckpointError(f"{path}: not of a prior, but of a tokenizer; vistok.load reads it")
+    prior = build_prior(config)
+    load_weights(prior, state, str(path))
+    return prior.to(device).eval(), config
 
 
 def _check_values(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:

@@ -24,7 +24,7 @@ _ARTICLES = {
 #: Where things of a kind register themselves when their modules are imported: floors that need
 #: torch alone, but for tasks.
 _FLOORS: dict[str, Sequence[str]] = {
-    **dict.fromkeys(_ARTICLES, ("quantizers", "models", "losses", "systems")),
+    **dict.fromkeys(_ARTICLES, ("quantizers", "models", "losses", "systems", "priors")),
     "task": ("tasks",),
     "metric": ("metrics",),
 }

@@ -435,6 +435,11 @@ class VistokDataModule(L.LightningDataModule):
             for name, parts in columns.items()
         }
 
+    def in_words(self) -> str:
+        """Describe the data in a line."""
+        counts = f"{self.num_train} training and {self.num_val} validation images"
+        return f"{counts} of {self.image_size[0]}x{self.image_size[1]} px"
+
     def describe(self) -> dict[str, Any]:
         """Describe the data for a run's summary: plain values only."""
         return {

@@ -202,8 +202,8 @@ _RESIZES = {
 def run_metrics(checkpoint: Path) -> dict[str, Any]:
     """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`.
 
-    Numbers, and of an evaluation also `protocol`, `protocol_hash` and `data`, which they belong to. A
-    file that is damaged is passed over: a table in a card is no reason to refuse an export.
+    Numbers, and of an evaluation also `protocol`, `protocol_hash` and `data`, which they belong to.
+    A damaged file is passed over: a table in a card is no reason to refuse an export.
     """
     run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):

@@ -16,9 +16,11 @@ from vistok.checkpoints.load import load, load_weights
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
 from vistok.core.registry import register
+from vistok.core.terminal import typed
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
+from vistok.evaluation.run import evaluate
 from vistok.evaluation.trained import write_trained
 from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer, starts_from_data
@@ -56,6 +58,11 @@ class Reconstruction(Task):
     def model(self) -> Tokenizer:  # type: ignore[override]
         """The tokenizer."""
         return self.tokenizer
+
+    @property
+    def data(self) -> VistokDataModule:  # type: ignore[override]
+        """The DataModule."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @classmethod
     def resolve(cls, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -151,6 +158,16 @@ class Reconstruction(Task):
             f"{type(t).__name__} with {type(t.quantizer).__name__}, {parameters:.2f} M "
             f"parameters, {t.num_tokens} tokens = {t.bits_per_image:.0f} bits per image"
         )
+
+    @classmethod
+    def evaluate(cls, config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
+        """Judge a tokenizer; see `vistok.evaluation.run.evaluate`."""
+        return evaluate(config, data_overrides)
+
+    def next_commands(self, folder: Path) -> list[str]:
+        """Return what to type after the run in this folder."""
+        export = f"{typed('export')} run={folder} out=exported/my_tokenizer"
+        return [*super().next_commands(folder), export]
 
     def headline(self) -> str:
         """Return PSNR and the use of the codebook."""

@@ -20,7 +20,6 @@ from vistok.core import ranks
 from vistok.core.console import say
 from vistok.core.errors import ConfigError, Preempted, VistokError
 from vistok.core.terminal import typed
-from vistok.data.datamodule import VistokDataModule
 from vistok.data.places import absolute
 from vistok.training.checkpointing import Checkpoints, CheckpointWriter
 from vistok.training.optimizers import learning_rate
@@ -147,16 +146,16 @@ def _train(
             raise KeyboardInterrupt
         raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
     if task.validated_step != trainer.global_step:
-        trainer.validate(task, datamodule=data, verbose=False)
+        trainer.validate(task, datamodule=data, verbose=False)  # type: ignore[arg-type]
     summary = task.summary(trainer) | task.guard.summary() | task.health.summary()
     summary |= {"steps": trainer.global_step, "samples_seen": data.samples_seen}
     summary["seconds"] = round(time.time() - started, 1)
     summary["skipped_images"] = len(set().union(*ranks.gather(list(data.skipped))))
-    finish(summary, data, folder)
+    finish(summary, task, data, folder)
     return summary
 
 
-def fit(trainer: L.Trainer, task: Task, data: VistokDataModule, resume: Path | None) -> None:
+def fit(trainer: L.Trainer, task: Task, data: Any, resume: Path | None) -> None:
     """Train to the end, or until a signal ends the run.
 
     Raises:

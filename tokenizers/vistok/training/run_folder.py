@@ -20,8 +20,7 @@ from rich.table import Table
 import vistok
 from vistok.core.console import say
 from vistok.core.files import replacing
-from vistok.core.terminal import typed
-from vistok.data.datamodule import VistokDataModule
+from vistok.training.data import TrainingData
 from vistok.training.task import Task
 from vistok.training.trainer import in_words
 
@@ -67,26 +66,24 @@ def git_commit() -> str | None:
 @rank_zero_only
 def announce(
     task: Task,
-    data: VistokDataModule,
+    data: TrainingData,
     trainer: L.Trainer,
     folder: Path,
     resume: Path | None,
 ) -> None:
     """Say in a few lines what this run is."""
     verb = f"resuming {resume}" if resume is not None else "training"
-    height, width = data.image_size
     say(
         f"vistok {vistok.__version__} ({Path(vistok.__file__).parent})\n"
         f"{verb}: {task.description()}\n"
-        f"data: {data.num_train} training and {data.num_val} validation images of "
-        f"{height}x{width} px\n"
+        f"data: {data.in_words()}\n"
         f"trainer: {in_words(trainer, data.batch_size)}\n"
         f"run folder: {folder}"
     )
 
 
 @rank_zero_only
-def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path) -> None:
+def finish(summary: dict[str, Any], task: Task, data: TrainingData, folder: Path) -> None:
     """Write `summary.json` and print it."""
     with replacing(folder / "summary.json") as file:
         file.write((json.dumps({**summary, "data": data.describe()}, indent=2) + "\n").encode())
@@ -98,8 +95,5 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path) -> Non
     say(table)
     if report := data.skipped_report():
         say(f"[yellow]{report}[/yellow]")
-    say(
-        f"pictures: {folder}/pictures\n"
-        f"next: {typed('eval')} run={folder}\n"
-        f"      {typed('export')} run={folder} out=exported/my_tokenizer"
-    )
+    commands = "\n      ".join(task.next_commands(folder))
+    say(f"pictures: {folder}/pictures\nnext: {commands}")

@@ -21,8 +21,9 @@ from vistok.core.console import say
 from vistok.core.errors import ConfigError
 from vistok.core.ranks import all_reduce_sum, average_gradients, world_size
 from vistok.core.sample_random import drawing
-from vistok.data.datamodule import VistokDataModule
+from vistok.core.terminal import typed
 from vistok.losses.objective import Objective, resolve_terms
+from vistok.training.data import TrainingData
 from vistok.training.ema import EMA
 from vistok.training.guard import ADVICE, Guard
 from vistok.training.health import Health
@@ -78,7 +79,7 @@ class Task(L.LightningModule, ABC):
         forward = self.model.forward
         self._step_function = torch.compile(forward) if self.config["compile"] else forward
 
-    def settle(self, trainer: L.Trainer, data: VistokDataModule) -> None:
+    def settle(self, trainer: L.Trainer, data: TrainingData) -> None:
         """Settle what depends on the trainer: shares of the run become samples.
 
         In the config, too, so that a run that is continued for longer keeps its schedules.
@@ -114,7 +115,7 @@ class Task(L.LightningModule, ABC):
         return config
 
     @abstractmethod
-    def build_data(self) -> VistokDataModule:
+    def build_data(self) -> TrainingData:
         """Return the run's data, not set up yet."""
 
     @abstractmethod
@@ -122,7 +123,7 @@ class Task(L.LightningModule, ABC):
         """Return a batch's losses with their "total", and further numbers to log."""
 
     @abstractmethod
-    def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
+    def start_weights(self, data: TrainingData, device: torch.device) -> None:
         """Give the model the weights that a fresh run starts with."""
 
     @abstractmethod
@@ -140,6 +141,20 @@ class Task(L.LightningModule, ABC):
     @abstractmethod
     def summary(self, trainer: L.Trainer) -> dict[str, Any]:
         """Return what `summary.json` says of the finished run; every rank must call it."""
+
+    @classmethod
+    @abstractmethod
+    def evaluate(cls, config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
+        """Judge a finished run, for `eval.py`; return what `metrics.json` holds.
+
+        Args:
+            config: resolved `configs/eval.yaml`.
+            data_overrides: `data=...` and `data.*=...`.
+        """
+
+    def next_commands(self, folder: Path) -> list[str]:
+        """Return what to type after the run in this folder."""
+        return [f"{typed('eval')} run={folder}"]
 
     def after_step(self) -> dict[str, Tensor]:
         """Do what happens once per optimizer step, before the average moves; return numbers."""
@@ -285,7 +300,7 @@ class Task(L.LightningModule, ABC):
         return build_optimizer(trained, s["lr"], s["betas"], s["weight_decay"])
 
     @property
-    def data(self) -> VistokDataModule:
+    def data(self) -> TrainingData:
         """The DataModule, which owns the position in the data."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
