@@ -22,7 +22,7 @@ from vistok.core.files import replacing
 from vistok.core.plugins import import_plugins
 from vistok.core.ranks import is_first_process
 from vistok.core.registry import resolve
-from vistok.core.terminal import columns, show, typed, wrapped
+from vistok.core.terminal import columns, counted, show, typed, wrapped
 from vistok.core.values import Count, NonNegative, check, is_whole
 from vistok.core.words import take_folders
 from vistok.training.callbacks import StepClock
@@ -194,7 +194,7 @@ def write(report: dict[str, Any], out: Path) -> None:
     rows = {
         "memory": f"{report['memory_gib']:.2f} GiB",
         "speed": f"{report['images_per_second']:.1f} images/s",
-        "whole run": f"{report['total_samples']} images, {report['hours']:.3g} hours",
+        "whole run": f"{counted(report['total_samples'], 'image')} in {report['hours']:.3g} h",
         "cost": f"{report['cost']:.2f}" if report["cost"] else "set cost_per_hour=",
         "waiting for data": f"{report['data_wait_share']:.0%}",
         "skipped steps": str(report["skipped_steps"]),
