@@ -185,7 +185,8 @@ def main(words: list[str] | None = None) -> int:
     originals = photographs(options.shards, options.images, options.size)
     better = {name: bool(m.higher_is_better) for name, m in build_metrics(METRICS).items()}
     lines = [
-        f"{len(originals)} photographs of {options.size} x {options.size} px; {', '.join(FEW)} of the first 29.",
+        f"{len(originals)} photographs of {options.size} x {options.size} px; "
+        f"{', '.join(FEW)} of the first 29.",
         "",
     ]
     lines += ["| degradation | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
