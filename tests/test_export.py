@@ -23,7 +23,7 @@ from vistok.export.exporter import write_export
 def test_files(exported):
     assert sorted(p.name for p in exported.iterdir()) == [
         "README.md", "checksums.json", "codebook.safetensors", "config.json",
-        "model.safetensors", "preprocess.json", "vocabulary.json",
+        "model.safetensors", "preprocess.json", "preprocessor_config.json", "vocabulary.json",
     ]  # fmt: skip
     config = json.loads((exported / "config.json").read_text())
     io = config["io"]

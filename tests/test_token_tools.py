@@ -85,6 +85,10 @@ def test_every_file_has_a_checksum_and_every_altered_byte_is_refused(tmp_path):
         ('{"format": "x", "sha256": {}}', "format"),
         ('{"format": 1, "sha256": {}}', "no checksum of model.safetensors"),
         ('{"format": 1}', "damaged"),
+        (
+            '{"format": 1, "sha256": {"model.safetensors": 1, "config.json": 1, "../x": 1}}',
+            "not a file of the export|altered",
+        ),
     ],
 )
 def test_wrong_checksum_files(tmp_path, text, told):

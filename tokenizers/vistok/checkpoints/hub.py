@@ -38,26 +38,38 @@ def fetch(name: str, revision: str | None = None) -> Path:
         CheckpointError: if it cannot be had, or is not an export.
     """
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise CheckpointError(
             f"{name}: no such folder here; to look for it on the Hugging Face Hub: "
             "pip install huggingface_hub"
         ) from None
     where = f"{name}{f'@{revision}' if revision else ''}"
+    told = f"{where}: no such folder here, and not to be had from the Hugging Face Hub"
+    offline = False
+    try:
+        HfApi().model_info(name, revision=revision, timeout=5)
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{told}: {_reason(error)}") from None
+    except Exception:  # whatever its client raises without a network, at once and not in a minute
+        offline = True
     try:
         folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(FILES), etag_timeout=10)
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(FILES), local_files_only=offline
+            )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
-        raise CheckpointError(
-            f"{where}: no such folder here, and not to be had from the Hugging Face Hub: {reason}"
-        ) from None
+    except Exception as error:
+        why = "no connection, and it is not in the cache" if offline else _reason(error)
+        raise CheckpointError(f"{told}: {why}") from None
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(f"{where}: on the Hub, but not an export of vistok")
     return folder
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
 
 
 def find_export(place: str | Path, revision: str | None = None) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 
 from vistok.core.errors import DataError
 from vistok.core.files import replacing
+from vistok.core.terminal import counted
 from vistok.data.token_shards import DTYPES, ShardArrays, file_sha256, open_shard, serialized
 
 #: The form of the folders that are written today.
@@ -151,8 +152,9 @@ class TokenFolder:
                 arrays.verify(entry["sha256"])
             if (len(arrays), arrays.num_tokens) != (entry["samples"], entry["tokens"]):
                 raise DataError(
-                    f"{arrays.path}: has {len(arrays)} samples of {arrays.num_tokens} tokens, but "
-                    f"{MANIFEST} says {entry['samples']} of {entry['tokens']}; copy it again"
+                    f"{arrays.path}: has {counted(len(arrays), 'sample')} of "
+                    f"{counted(arrays.num_tokens, 'token')}, but {MANIFEST} says "
+                    f"{entry['samples']} of {entry['tokens']}; copy it again"
                 )
             self._open[number] = arrays
         return self._open[number]

@@ -122,10 +122,13 @@ def write_export(
     """
     folder.mkdir(parents=True)
     description = describe(tokenizer, config, license)
+    cut = preprocessing(tokenizer, description["io"]["crop"])
     texts = {
         "config.json": description,
         "vocabulary.json": vocabulary(tokenizer),
-        "preprocess.json": preprocessing(tokenizer, description["io"]["crop"]),
+        "preprocess.json": cut,
+        # The name by which transformers looks for it, once `vistok.hf` is imported.
+        "preprocessor_config.json": {"image_processor_type": "VistokImageProcessor", **cut},
     }
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vistok.core.console import say
+from vistok.core.terminal import counted
 from vistok.export.tokenize_units import Progress as Done
 
 _SECONDS_PER_LINE = 30
@@ -58,7 +59,7 @@ class Bar:
         finished = self.there + done.units
         rate = done.images / elapsed if elapsed > 0 else 0.0
         waiting = 100 * done.waited / done.seconds if done.seconds > 0 else 0.0
-        words = [f"{finished}/{self.units} shards", f"{rate:.1f} images/s"]
+        words = [f"{finished} of {counted(self.units, 'shard')}", f"{rate:.1f} images/s"]
         words.append(f"{min(waiting, 100):.0f} % waiting for data")
         if done.units and elapsed > 0:
             left = (self.units - finished) * elapsed / done.units

@@ -51,11 +51,14 @@ def tokenize(config: dict[str, Any], data: list[str]) -> dict[str, Any] | None:
     if there := sum(worker.is_done(unit) for unit in range(len(worker.units))):
         say(f"{worker.out}: {there} of {counted(len(worker.units), 'shard')} done before")
     with Bar(len(worker.units), there) as bar:
-        if here == 1:
-            worker.told = bar.show
-            worker.run(number, count)
-        elif there < len(worker.units):
-            _run_processes(config, data, (number * here, count * here, here), bar)
+        try:
+            if here == 1:
+                worker.told = bar.show
+                worker.run(number, count)
+            elif there < len(worker.units):
+                _run_processes(config, data, (number * here, count * here, here), bar)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command continues") from None
     undone = sum(not worker.is_done(unit) for unit in range(len(worker.units)))
     if undone:
         say(

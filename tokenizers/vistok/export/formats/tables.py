@@ -23,6 +23,11 @@ def _code_dtype(alphabet: Alphabet) -> np.dtype:
     return smallest_dtype(alphabet.first_class - 1)
 
 
+def _utf8(name: str) -> str:
+    """Return a name of a file system as text, with escapes for bytes that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _files(folder: Path, ending: str) -> list[Path]:
     found = sorted(needed(folder, "nothing was written in this format").glob(f"*{ending}"))
     if not found:
@@ -60,7 +65,7 @@ class Parquet(Layout):
         lengths = np.diff(ends) // slots
         table = pa.table(
             {
-                "key": pa.array([shard.key(row) for row in rows], pa.string()),
+                "key": pa.array([_utf8(shard.key(row)) for row in rows], pa.string()),
                 "view": pa.array(np.asarray(shard.views), pa.int32()),
                 "label": pa.array(
                     [None if v < 0 else v for v in shard.labels.tolist()], pa.int64()
