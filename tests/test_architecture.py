@@ -29,6 +29,7 @@ RANKS = {
     "tasks": 8,
     "export": 8,
     "tools": 8,
+    "hf": 8,
     "help": 9,
     "cli": 10,
     "__main__": 11,

@@ -45,7 +45,7 @@ def load(
     """
     name = on_hub(path)
     path = fetch(name, revision) if name else Path(path)
-    if (path / "model.safetensors").exists():
+    if is_export := (path / "model.safetensors").exists():
         check_export(path)
         config, state = read_export(path)
     else:
@@ -56,6 +56,8 @@ def load(
         )
     tokenizer = build_tokenizer(config, teachers=False)
     load_weights(tokenizer, state, str(path))
+    if is_export:
+        _check_values(tokenizer, state, path)
     tokenizer.crop = (config.get("data") or {}).get("val_crop", tokenizer.crop)
     return tokenizer.to(device).eval()
 
@@ -93,6 +95,16 @@ def task_of(path: str | Path) -> Any:
     """
     config = read_config(find_checkpoint_or_export(str(path)))
     return resolve(config.get("task", "reconstruction"), kind="task", key="task")
+
+
+def _check_values(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise if a weight of an export has another type, or is NaN."""
+    for key, own in module.state_dict().items():
+        if state[key].dtype != own.dtype:
+            found, wanted = (str(t.dtype).removeprefix("torch.") for t in (state[key], own))
+            raise CheckpointError(f"{folder}: '{key}' is {found}, expected {wanted}")
+        if own.is_floating_point() and own.isnan().any():
+            raise CheckpointError(f"{folder}: '{key}' contains NaN; export the run anew")
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

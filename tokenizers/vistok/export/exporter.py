@@ -146,6 +146,7 @@ def describe(
     sizes = tokenizer.quantizer.codebook_sizes
     return {
         "format": FORMAT,
+        "model_type": "vistok",  # what `import vistok.hf` registers with transformers
         "vistok": vistok.__version__,
         "license": license,
         "tokenizer": config["tokenizer"],
