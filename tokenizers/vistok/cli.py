@@ -277,15 +277,10 @@ def _evaluate(argv: list[str]) -> None:
     config = c.compose("eval", own, folders)
     if not any(_value(own, key) for key in ("run", "model", "images")):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
-    import_plugins(config.plugins)
-    from vistok.checkpoints.find import find_checkpoint_or_export
-    from vistok.checkpoints.read import read_config
-    from vistok.core.registry import resolve
+    from vistok.checkpoints.load import task_of
 
-    # An export has no task: it is a tokenizer.
-    name = read_config(find_checkpoint_or_export(config.run)).get("task", "reconstruction")
-    task = resolve(name, kind="task", key="task")
-    task.evaluate(c.to_container(config), data)
+    import_plugins(config.plugins)
+    task_of(config.run).evaluate(c.to_container(config), data)
 
 
 def _export(argv: list[str]) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints.exports import check_export
-from vistok.checkpoints.find import find_checkpoint
+from vistok.checkpoints.find import find_checkpoint, find_checkpoint_or_export
 from vistok.checkpoints.hub import fetch, on_hub
-from vistok.checkpoints.read import read_export, read_weights
+from vistok.checkpoints.read import read_config, read_export, read_weights
 from vistok.core.errors import CheckpointError
+from vistok.core.registry import resolve
 from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
 from vistok.priors.build import build_prior
@@ -83,6 +84,17 @@ def load_prior(
     prior = build_prior(config)
     load_weights(prior, state, str(path))
     return prior.to(device).eval(), config
+
+
+def task_of(path: str | Path) -> Any:
+    """Return the task whose run a folder, checkpoint or export is of; of an export, the default.
+
+    Raises:
+        CheckpointError: if there is no such run.
+        ConfigError: if there is no such task.
+    """
+    config = read_config(find_checkpoint_or_export(str(path)))
+    return resolve(config.get("task", "reconstruction"), kind="task", key="task")
 
 
 def _check_values(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:

@@ -303,7 +303,8 @@ def _explain(
         key = override.lstrip("+~").split("=")[0]
         if f"'{key}'" in text or f"'{override}'" in text or f" {key}" in text:
             if "not in struct" in text or "Could not override" in text or "Key" in text:
-                known = all_keys(compose(name, [])) if overrides else []
+                chosen = [o for o in overrides if o.partition("=")[0] in groups(extra_dirs)]
+                known = all_keys(compose(name, chosen, extra_dirs)) if overrides else []
                 if key not in known:
                     return f"{key}: no such key{nearest_key(key, known)}"
             return f"{override}: {text[:160]}"
