@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_a_tar_rewritten_at_its_size_and_time(tmp_path, change, foreign):
 def old_form(path):
     """An index as it was written before indexes had proofs."""
     with np.load(path) as arrays:
-        later = ("names", "left_out", "reasons", "proof", "proof_ranges")
+        later = ("checksum", "names", "left_out", "reasons", "proof", "proof_ranges")
         kept = {name: arrays[name] for name in arrays.files if name not in later}
     with open(path, "wb") as file:
         np.savez(file, **{**kept, "format": np.asarray(2)})
@@ -256,10 +257,15 @@ def test_an_index_that_says_what_cannot_be(tmp_path, name):
     with ShardFile(path) as shard:
         for number in range(3):
             shard.add(str(number), image(number), "png", label=number, others={"txt": b"a"})
-    with np.load(sidecar(path)) as arrays:
-        found = dict(arrays)
+    index = ShardIndex.load(sidecar(path))
     absurd = {"keys": np.zeros(2, "S4"), "labels": np.full(3, -9)}
-    found[name] = absurd[name] if name in absurd else found[name] + 2**60
+    wrong = absurd[name] if name in absurd else getattr(index, name) + 2**60
+    replace(index, **{name: wrong}).save(sidecar(path))
+    assert ShardIndex.load(sidecar(path)) is None
+    index.save(sidecar(path))
+    with np.load(sidecar(path)) as arrays:  # and one row of it that could be
+        found = dict(arrays)
+    found["other_offsets"] = found["other_offsets"] + 1
     with open(sidecar(path), "wb") as file:
         np.savez(file, **found)
     assert ShardIndex.load(sidecar(path)) is None

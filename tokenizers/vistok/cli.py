@@ -41,100 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return COMMANDS[command](words)
 
 
-def train(argv: Sequence[str] | None = None) -> int:
-    """Train a tokenizer, or resume a run; return the exit code."""
-    return _guarded(_train, argv)
-
-
-def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a run; return the exit code."""
-    return _guarded(_evaluate, argv)
-
-
-def export(argv: Sequence[str] | None = None) -> int:
-    """Export a run; return the exit code."""
-    return _guarded(_export, argv)
-
-
-def tokenize(argv: Sequence[str] | None = None) -> int:
-    """Turn images into folders of tokens; return the exit code."""
-    return _guarded(_by_schema("tokenize", "tokenize"), argv)
-
-
-def detokenize(argv: Sequence[str] | None = None) -> int:
-    """Write pictures of a folder of tokens; return the exit code."""
-    return _guarded(_by_schema("detokenize", "detokenize"), argv)
-
-
-def vocabulary(argv: Sequence[str] | None = None) -> int:
-    """Put the codes of an export behind the ids of a text tokenizer; return the exit code."""
-    return _guarded(_by_schema("vocabulary", "merged", "merge"), argv)
-
-
-def near_codes(argv: Sequence[str] | None = None) -> int:
-    """Write the nearest codes of each, and measure which ids survive; return the exit code."""
-    return _guarded(_by_schema("near-codes", "near_codes"), argv)
-
-
-def import_weights(argv: Sequence[str] | None = None) -> int:
-    """Make an export of released weights; return the exit code."""
-    return _guarded(_import_weights, argv)
-
-
-def list_configs(argv: Sequence[str] | None = None) -> int:
-    """List the configs to choose from; return the exit code."""
-    return _guarded(_list, argv)
-
-
-def doctor(argv: Sequence[str] | None = None) -> int:
-    """Try out a training; return the exit code."""
-    return _guarded(_tool("doctor"), argv)
-
-
-def make_shards(argv: Sequence[str] | None = None) -> int:
-    """Write WebDataset shards from images of any source; return the exit code."""
-    return _guarded(_tool("make_shards"), argv)
-
-
-def check_shards(argv: Sequence[str] | None = None) -> int:
-    """Check shards against their manifest and indexes; return the exit code."""
-    return _guarded(_tool("check_shards"), argv)
-
-
-def compare(argv: Sequence[str] | None = None) -> int:
-    """Put measured runs side by side; return the exit code."""
-    return _guarded(_tool("compare"), argv)
-
-
-def report(argv: Sequence[str] | None = None) -> int:
-    """Write the page of a run again; return the exit code."""
-    return _guarded(_tool("report"), argv)
-
-
-def bench_data(argv: Sequence[str] | None = None) -> int:
-    """Measure the data stream; return the exit code."""
-    return _guarded(_tool("bench_data"), argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
-    "train": train,
-    "eval": evaluate,
-    "compare": compare,
-    "report": report,
-    "export": export,
-    "tokenize": tokenize,
-    "detokenize": detokenize,
-    "vocabulary": vocabulary,
-    "near-codes": near_codes,
-    "import-weights": import_weights,
-    "list": list_configs,
-    "doctor": doctor,
-    "make-shards": make_shards,
-    "check-shards": check_shards,
-    "bench-data": bench_data,
-}
-
-
 def _train(argv: list[str]) -> None:
     from vistok.core import configuration as c
 
@@ -280,7 +186,7 @@ def _evaluate(argv: list[str]) -> None:
     from vistok.checkpoints.load import task_of
 
     import_plugins(config.plugins)
-    task_of(config.run).evaluate(c.to_container(config), data)
+    task_of(config.run).evaluate(c.to_container(config), data)  # without a run: of a tokenizer
 
 
 def _export(argv: list[str]) -> None:
@@ -471,3 +377,41 @@ def _relative(path: Path) -> Path:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _command(run: Callable[[list[str]], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Return a command: it takes words, or those that the process was started with."""
+
+    def command(argv: Sequence[str] | None = None) -> int:
+        return _guarded(run, argv)
+
+    return command
+
+
+train = _command(_train)
+evaluate = _command(_evaluate)
+export = _command(_export)
+import_weights = _command(_import_weights)
+tokenize = _command(_by_schema("tokenize", "tokenize"))
+make_shards = _command(_tool("make_shards"))
+check_shards = _command(_tool("check_shards"))
+bench_data = _command(_tool("bench_data"))
+
+#: What can follow `vistok`; each takes words, and returns the exit code.
+COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "compare": _command(_tool("compare")),
+    "report": _command(_tool("report")),
+    "export": export,
+    "tokenize": tokenize,
+    "detokenize": _command(_by_schema("detokenize", "detokenize")),
+    "vocabulary": _command(_by_schema("vocabulary", "merged", "merge")),
+    "near-codes": _command(_by_schema("near-codes", "near_codes")),
+    "import-weights": import_weights,
+    "list": _command(_list),
+    "doctor": _command(_tool("doctor")),
+    "make-shards": make_shards,
+    "check-shards": check_shards,
+    "bench-data": bench_data,
+}

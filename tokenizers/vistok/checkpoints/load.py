@@ -86,14 +86,14 @@ def load_prior(
     return prior.to(device).eval(), config
 
 
-def task_of(path: str | Path) -> Any:
-    """Return the task whose run a folder, checkpoint or export is of; of an export, the default.
+def task_of(path: str | Path | None) -> Any:
+    """Return the task of a run folder or checkpoint; of an export and None, that of tokenizers.
 
     Raises:
         CheckpointError: if there is no such run.
         ConfigError: if there is no such task.
     """
-    config = read_config(find_checkpoint_or_export(str(path)))
+    config = read_config(find_checkpoint_or_export(str(path))) if path else {}
     return resolve(config.get("task", "reconstruction"), kind="task", key="task")
 
 

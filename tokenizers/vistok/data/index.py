@@ -132,6 +132,7 @@ class ShardIndex:
         # Text of no characters has no bytes, of which a reader cannot count how many there are.
         for name in ("others", "plan", "proof"):
             arrays[name] = arrays[name].astype("U1") if not arrays[name].itemsize else arrays[name]
+        arrays["checksum"] = np.asarray(_checksum(arrays))
         with replacing(path) as file:
             np.savez(file, **arrays)
 
@@ -141,7 +142,8 @@ class ShardIndex:
         try:
             arrays: dict[str, Any] = dict(arrays_of(path))
             number = int(arrays["format"])
-            if number not in (2, FORMAT):
+            said = str(arrays.pop("checksum", ""))
+            if number not in (2, FORMAT) or (number == FORMAT and said != _checksum(arrays)):
                 return None
             if number == 2:
                 rows = len(arrays["keys"])
@@ -196,6 +198,16 @@ class ShardIndex:
             for offset, size in self.proof_ranges.tolist():
                 proof.add(offset, os.pread(file.fileno(), size, offset))
         return proof.hex() == self.proof
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return a checksum of an index's arrays: the proof is of the tar, and this is of the rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _of_bytes(names: Sequence[bytes]) -> np.ndarray:
