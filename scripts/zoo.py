@@ -224,7 +224,7 @@ def reconstructions(name: str, run: Path, columns: int) -> tuple[Any, Any]:
     from vistok.checkpoints.find import find_checkpoint
     from vistok.checkpoints.load import load
     from vistok.data.datamodule import VistokDataModule
-    from vistok.evaluation.run import data_config
+    from vistok.evaluation.inputs import data_config
     from vistok.metrics.image import to_uint8
 
     tokenizer = load(run)

@@ -112,7 +112,7 @@ def test_import_help_names_every_importer(cli):
     """It reads their names off the sources; the registry has them from importing those."""
     _, _, out = cli("import_weights", "--help")
     named = out.partition("Keys\n  source=")[2].partition("weights=")[0]
-    assert " ".join(named.split()).split(", ") == list(registered("importer"))
+    assert " ".join(named.split()).split(", ") == ["auto", *registered("importer")]
 
 
 def entries(out):

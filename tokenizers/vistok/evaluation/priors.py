@@ -24,8 +24,8 @@ from vistok.core.sample_random import drawing
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.token_module import TokenDataModule
 from vistok.evaluation.generation import conditions_for, load_decoder, pictures_of
+from vistok.evaluation.inputs import choose_device, subject_of
 from vistok.evaluation.pictures import grid, save_png
-from vistok.evaluation.run import choose_device, default_folder
 from vistok.evaluation.token_statistics import token_statistics
 from vistok.evaluation.tokens import check_layout, token_data
 from vistok.metrics.build import build_metrics
@@ -65,7 +65,7 @@ def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[st
     sampling = _sampling_of(run_config, options)
     place = options["tokenizer"] or data.tokenizer
     tokenizer = load_decoder(place, prior.layout.tokenizer, device) if place else None
-    out = Path(config["out"]) if config["out"] else default_folder(run) / "eval"
+    out = Path(config["out"]) if config["out"] else subject_of(config).folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
 
     results: dict[str, Any] = {**likelihood_of(prior, data), **statistics_of(data)}

@@ -17,8 +17,8 @@ from vistok.core.errors import ConfigError, DataError, as_written
 from vistok.core.terminal import counted
 from vistok.core.values import is_whole
 from vistok.data.tokens import TokenFolder, TokenSample
+from vistok.evaluation.inputs import choose_device
 from vistok.evaluation.pictures import save_png
-from vistok.evaluation.run import choose_device
 from vistok.export.formats.all import samples_of
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from vistok.core.console import say
 from vistok.core.errors import ConfigError, as_written
 from vistok.core.values import is_whole
 from vistok.data.decode import DecodeError, decode
-from vistok.evaluation.run import choose_device
+from vistok.evaluation.inputs import choose_device
 from vistok.export.data import image_sets, units_of
 from vistok.export.views import Views
 from vistok.models.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ import torch
 from vistok.checkpoints.exports import tokenizer_hash
 from vistok.core.errors import ConfigError, DataError, as_written
 from vistok.core.values import is_whole
-from vistok.evaluation.run import choose_device
+from vistok.evaluation.inputs import choose_device
 from vistok.export.formats.base import DOCUMENT
 from vistok.export.units import Units
 from vistok.export.vocabulary import vocabulary
