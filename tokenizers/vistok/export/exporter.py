@@ -20,6 +20,7 @@ from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.core.registry import resolve
+from vistok.core.terminal import counted
 from vistok.models.tokenizer import Tokenizer
 
 #: Larger implicit codebooks are not written out; `config.json` says how to compute them.
@@ -182,8 +183,9 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not evaluated yet."
     if "protocol" in metrics:
         protocol = json.dumps(metrics["protocol"], indent=2)
+        count = metrics["protocol"]["images"]["count"]
         table += (
-            f"\n\nOn {metrics['protocol']['images']['count']} images of `{metrics['data']}`, "
+            f"\n\nOn {counted(count, 'image')} of `{metrics['data']}`, "
             f"protocol `{metrics['protocol_hash']}`:\n\n```json\n{protocol}\n```"
         )
     size = " x ".join(map(str, io["image_size"]))
