@@ -70,12 +70,12 @@ class VistokDataModule(L.LightningDataModule):
         max_skipped_share: stop when more of the images than this cannot be used.
         scaled_decode: decode large training JPEGs at 1/2, 1/4 or 1/8, if the crop shrinks more.
         crop_scale: least and largest share of the area that `random_resized` takes.
-        buckets: sizes [height, width]; an image goes to the one of the nearest shape, a batch is of one.
+        buckets: sizes [height, width]; an image goes to the nearest shape, a batch is of one.
         cache_dir: where remote shards are kept; None for a folder in vistok's cache.
         cache_gb: when more lies there, what was used longest ago is removed.
         retries: further tries to fetch a remote shard.
         timeout: seconds without a byte, after which a try has failed.
-        value_range: [black, white] of images of more than 8 bits; None for their types' (not floats).
+        value_range: [black, white] of images of more than 8 bits; None: their types', floats none.
         max_pixels: of an image as it is stored; larger ones cannot be used.
 
     Raises:
