@@ -264,6 +264,8 @@ class Tables:
             raise DataError(f"{self.name}: has no rows")
         source = ShardSource(tars, "source", None)
         source.name, source.classes = shown(self.name), classes
+        from vistok.core.console import say
+
         if labels.kind == "texts":
             from vistok.core.console import say
 
