@@ -114,10 +114,10 @@ def _braced(text: str, key: str) -> list[str]:
         abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
         for first, last, step in _RANGE.findall(text)
     ]
-    if math.prod(counts) > _MOST_SHARDS:
+    if (total := math.prod(counts)) > _MOST_SHARDS:
         raise ConfigError(
-            f"{key}={shown(text)}: the braces stand for {math.prod(counts)} shards; the most is"
-            f" {_MOST_SHARDS}"
+            f"{key}={shown(text)}: the braces name {total} shards; at most"
+            f" {_MOST_SHARDS} are allowed"
         )
     try:
         return expand_urls(text)
