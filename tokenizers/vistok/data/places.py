@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.core.errors import ConfigError, DataError
+from vistok.core.terminal import counted
 from vistok.data.names import shown
 from vistok.data.remote import RemoteShard, ShardCache
 
@@ -116,7 +117,7 @@ def _braced(text: str, key: str) -> list[str]:
     ]
     if (total := math.prod(counts)) > _MOST_SHARDS:
         raise ConfigError(
-            f"{key}={shown(text)}: the braces name {total} shards; at most"
+            f"{key}={shown(text)}: the braces name {counted(total, 'shard')}; at most"
             f" {_MOST_SHARDS} are allowed"
         )
     try:
