@@ -186,7 +186,8 @@ def _evaluate(argv: list[str]) -> None:
     from vistok.checkpoints.load import task_of
 
     import_plugins(config.plugins)
-    task_of(config.run).evaluate(c.to_container(config), data)  # without a run: of a tokenizer
+    run = None if config.model or config.images else config.run  # those are of tokenizers
+    task_of(run).evaluate(c.to_container(config), data)
 
 
 def _export(argv: list[str]) -> None:
