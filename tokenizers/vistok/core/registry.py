@@ -140,7 +140,8 @@ def _unknown(target: str, kind: str) -> str:
         hint = f" (did you mean '{name}'?)"
     else:
         hint = nearest(target, _names[kind] if "." in target else items)
-    return f"not in vistok's registry{hint}; if it is your own, import its module first (plugins=[...])"
+    own = "if it is your own, import its module first (plugins=[...])"
+    return f"not in vistok's registry{hint}; {own}"
 
 
 def name_of(item: Any, kind: str = "part") -> str:
