@@ -21,6 +21,7 @@ from helpers import ROOT
 from test_architecture import PACKAGE, modules
 from vistok.core import torch_internals
 from vistok.data import loader_internals
+from vistok.models import timm_internals
 from vistok.training import lightning_internals
 
 # ---------------------------------------------------------------------- Lightning
@@ -208,9 +209,37 @@ def test_the_least_busy_worker_is_chosen():
     assert next(choose) == 2
 
 
+# ---------------------------------------------------------------------- timm
+
+
+def test_transformers_of_timm_say_their_tokens():
+    import timm
+
+    tiny = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **tiny).eval()
+    assert timm_internals.has_tokens(model)
+    patches = model.patch_embed(torch.rand(2, 3, 32, 32))
+    found = timm_internals.with_positions(model, patches)
+    first = model.cls_token.expand(2, -1, -1)
+    assert torch.equal(found, torch.cat([first, patches], dim=1) + model.pos_embed)
+    assert not timm_internals.has_tokens(torch.nn.Linear(1, 1))
+
+
+def test_a_module_takes_other_children():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
+    other = torch_internals.with_children(model, {"1": torch.nn.Linear(3, 5)})
+    assert other[0] is model[0] and other(torch.rand(1, 2)).shape == (1, 5)
+    assert model(torch.rand(1, 2)).shape == (1, 4) and len(model) == 2
+
+
 # ---------------------------------------------------------------------- nowhere else
 
-FILES = ("core/torch_internals.py", "data/loader_internals.py", "training/lightning_internals.py")
+FILES = (
+    "core/torch_internals.py",
+    "data/loader_internals.py",
+    "models/timm_internals.py",
+    "training/lightning_internals.py",
+)
 
 #: Documented by those who made them, in spite of the underscore.
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields"}

@@ -187,7 +187,9 @@ def test_samples_count_by_their_weight():
 
 
 NEEDS = {"mse_features": needs_lite0, "mse_hed_vgg": needs_hed, "mse_gram": needs_hed}
-PIXEL_LOSSES = sorted({p.stem for p in (CONFIGS / "loss").glob("[!_]*.yaml")} - {"proxy_codes"})
+PIXEL_LOSSES = sorted(
+    {p.stem for p in (CONFIGS / "loss").glob("[!_]*.yaml")} - {"proxy_codes", "mse_prior"}
+)
 # Of networks whose weights are not in packages, and of another head; test_perceptual.py has them.
 PIXEL_LOSSES = [n for n in PIXEL_LOSSES if not re.search("lpips|convnext|logit_laplace", n)]
 PIXEL_LOSSES = [pytest.param(n, marks=NEEDS[n]) if n in NEEDS else n for n in PIXEL_LOSSES]

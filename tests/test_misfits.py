@@ -11,9 +11,9 @@ from vistok.core.errors import ConfigError
 from vistok.evaluation.baseline import baseline_options
 
 MAY_BE_NULL = {
-    "train": {"resume", "init_from", "baseline"},
-    "eval": {"run", "out"},
-    "export": {"run", "out"},
+    "train": {"resume", "init_from", "baseline", "tokens"},
+    "eval": {"run", "model", "images", "out"},
+    "export": {"run", "out", "push", "license"},
 }
 
 

@@ -88,7 +88,7 @@ def test_a_name_is_a_word(name):
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("titokk", {}, r"^_target_=titokk: not in vistok's registry \(did you mean 'titok'\?\)$"),
+        ("titokk", {}, r"^_target_=titokk: not in vistok's registry \(did you mean 'titok'\?\);"),
         ("vistok.models.titok.TiTok", {"key": "a._target_"}, r"^a\._target_=.* mean 'titok'\?"),
         ("maskgit_vqgan", {}, r"=maskgit_vqgan: is an importer, expected a part$"),
         (

@@ -261,7 +261,9 @@ def test_alignment_at_the_teachers_grid(files):
 
 
 def test_grids_that_there_are_not(files):
-    with pytest.raises(ConfigError, match=r"^loss\.terms\.alignment\.grid=pixels: must be tokens"):
+    with pytest.raises(
+        ConfigError, match=r"^loss\.terms\.alignment\.grid=pixels: must be one of tokens"
+    ):
         module(files, "titok_tiny", f"{TERM}.grid=pixels")
 
 

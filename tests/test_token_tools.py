@@ -134,9 +134,11 @@ def test_damaged_metrics_never_stop_an_export(tmp_path, text, capsys):
     (tmp_path / "summary.json").write_bytes(text.encode("latin1"))
     assert run_metrics(tmp_path / "checkpoints" / "last.ckpt") == {}
     (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "metrics.json").write_text('{"psnr": 20.5, "protocol": {"hash": "ab12"}}')
+    (tmp_path / "eval" / "metrics.json").write_text(
+        '{"psnr": 20.5, "protocol": {}, "protocol_hash": "ab12"}'
+    )
     found = run_metrics(tmp_path / "checkpoints" / "last.ckpt")
-    assert found == {"psnr": 20.5, "protocol": "ab12"}
+    assert found == {"psnr": 20.5, "protocol": {}, "protocol_hash": "ab12", "data": None}
 
 
 @pytest.mark.parametrize(

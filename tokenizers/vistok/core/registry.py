@@ -252,7 +252,7 @@ def _check(
         rule = arguments.rules.get(name)
         if rule is not None and not rule.test(_unbuilt(value, here, resolve)):
             raise ConfigError(rule.complaint(here, _unbuilt(value, here, _written)))
-        if name in arguments.groups:
+        if name in arguments.groups and value is not None:
             _check(value, arguments.groups[name], here, here, (), but)
         check_arguments(value, here, but=but)
     for name in arguments.required:

@@ -95,7 +95,11 @@ def check_values(cls: type, values: Mapping[str, Any]) -> None:
 
 
 def _collected(hints: Mapping[str, Any], required: Sequence[str]) -> Arguments:
-    groups = {k: arguments_of(hint) for k, hint in hints.items() if typing.is_typeddict(hint)}
+    groups = {}
+    for name, hint in hints.items():
+        for member in (hint, *typing.get_args(hint)):  # one, or that or None
+            if typing.is_typeddict(member):
+                groups[name] = arguments_of(member)
     return Arguments(
         {k: rule_of(hint) for k, hint in hints.items()}, tuple(required), groups=groups
     )

@@ -8,8 +8,14 @@ DataLoader are in `data/loader_internals.py`, those of Lightning in
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+T = TypeVar("T", bound=nn.Module)
 
 
 def cpu_has_bf16_units() -> bool:
@@ -54,6 +60,16 @@ def version_of(tensor: Tensor) -> int:
     Autograd counts it; nothing public tells whether what was computed from a tensor still holds.
     """
     return tensor._version
+
+
+def with_children(module: T, children: Mapping[str, nn.Module]) -> T:
+    """Return a module that shares parameters, buffers and children, but for the children given.
+
+    `copy.copy` alone would share the table of the children, too.
+    """
+    other = copy.copy(module)
+    other._modules = {**module._modules, **children}
+    return other
 
 
 def shared_bytes(count: int) -> Tensor:

@@ -28,7 +28,7 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not evaluated yet."
     if "protocol" in metrics:
         protocol = json.dumps(metrics["protocol"], indent=2)
-        count = metrics["protocol"].get("images", {}).get("count")
+        count = metrics["protocol"].get("images", {}).get("count", 0)
         table += (
             f"\n\nOn {counted(count, 'image')} of `{metrics['data']}`, protocol "
             f"`{metrics['protocol_hash']}`:"

@@ -21,6 +21,7 @@ from torchmetrics.functional.image import (
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.registry import name_of, register
 from vistok.core.signatures import check_values
+from vistok.core.torch_internals import version_of
 from vistok.core.values import Count
 
 
@@ -108,7 +109,7 @@ class MeanPerImage(ImageMetric):
         if not len(originals):
             return torch.zeros(0, device=originals.device)
         counted = not (originals.is_inference() or reconstructions.is_inference())
-        changes = (originals._version, reconstructions._version) if counted else (0, 0)
+        changes = (version_of(originals), version_of(reconstructions)) if counted else (0, 0)
         if self._last is not None and counted:
             a, b, before, found = self._last
             if a is originals and b is reconstructions and before == changes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.models.pretrained import Pretrained
+from vistok.models.timm_internals import has_tokens, with_positions
 
 
 class Backbone(Pretrained):
@@ -48,7 +49,7 @@ class Backbone(Pretrained):
         self.input_size = input_size
         self.layers = list(layers)
         model: Any = self.model
-        self.is_transformer = hasattr(model, "_pos_embed") and hasattr(model, "blocks")
+        self.is_transformer = has_tokens(model)
         number = len(model.blocks) if self.is_transformer else len(model.feature_info)
         least = -1 if self.is_transformer else 0
         if not layers or sorted(set(layers)) != self.layers:
@@ -79,7 +80,7 @@ class Backbone(Pretrained):
 
     def _tokens(self, x: Tensor) -> list[Tensor]:
         model: Any = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        x = model.norm_pre(model.patch_drop(with_positions(model, model.patch_embed(x))))
         found = [self._read(x)] if self.layers[0] < 0 else []
         for number, block in enumerate(model.blocks):
             x = block(x)

@@ -16,7 +16,7 @@ from vistok.core.geometry import grid_of
 from vistok.core.registry import register
 from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps
-from vistok.core.values import Count, ImageSize, Index, Sizes, filled_list
+from vistok.core.values import Count, ImageSize, Index, Sizes, filled_list, whole
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.conv import (
@@ -39,7 +39,7 @@ from vistok.nn.data_init import (
 )
 
 Block = Literal["biased", "unbiased", "output_skip"]
-Side = Literal[1, 3]
+Side = Annotated[int, whole(1)]  # of a convolution; odd
 Levels = bool | Annotated[Sequence[int], filled_list(Index, "a list of levels, 0 or more")]
 
 
@@ -199,7 +199,13 @@ class CNNEncoder(Encoder):
 
 
 def _conv(channels_in: int, channels_out: int, side: int) -> nn.Conv2d:
-    """Return a convolution that keeps the size of its maps."""
+    """Return a convolution that keeps the size of its maps.
+
+    Raises:
+        ArgumentError: if its side is even.
+    """
+    if side % 2 == 0:
+        raise ArgumentError(f"kernel of {side} x {side}: its side must be odd")
     return nn.Conv2d(channels_in, channels_out, side, padding=side // 2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from vistok.core.errors import ConfigError
 from vistok.core.geometry import as_pair
 from vistok.core.outputs import TokenizerOutput
 from vistok.core.registry import register
+from vistok.core.torch_internals import with_children
 from vistok.models.arguments import as_tensor, in_words
 from vistok.models.tokenizer import Tokenizer
 
@@ -39,8 +39,7 @@ class GridTokenizer(Tokenizer):
             ConfigError: if a side is not, or a part knows one size alone.
         """
         size = as_pair(image_size)
-        other = copy.copy(self)
-        other._modules = dict(self._modules)
+        parts = {}
         for name in ("encoder", "decoder"):
             part = self.get_submodule(name)
             if not hasattr(part, "at"):
@@ -48,7 +47,8 @@ class GridTokenizer(Tokenizer):
                     f"image_size={list(size)}: {type(part).__name__} takes images of "
                     f"{list(self.image_size)} alone"
                 )
-            other._modules[name] = part.at(size)  # type: ignore[operator]
+            parts[name] = part.at(size)  # type: ignore[operator]
+        other = with_children(self, parts)
         other.image_size = size
         return other
 

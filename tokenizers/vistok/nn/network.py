@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError
+from vistok.core.torch_internals import version_of
 
 #: What a network may give, in the words of errors.
 _GIFTS = {
@@ -145,12 +146,12 @@ class Network(nn.Module):
             return compute(images.float() / 127.5 - 1)
         known = self._recalled.setdefault(what, [])
         for number, (tensor, version, found) in enumerate(known):
-            if tensor is images and version == images._version:
+            if tensor is images and version == version_of(images):
                 known.append(known.pop(number))
                 return found
         with torch.autocast(images.device.type, enabled=False):
             found = compute(images.float() / 127.5 - 1)
-        known.append((images, images._version, found))
+        known.append((images, version_of(images), found))
         del known[:-2]
         return found
 

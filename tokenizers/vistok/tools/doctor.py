@@ -255,7 +255,7 @@ def _help() -> str:
         ),
         f"  {program} [key=value ... as in training]",
         "Options\n" + columns(rows),
-        f"Example\n  {program} experiment=vqgan_f16 data=shards data.train=x.tar cost_per_hour=24",
+        f"Example\n  {program} experiment=NAME data=shards data.train=x.tar cost_per_hour=24",
     )
     return "\n\n".join(parts)
 
