@@ -29,6 +29,7 @@ RANKS = {
     "export": 8,
     "tools": 8,
     "help": 9,
+    "starting": 9,
     "cli": 10,
     "__main__": 11,
 }
@@ -89,8 +90,8 @@ def test_systems_do_not_import_each_other():
 
 ALLOWED = {
     "lightning": ("training/", "tasks/", "data/datamodule.py"),
-    "hydra": ("cli.py", "core/configuration.py"),
-    "omegaconf": ("cli.py", "core/configuration.py", "evaluation/run.py"),
+    "hydra": ("starting.py", "core/configuration.py"),
+    "omegaconf": ("starting.py", "core/configuration.py", "evaluation/run.py"),
     "torchmetrics": ("metrics/",),
     "wandb": ("training/",),
     "timm": ("models/pretrained.py",),

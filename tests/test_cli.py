@@ -241,7 +241,7 @@ def started(monkeypatch, tmp_path):
         seen.update(hydra=HydraConfig.initialized(), mark=os.environ.get("MARK"))
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
-    monkeypatch.setattr("vistok.cli._run_training", run)
+    monkeypatch.setattr("vistok.starting._run_training", run)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # as in a fresh process
     monkeypatch.chdir(tmp_path)
     return seen

@@ -425,7 +425,7 @@ def test_metrics_survive_a_kill_at_any_byte(tmp_path):
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         ended = whole[:cut].count(b"\n")
-        MetricsFile(tmp_path, 9).experiment  # noqa: B018 (what is asked for at the start of a run)
+        MetricsFile(tmp_path, 9).begin()
         assert path.read_bytes() == b"".join(rows[:ended])
         again = MetricsFile(tmp_path, 2)  # and the run goes on from there
         log_rows(again, range(min(ended, 2) + 1, 6))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vistok.core.command_words import launched_from_outside, split, take_folders, value_of
 from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
 from vistok.core.plugins import import_plugins
 from vistok.core.terminal import typed
@@ -86,132 +87,13 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
 
 
 def _train(argv: list[str]) -> None:
-    from vistok.core import configuration as c
-
     if _wants_help(argv):
         from vistok.help import train_help
 
         return train_help()
-    overrides, folders, flags = _split(argv)
-    resume = _value(overrides, "resume")
-    if "resume=" in overrides:
-        raise ConfigError(f"resume=: which run? for example: {typed('train')} resume=runs/<run>")
-    many = "--multirun" in flags or "-m" in flags
-    key = "hydra.sweep.dir" if many else "hydra.run.dir"
-    if not _value(overrides, key):
-        if resume == "auto":
-            raise ConfigError(f"resume=auto: in which folder? add {key}=runs/<name>")
-        if _launched_from_outside() and not resume:
-            raise ConfigError(
-                f"{key} is not set: processes that torchrun or srun start must agree on a run "
-                f"folder; add {key}=runs/<name>"
-            )
-    if resume and resume != "auto":
-        from vistok.checkpoints.resume import stored_config
+    from vistok.starting import train
 
-        rest = [o for o in overrides if not o.startswith("resume=")]
-        run, checkpoint = _run_of(Path(resume))
-        config = c.apply_overrides(c.closed(stored_config(run)), rest)
-        _run_training(c.to_container(config), run, checkpoint)
-        return
-    if not flags and c.is_plain(overrides, folders):
-        return _train_here(overrides, folders)
-    # Composed here for errors that people can read, then again by Hydra, which owns --multirun,
-    # launchers and sweepers.
-    for job in c.sweep(overrides) if many else [overrides]:
-        c.to_container(c.compose("train", job, folders))
-    _hydra_main(overrides, folders, flags)
-
-
-def _train_here(overrides: list[str], folders: list[Path]) -> None:
-    """A single run, in this process, for which the config is composed once."""
-    from vistok.core import configuration as c
-
-    config, folder, words = c.compose_run(overrides, folders)
-    folder = _relative(Path(os.path.abspath(folder)))
-    folder.mkdir(parents=True, exist_ok=True)
-    before = sys.argv
-    # Lightning starts the other ranks with these words: they must agree on the folder.
-    command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
-    dirs = [f"--config-dir={path}" for path in folders]
-    sys.argv = [before[0], *command, *words, c.quoted(f"hydra.run.dir={folder}"), *dirs]
-    try:
-        _start_or_resume(config, folder, words)
-    except BaseException:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    finally:
-        sys.argv = before
-
-
-def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> None:
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
-
-    from vistok.core import configuration as c
-
-    failures: list[BaseException] = []
-    before, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
-
-    def task(config: DictConfig) -> None:
-        if any(isinstance(error, (KeyboardInterrupt, Preempted)) for error in failures):
-            return  # the sweep is over
-        # Lightning starts the other ranks with these words; Hydra has read its own.
-        sys.argv = [before[0], *command, *overrides, *flags]
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        try:
-            words = list(HydraConfig.get().overrides.task)
-            _start_or_resume(c.to_container(config), _relative(folder), words)
-        except (Exception, KeyboardInterrupt) as error:
-            # Hydra would print its own report above ours; a sweep goes on with its next job.
-            if "basic_launcher" not in HydraConfig.get().launcher._target_:
-                raise  # this is another process, whose launcher must see it
-            failures.append(error)
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-    search = [f"'file://{p.resolve()}'" for p in [*c.user_config_dirs(), *folders]]
-    if search:
-        flags = [*flags, f"hydra.searchpath=[{','.join(search)}]"]
-    sys.argv = [before[0], *overrides, *flags]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are ours to tell; Hydra would print a traceback
-    try:
-        hydra.main(version_base="1.3", config_path=str(c.config_dir()), config_name="train")(task)()
-    finally:
-        sys.argv = before
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if told is not None:
-            os.environ["HYDRA_FULL_ERROR"] = told
-    if failures:
-        raise failures[0]
-
-
-def _start_or_resume(config: dict, folder: Path, words: list[str]) -> None:
-    """Train; with resume=auto, from the checkpoints of the folder, if the run is not finished."""
-    if config["resume"] != "auto":
-        return _run_training(config, folder, words=words)
-    from vistok.checkpoints.resume import finished_steps, newest_whole
-    from vistok.core.console import say
-
-    steps = finished_steps(folder)
-    if steps >= config["trainer"]["max_steps"]:
-        say(f"{folder}: finished at step {steps}; nothing to do")
-    else:
-        _run_training(config, folder, newest_whole(folder), words)
-
-
-def _run_training(
-    config: dict, folder: Path, checkpoint: Path | None = None, words: list[str] | None = None
-) -> None:
-    import_plugins(config["plugins"])
-    from vistok.core.registry import resolve
-    from vistok.training.run import train as run
-
-    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
-    run(task, config, folder, checkpoint, words)
+    train(argv)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -221,11 +103,11 @@ def _evaluate(argv: list[str]) -> None:
         return eval_help()
     from vistok.core import configuration as c
 
-    overrides, folders, _ = _split(argv)
+    overrides, folders, _ = split(argv)
     data = [o for o in overrides if o.lstrip("+").startswith(("data.", "data="))]
     own = [o for o in overrides if o not in data]
     config = c.compose("eval", own, folders)
-    if not _value(own, "run"):
+    if not value_of(own, "run"):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
     from vistok.evaluation.run import evaluate as run
 
@@ -240,10 +122,10 @@ def _export(argv: list[str]) -> None:
         return export_help()
     from vistok.core import configuration as c
 
-    overrides, folders, _ = _split(argv)
+    overrides, folders, _ = split(argv)
     config = c.compose("export", overrides, folders)
     for key in ("run", "out"):
-        if not _value(overrides, key):
+        if not value_of(overrides, key):
             raise ConfigError(
                 f"{key} is missing; use: {typed('export')} run=runs/<run> out=exported/<name>"
             )
@@ -260,10 +142,10 @@ def _import_weights(argv: list[str]) -> None:
         return import_help()
     from vistok.core import configuration as c
 
-    overrides, folders, _ = _split(argv)
+    overrides, folders, _ = split(argv)
     config = c.compose("import", overrides, folders)
     for key in ("source", "weights", "out"):
-        if not _value(overrides, key):
+        if not value_of(overrides, key):
             raise ConfigError(
                 f"{key} is missing; use: import_weights.py source=NAME weights=FILE "
                 "out=exported/<name>"
@@ -279,7 +161,7 @@ def _list(argv: list[str]) -> None:
 
     if _wants_help(argv):
         return list_help()
-    words, folders = _take_folders(argv)
+    words, folders = take_folders(argv)
     for word in words:
         if word.startswith("-"):
             raise ConfigError(f"{word}: no such option; --help shows an example")
@@ -342,7 +224,7 @@ def _stopped(message: str, code: int) -> int:
     """Tell that a run ended early and in order, and return its exit code."""
     # Lightning kills all processes as soon as one that it started does not return 0; theirs is
     # not asked for.
-    child = os.environ.get("LOCAL_RANK", "0") != "0" and not _launched_from_outside()
+    child = os.environ.get("LOCAL_RANK", "0") != "0" and not launched_from_outside()
     return 0 if child else _fail(message, code)
 
 
@@ -353,85 +235,8 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _launched_from_outside() -> bool:
-    """Return whether torchrun or srun started this process as one of several."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
 def _wants_help(argv: Sequence[str]) -> bool:
     return any(word in ("-h", "--help", "help") for word in argv)
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
-    """Return the overrides, the folders given by --config-dir, and Hydra's other flags."""
-    from vistok.core.configuration import quoted
-
-    overrides, flags = [], []
-    others, folders = _take_folders(argv)
-    words = iter(others)
-    for word in words:
-        if word.lower() in ("debug=true", "debug=false"):
-            continue  # `_guarded` reads it; Hydra would take it for a file of configs/debug
-        if word.startswith("-"):
-            flags.append(word)
-            if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
-                flags += [w for w in [next(words, None)] if w]
-        elif "=" in word or word.startswith("~") or word.startswith("hydra."):
-            overrides.append(quoted(word))
-        else:
-            raise ConfigError(f"{word}: expected key=value; --help shows examples")
-    return overrides, folders, flags
-
-
-def _take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Return the words without --config-dir, and the folders that it gives."""
-    others, folders = [], []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in ("--config-dir", "-cd"):
-            others.append(word)
-            continue
-        folder = value if equals else next(words, "")
-        if not folder:
-            raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
-        folders.append(Path(folder).expanduser())
-    return others, folders
-
-
-def _value(overrides: Sequence[str], key: str) -> str | None:
-    values = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    value = values[-1].strip("'\"") if values else None
-    return None if value in (None, "null", "") else value
-
-
-def _run_of(path: Path) -> tuple[Path, Path]:
-    """Return the run folder and the checkpoint that `resume=` names."""
-    from vistok.checkpoints.find import run_folder
-    from vistok.checkpoints.seals import is_checkpoint
-    from vistok.core.configuration import load_run_config
-    from vistok.core.errors import CheckpointError
-
-    if is_checkpoint(path):
-        return run_folder(path), path
-    from vistok.checkpoints.resume import newest_whole
-
-    load_run_config(path)  # raises if there is no such run
-    checkpoint = newest_whole(path)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path}: has no checkpoint yet (checkpoints/last.ckpt); start the run again"
-        )
-    return path, checkpoint
-
-
-def _relative(path: Path) -> Path:
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
 
 
 if __name__ == "__main__":

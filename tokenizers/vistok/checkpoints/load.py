@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.read import read_export, read_weights
+from vistok.checkpoints.validate import check_weights
 from vistok.core.errors import CheckpointError
 from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ def load(path: str | Path, weights: str = "ema", device: str | torch.device = "c
         CheckpointError: if there is none, it is damaged, or its weights do not fit its config.
         ConfigError: if its config names a class outside the registry.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "model.safetensors").exists():
         config, state = read_export(path)
     else:
@@ -46,6 +47,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         CheckpointError: naming the first key that does not fit, and how many there are.
     """
+    check_weights(state, source)
     own = module.state_dict()
     problems = [f"'{key}' is missing" for key in own if key not in state]
     problems += [f"'{key}' is not expected" for key in state if key not in own]
@@ -53,6 +55,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         f"'{key}' has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
+    ]
+    problems += [
+        f"'{key}' holds {state[key].dtype}, expected {own[key].dtype}"
+        for key in own
+        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vistok.core.errors import CheckpointError, ConfigError, as_written, nearest
+from vistok.core.yaml_file import read_yaml
 
 #: Groups of keys that may be null.
 _NULL_FOR_NONE = ("baseline",)
@@ -162,6 +163,22 @@ def compose_run(
     with open_dict(config):
         del config["hydra"]
     return to_container(config), folder, words
+
+
+def hydra_folder(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> Path:
+    """Return the folder of a run or a sweep, `hydra.run.dir` or `hydra.sweep.dir`.
+
+    Args:
+        name: run or sweep.
+        overrides: of the command; of those that sweep, the first choice.
+        extra_dirs: folders of further configs.
+    """
+    config = compose("train", sweep(overrides)[0], extra_dirs, with_hydra=True)
+    try:
+        return Path(config.hydra[name].dir)
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"hydra.{name}.dir: {reason}") from error
 
 
 def is_plain(overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> bool:
@@ -354,7 +371,7 @@ def load_run_config(run: Path) -> DictConfig:
     """Return the resolved config that a run folder keeps.
 
     Raises:
-        CheckpointError: if there is no such run.
+        CheckpointError: if there is no such run, or its config is damaged.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -365,9 +382,7 @@ def load_run_config(run: Path) -> DictConfig:
             hint = f"; {parent} contains: {', '.join(siblings[-3:])}"
         what = "has no config.yaml" if run.is_dir() else "no such run"
         raise CheckpointError(f"{run}: {what}{hint}")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
+    return OmegaConf.create(read_yaml(path))
 
 
 def closed(container: dict[str, Any]) -> DictConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def cache_dir() -> Path:
@@ -19,6 +20,25 @@ def cache_dir() -> Path:
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "vistok"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok"
+
+
+def read_json(path: Path, largest: int = 1 << 24) -> dict[str, Any]:
+    """Return what a JSON file holds that nothing depends on, such as a summary.
+
+    Args:
+        path: of the file.
+        largest: bytes to read at most.
+
+    Returns:
+        Its keys; none if it is missing, damaged, too large, or something else.
+    """
+    try:
+        if path.stat().st_size > largest:
+            return {}
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -327,6 +327,10 @@ class VistokDataModule(L.LightningDataModule):
         for account in skipped:
             self.skipped.load_state_dict(account)
 
+    def expect(self, state_dict: dict[str, Any]) -> None:
+        """Let `setup` refuse data that are not those of a position, before anything is begun."""
+        self._resumed = state_dict
+
     def _check_resumed(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.fingerprint:
             raise DataError(

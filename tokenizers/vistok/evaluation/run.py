@@ -17,10 +17,10 @@ from vistok.checkpoints.seals import is_checkpoint
 from vistok.core.configuration import apply_overrides, compose
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
-from vistok.data.datamodule import VistokDataModule
+from vistok.data.build import build_data
 from vistok.evaluation.budgets import checked_budgets, evaluate_budgets, print_budgets
 from vistok.evaluation.evaluator import Evaluator
-from vistok.evaluation.pictures import comparison, save_png
+from vistok.evaluation.pictures import comparison, save_png, scale_for
 
 #: Keys of the run's data that stay when `data=...` chooses another kind.
 _KEPT = ("image_size", "channels", "val_crop", "num_workers", "seed")
@@ -52,7 +52,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
             raise ConfigError(f"{key}={count}: must be a whole number, 0 for none")
     conditions = list(tokenizer.decoder.conditions)
     values = data_config(source, data_overrides, config["batch_size"], conditions)
-    data = VistokDataModule(**values)
+    data = build_data(values)
     if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
         raise ConfigError(
             f"data: {data.channels} x {data.image_size} images, but the tokenizer takes "
@@ -62,6 +62,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     data.setup("validate")
     out = Path(config["out"]) if config["out"] else default_folder(run) / "eval"
 
+    scale = scale_for(tokenizer.image_size, config["picture_scale"])
     dtype = choose_precision(config["precision"], device)
     sampling = {k: config["eval"][k] for k in _SAMPLING if config["eval"][k] is not None}
     evaluator = Evaluator(tokenizer, sampling=sampling)
@@ -75,7 +76,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
             painter, given = Evaluator(tokenizer, {}, sampling=sampling), samples["image"]
             painted = painter.update(given, None, tokenizer.conditions_of(samples))
             sheet = comparison(given.cpu(), painted.cpu())
-            save_png(sheet, out / "reconstructions.png", config["picture_scale"])
+            save_png(sheet, out / "reconstructions.png", scale)
         if budgets:
             curve = evaluate_budgets(
                 tokenizer,
@@ -85,7 +86,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
                 sampling,
                 codec_images,
                 num_pictures,
-                config["picture_scale"],
+                scale,
             )
             results.update(curve)
     results["weights"] = config["weights"]

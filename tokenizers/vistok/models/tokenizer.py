@@ -151,7 +151,12 @@ class Tokenizer(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
+    def initialize(
+        self,
+        images: Tensor,
+        say: Callable[[str], None] = lambda part: None,
+        keep: Sequence[str] = (),
+    ) -> None:
         """Set what learns faster from a good start, before the first step.
 
         In the order of the data's way: the encoder from images, the quantizer (projections and
@@ -161,19 +166,24 @@ class Tokenizer(nn.Module):
         Args:
             images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
             say: told which part comes next.
+            keep: which of encoder, quantizer and decoder stay as they are.
         """
         was_training = self.training
         self.eval()
         few = self._signals(images[: self.init_images])
-        say(f"encoder, from {counted(len(few), 'image')}")
-        self.encoder.initialize(few)
-        say(f"codebook, from {counted(len(images), 'image')}")
+        if "encoder" not in keep:
+            say(f"encoder, from {counted(len(few), 'image')}")
+            self.encoder.initialize(few)
+        if "quantizer" not in keep:
+            say(f"codebook, from {counted(len(images), 'image')}")
         latents = [self.encode(self._signals(chunk)).float() for chunk in chunks(images)]
-        self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
-        say(f"decoder, from {counted(len(few), 'image')}")
-        seen = torch.cat(latents)[: len(few)]
-        quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
-        self.decoder.initialize(quantized, few)
+        if "quantizer" not in keep:
+            self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
+        if "decoder" not in keep:
+            say(f"decoder, from {counted(len(few), 'image')}")
+            seen = torch.cat(latents)[: len(few)]
+            quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
+            self.decoder.initialize(quantized, few)
         self.train(was_training)
 
     @property

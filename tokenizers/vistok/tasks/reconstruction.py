@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from vistok.checkpoints.find import find_checkpoint_or_export
-from vistok.checkpoints.load import load, load_weights
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import as_pair
+from vistok.core.memory import fits_in_memory
 from vistok.core.registry import register
+from vistok.data.build import build_data
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
@@ -24,6 +25,7 @@ from vistok.models.build import build_tokenizer, starts_from_data
 from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
 from vistok.tasks.callbacks import CodebookWatch, ReconstructionGrid
+from vistok.tasks.sources import parts_of, resolve_source, start_from
 from vistok.tasks.stages import prepare_stage, resolve_stage
 from vistok.training.task import Task
 
@@ -40,13 +42,13 @@ class Reconstruction(Task):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
+        check_memory(config)
         self.tokenizer = build_tokenizer(config)
+        check_images(self.tokenizer, config["data"])
         prepare_stage(self.tokenizer, config)
         check_fields(self.tokenizer, config["data"].get("fields") or ())
         self.objective = build_objective(config["loss"], self.tokenizer)
         self.evaluator: Evaluator | None = None
-        if config["init_from"]:
-            find_checkpoint_or_export(config["init_from"])  # one that is missing shows now
         baseline_options(config.get("baseline"))  # and a wrong value, not at the end
         starts_from_data(config)
         self.ready()
@@ -58,23 +60,25 @@ class Reconstruction(Task):
 
     @classmethod
     def resolve(cls, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-        """Return the config with the architecture and start that its stage calls for."""
-        return resolve_stage(config, words)
+        """Return the config with what its stage, or the run that it starts from, calls for."""
+        return resolve_source(resolve_stage(config, words), words)
 
     def build_data(self) -> VistokDataModule:
         """Return the images of `data`."""
-        return VistokDataModule(**self.config["data"])
+        return build_data(self.config["data"])
 
     def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
         """Take the weights of `init_from`, else start from data, else leave the random ones."""
-        source = self.config["init_from"]
+        source, parts = self.config["init_from"], parts_of(self.config)
         if source:
-            weights = load(find_checkpoint_or_export(source)).state_dict()
-            load_weights(self.tokenizer, weights, str(source))
-        elif starts_from_data(self.config):
+            moved = start_from(self.tokenizer, str(source), parts)
+            _say_start(f"{', '.join(parts) or 'all weights'} of {source}", "weights")
+            if moved:
+                _say_start(f"{', '.join(moved)} interpolated", "weights")
+        if starts_from_data(self.config) and (parts or not source):
             tokenizer = self.tokenizer.to(device)
             images = data.init_batches(self._init_images())
-            tokenizer.initialize(images, _say_start)
+            tokenizer.initialize(images, _say_start, keep=parts)
         if self.ema is not None:
             self.ema.reset()
 
@@ -172,8 +176,42 @@ class Reconstruction(Task):
 
 
 @rank_zero_only
-def _say_start(part: str) -> None:
-    say(f"starting from data: {part}")
+def _say_start(part: str, what: str = "data") -> None:
+    say(f"starting from {what}: {part}")
+
+
+def check_memory(config: dict[str, Any]) -> None:
+    """Raise if the tokenizer's weights alone are larger than this machine's memory.
+
+    Raises:
+        ConfigError: with both sizes.
+    """
+    try:
+        with torch.device("meta"):
+            tokenizer = build_tokenizer(config, teachers=False)
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "overflow" in str(error):
+            raise ConfigError(f"tokenizer: too large to be built ({error})") from error
+        raise
+    tensors = [*tokenizer.parameters(), *tokenizer.buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    millions = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+    fits_in_memory(size, f"tokenizer and quantizer: {millions:.0f} M parameters")
+
+
+def check_images(tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+    """Raise if the images that the data yield are not those that the tokenizer takes.
+
+    Raises:
+        ConfigError: naming the key of the data.
+    """
+    size, channels = as_pair(data["image_size"]), data["channels"]
+    if (channels, size) != (tokenizer.channels, tokenizer.image_size):
+        raise ConfigError(
+            f"data.image_size={data['image_size']} and data.channels={channels}: the tokenizer "
+            f"takes {tokenizer.channels} x {tokenizer.image_size}; a run keeps its sizes, and "
+            "init_from=runs/<run> with another data.image_size fine-tunes it at that"
+        )
 
 
 def check_fields(tokenizer: Tokenizer, fields: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from vistok.checkpoints.migrate import in_todays_form
 from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.resume import finished_steps
 from vistok.core import ranks
+from vistok.core.command_words import launched_from_outside
 from vistok.core.console import say
-from vistok.core.errors import ConfigError, Preempted, VistokError
+from vistok.core.errors import CheckpointError, ConfigError, Preempted, VistokError
+from vistok.core.run_folders import leads
+from vistok.core.schema import check_run
 from vistok.core.terminal import typed
+from vistok.core.values import is_whole
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.checkpointing import Checkpoints, CheckpointWriter
+from vistok.training.lightning_internals import watch_children_by
 from vistok.training.optimizers import learning_rate
-from vistok.training.run_folder import announce, finish, write_run_files
+from vistok.training.peers import ChildWatch, end_with_parent
+from vistok.training.run_folder import BeginRun, announce, finish, tell
 from vistok.training.sharding import ShardWriter
 from vistok.training.stopping import INTERRUPT, PREEMPTION_SIGNALS, StopAfterStep
 from vistok.training.task import Task
@@ -71,13 +78,16 @@ def _train(
     started = time.time()
     quiet_libraries()
     config = in_todays_form(config)
+    source = config.get("init_from")
     if resume is None or words is not None:
-        config = task_type.resolve(config, words or ())
+        if resume is not None and source:  # which may be gone by now
+            config["init_from"] = str(resume)
+        config = {**task_type.resolve(config, words or ()), "init_from": source}
+    check_run(config)  # fills in what an older run does not have
     L.seed_everything(config["seed"], verbose=False)
+    tell("building the model")
     task = task_type(config)  # before the data: a wrong size shows at once
     data = task.build_data()
-    data.prepare_data()
-    data.setup("fit")
     first_step = 0
     sharded = config["trainer"]["strategy"] == "fsdp2"
     if resume is not None:
@@ -87,21 +97,29 @@ def _train(
                 f"trainer.strategy={config['trainer']['strategy']}: {resume} was {said}written with"
                 " fsdp2; keep the strategy of the run, or start a new one with init_from"
             )
-        content = read_checkpoint(resume, without=["optimizer_states", "ema"])
+        tell(f"reading {resume}")
+        content = read_checkpoint(resume, without=["optimizer_states"])
         first_step = int(content["global_step"])
-        load_weights(task, content["state_dict"], str(resume))
         # Without a summary the run was killed after its last step, and is yet to be finished.
         if config["trainer"]["max_steps"] <= min(first_step, finished_steps(folder)):
             raise ConfigError(
                 f"trainer.max_steps={config['trainer']['max_steps']}: {resume} is already at step "
                 f"{first_step}; set a larger trainer.max_steps to continue"
             )
+        take(task, data, content, resume)
         del content
+    tell("reading the list of images")
+    data.prepare_data()
+    with damaged_if_unexpected(resume):
+        data.setup("fit")
     callbacks = config["callbacks"]
     writer = (ShardWriter if sharded else CheckpointWriter)(
         callbacks.get("keep_last", 2), callbacks.get("background_checkpoints", True)
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
+    watch_children_by(lambda children: ChildWatch(children).start())
+    if not leads() and not launched_from_outside():
+        end_with_parent()
     trainer = build_trainer(config, folder, first_step, stop, checkpoints, task.callbacks(folder))
     if task.objective.players and trainer.precision == "16-mixed":
         names = ", ".join(task.objective.players)
@@ -110,13 +128,16 @@ def _train(
         )
     set_batches(config, data, trainer)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
-    write_run_files(config, folder)
     announce(task, data, trainer, folder, resume)
     if resume is None:
         task.start_weights(data, trainer.strategy.root_device)
+    begin = BeginRun(config, folder, resume)
+    trainer.callbacks.insert(0, begin)  # pyright: ignore[reportAttributeAccessIssue]
+    if config["compile"]:
+        tell("compiling in the first step, which takes a minute or more")
     try:
         with stop.listening(signal.SIGINT):
-            fit(trainer, task, data, resume)
+            fit(trainer, task, data, resume, begin)
             checkpoints.save(trainer)
             writer.join()
     except Preempted:
@@ -142,17 +163,62 @@ def _train(
         trainer.validate(task, datamodule=data, verbose=False)
     summary = task.summary(trainer)
     summary |= {"steps": trainer.global_step, "samples_seen": data.samples_seen}
-    summary["seconds"] = round(time.time() - started, 1)
+    if resume is not None:
+        summary["resumed_at_step"] = first_step
+    summary["seconds"] = round(time.time() - started, 1)  # of this call
+    summary["seconds_of_all_calls"] = round(begin.seconds_before + time.time() - started, 1)
     summary["skipped_images"] = len(set().union(*ranks.gather(list(data.skipped))))
     finish(summary, data, folder)
     return summary
 
 
-def fit(trainer: L.Trainer, task: Task, data: VistokDataModule, resume: Path | None) -> None:
+def take(task: Task, data: VistokDataModule, content: dict[str, Any], resume: Path) -> None:
+    """Give a task and its data what a checkpoint holds, so that what does not fit shows at once.
+
+    Raises:
+        CheckpointError: if weights or position are damaged, or of another architecture.
+    """
+    with damaged_if_unexpected(resume):
+        load_weights(task, content["state_dict"], str(resume))
+        if task.ema is not None and content.get("ema"):
+            averages = content["ema"]["weights"]
+            own = {name: value.shape for name, value in task.ema.shadow.items()}
+            for name, shape in own.items():
+                if name not in averages or averages[name].shape != shape:
+                    raise CheckpointError(
+                        f"{resume}: the average of '{name}' is missing or another"
+                    )
+        state = content["VistokDataModule"]
+        samples = state["samples_seen"]
+        if not is_whole(samples) or samples < 0:
+            raise CheckpointError(f"{resume}: samples_seen={samples}: must be 0 or more")
+        data.expect(state)
+        task.plan_schedule(content, samples, resume)
+
+
+@contextmanager
+def damaged_if_unexpected(resume: Path | None) -> Iterator[None]:
+    """Say of an exception that is not ours that the checkpoint is damaged."""
+    try:
+        yield
+    except (VistokError, OSError):
+        raise
+    except Exception as error:
+        if resume is None:
+            raise
+        said = " ".join(str(error).split())[:120]
+        raise CheckpointError(
+            f"{resume}: damaged; it cannot be restored ({type(error).__name__}: {said})"
+        ) from error
+
+
+def fit(
+    trainer: L.Trainer, task: Task, data: VistokDataModule, resume: Path | None, begin: BeginRun
+) -> None:
     """Train to the end, or until a signal ends the run.
 
     Raises:
-        VistokError: if another rank ended or is silent.
+        VistokError: if another rank ended or is silent, or the checkpoint cannot be restored.
     """
     with warnings.catch_warnings():
         # The batches come from an endless stream: the loaders' state is the DataModule's.
@@ -169,10 +235,10 @@ def fit(trainer: L.Trainer, task: Task, data: VistokDataModule, resume: Path | N
         except Exception as error:
             if trainer.world_size > 1 and is_of_a_collective(error):
                 first = " ".join(str(error).split())[:160]
-                raise VistokError(
-                    "another rank ended, or did not answer for trainer.timeout seconds; see its "
-                    f"own error ({first})"
-                ) from error
+                raise VistokError(f"{begin.peers.report()} ({first})") from error
+            if not begin.begun:
+                with damaged_if_unexpected(resume):
+                    raise
             raise
 
 

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,98 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
+from torch.distributed.tensor import DTensor
 
 import vistok
 from vistok.core.console import say
+from vistok.core.errors import CheckpointError
 from vistok.core.files import replacing
-from vistok.core.terminal import typed
+from vistok.core.run_folders import leads, remove_run
+from vistok.core.terminal import show, typed
+from vistok.core.values import is_number
 from vistok.data.datamodule import VistokDataModule
+from vistok.training.lightning_internals import children_of
+from vistok.training.peers import Peers
 from vistok.training.task import Task
 from vistok.training.trainer import in_words
+
+
+class BeginRun(L.Callback):
+    """Writes the first files of a run once nothing can be refused any more.
+
+    Until then a resumed run is as it was, and so is a run that is to be replaced.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        resume: checkpoint that it continues from, if any.
+
+    Attributes:
+        begun: whether training has begun.
+        peers: the processes of the ranks.
+        seconds_before: that earlier calls have trained this run.
+    """
+
+    def __init__(self, config: dict[str, Any], folder: Path, resume: Path | None) -> None:
+        self.config = {**config, "overwrite": False}
+        self.replaces = bool(config.get("overwrite")) and resume is None
+        self.folder = folder
+        self.resume = resume
+        self.begun = False
+        self.peers = Peers()
+        self.seconds_before = 0.0
+        self._since = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Check what has been restored, then write."""
+        if self.resume is not None:
+            check_moments(trainer, self.resume)
+        _ = module.lr_schedule  # which may be refused
+        self.peers.meet(children_of(trainer))
+        if trainer.is_global_zero:
+            if self.replaces:
+                remove_run(self.folder)
+            write_run_files(self.config, self.folder)
+            if module.schedule_note:
+                say(f"[yellow]{module.schedule_note}[/yellow]")
+        self.begun = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds of all calls so far."""
+        return {"seconds": self.seconds_before + time.monotonic() - self._since}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; a number that cannot be is as good as none."""
+        seconds = state_dict.get("seconds")
+        self.seconds_before = float(seconds) if is_number(seconds) and seconds >= 0 else 0.0
+
+
+def check_moments(trainer: L.Trainer, source: Path) -> None:
+    """Raise unless the moments that an optimizer has restored fit its parameters.
+
+    Raises:
+        CheckpointError: naming the optimizer.
+    """
+    for number, optimizer in enumerate(trainer.optimizers):
+        place = f"{source}: optimizer_states[{number}]"
+        for parameter, state in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = state.get(name) if isinstance(state, dict) else None
+                if not isinstance(moment, torch.Tensor) or moment.shape != parameter.shape:
+                    raise CheckpointError(f"{place}: {name} does not fit its parameter")
+                local = moment.to_local() if isinstance(moment, DTensor) else moment
+                if not torch.isfinite(local).all():
+                    raise CheckpointError(f"{place}: {name} holds NaN or infinite numbers")
+        for group in optimizer.param_groups:
+            for name in ("lr", "weight_decay", "eps"):
+                if not is_number(group.get(name)) or group[name] < 0:
+                    raise CheckpointError(f"{place}: {name}={group.get(name)} must be 0 or more")
+
+
+def tell(text: str) -> None:
+    """Say on the first rank what comes next, where it may take long."""
+    if leads():
+        show(text)
 
 
 @rank_zero_only
@@ -76,7 +161,6 @@ def announce(
     verb = f"resuming {resume}" if resume is not None else "training"
     height, width = data.image_size
     say(
-        f"vistok {vistok.__version__} ({Path(vistok.__file__).parent})\n"
         f"{verb}: {task.description()}\n"
         f"data: {data.num_train} training and {data.num_val} validation images of "
         f"{height}x{width} px\n"

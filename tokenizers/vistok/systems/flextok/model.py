@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,16 +70,22 @@ class FlexTok(FlexibleTokenizer):
         """The autoencoder's images of maps, if there is one."""
         return signal if self.autoencoder is None else self.autoencoder.decode(signal)
 
-    def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
+    def initialize(
+        self,
+        images: Tensor,
+        say: Callable[[str], None] = lambda part: None,
+        keep: Sequence[str] = (),
+    ) -> None:
         """Measure mean and deviation of the autoencoder's latents first.
 
         Args:
             images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
             say: told which part comes next.
+            keep: which of encoder, quantizer and decoder stay as they are.
         """
         if self.autoencoder is not None:
             few = images[: self.init_images]
             say(f"latents, from {counted(len(few), 'image')}")
             few = self.to_model_range(few) if few.dtype == torch.uint8 else few.to(self.device)
             self.autoencoder.calibrate(few)
-        super().initialize(images, say)
+        super().initialize(images, say, keep)

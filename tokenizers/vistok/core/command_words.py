@@ -1,0 +1,97 @@
+"""The words of a command: overrides, folders of configs, flags. Light."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vistok.core.errors import ConfigError
+
+#: Keys whose value is a place on this machine; `~` is the home folder there, as in a shell.
+_PLACES = (
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "resume",
+    "init_from",
+    "run",
+    "out",
+    "weights",
+    "stage.proxy",
+    "stage.autoencoder",
+    "stage.weights",
+    "data.train",
+    "data.val",
+    "data.cache_dir",
+)
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
+    """Return the overrides, the folders given by --config-dir, and Hydra's other flags.
+
+    Raises:
+        ConfigError: for a word that is none of them.
+    """
+    from vistok.core.configuration import quoted
+
+    overrides, flags = [], []
+    others, folders = take_folders(argv)
+    words = iter(others)
+    for word in words:
+        if word.lower() in ("debug=true", "debug=false"):
+            continue  # `cli` reads it; Hydra would take it for a file of configs/debug
+        if word.startswith("-"):
+            flags.append(word)
+            if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
+                flags += [w for w in [next(words, None)] if w]
+        elif "=" in word or word.startswith("~") or word.startswith("hydra."):
+            overrides.append(quoted(_at_home(word)))
+        else:
+            raise ConfigError(f"{word}: expected key=value; --help shows examples")
+    return overrides, folders, flags
+
+
+def _at_home(word: str) -> str:
+    """Return a word in which a place that begins with `~` is written out."""
+    key, _, value = word.partition("=")
+    if key.lstrip("+") in _PLACES and value.startswith("~"):
+        expanded = os.path.expanduser(value)
+        if expanded.startswith("~"):
+            raise ConfigError(f"{word}: there is no such home folder; write the path out")
+        return f"{key}={expanded}"
+    return word
+
+
+def take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Return the words without --config-dir, and the folders that it gives."""
+    others, folders = [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--config-dir", "-cd"):
+            others.append(word)
+            continue
+        folder = value if equals else next(words, "")
+        if not folder:
+            raise ConfigError("--config-dir: which folder? for example --config-dir=my_configs")
+        folders.append(Path(os.path.expanduser(folder)))
+    return others, folders
+
+
+def value_of(overrides: Sequence[str], key: str) -> str | None:
+    """Return what the last override of a key sets it to; None for null, nothing, or without one."""
+    values = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith(f"{key}=")]
+    value = values[-1].strip("'\"") if values else None
+    return None if value in (None, "null", "") else value
+
+
+def launched_from_outside() -> bool:
+    """Return whether torchrun or srun started this process as one of several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _number("WORLD_SIZE") > 1
+    return "SLURM_PROCID" in os.environ and _number("SLURM_NTASKS") > 1
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "1")
+    return int(text) if text.isdigit() else 1
