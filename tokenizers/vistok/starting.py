@@ -144,6 +144,11 @@ def resumed(stored: dict[str, Any], words: Sequence[str], source: str) -> dict[s
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
     own = [stored["plugins"]] if isinstance(stored["plugins"], str) else list(stored["plugins"])
+    for word in words:  # the one group that a run does not have to keep
+        if word.lstrip("+").startswith("logger="):
+            chosen = c.to_container(c.compose("train", [word.lstrip("+")]))
+            stored["logger"] = {"project": None, "offline": None, **chosen["logger"]}
+    words = [word for word in words if not word.lstrip("+").startswith("logger=")]
     config = c.to_container(c.apply_overrides(c.closed(stored), words))
     check_run(config)
     check_sizes(config)

@@ -153,7 +153,7 @@ TRAIN: dict[str, dict[str, Any]] = {
     },
     "logger": {
         "name": Literal["jsonl", "tensorboard", "wandb", "csv"],
-        "project": (str, "vistok"),
+        "project": (str | None, None),
         "offline": (bool | None, None),
     },
     "baseline": {

@@ -168,6 +168,7 @@ class Reconstruction(Task):
             "codebook_usage": window["codebook_usage"],  # of the last training window
             "perplexity": window["perplexity"],
             "bits_per_image": results["bits_per_image"],
+            "val_images": int(results["images"]),
         }
         options = baseline_options(self.config.get("baseline"))
         if options:  # on every rank: they begin with the same codes and share the images

@@ -168,7 +168,7 @@ def _train(
     summary["seconds"] = round(time.time() - started, 1)  # of this call
     summary["seconds_of_all_calls"] = round(begin.seconds_before + time.time() - started, 1)
     summary["skipped_images"] = len(set().union(*ranks.gather(list(data.skipped))))
-    finish(summary, data, folder)
+    finish(summary, data, folder, task.exported)
     return summary
 
 
@@ -259,6 +259,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
         ".*heckpoint directory.*exists and is not empty.*",
         ".*Experiment logs directory.*",
         ".*litlogger.*",

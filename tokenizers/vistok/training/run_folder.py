@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vistok.core.console import say
 from vistok.core.errors import CheckpointError
 from vistok.core.files import replacing
 from vistok.core.run_folders import leads, remove_run
-from vistok.core.terminal import show, typed
+from vistok.core.terminal import counted, show, typed
 from vistok.core.values import is_number
 from vistok.data.datamodule import VistokDataModule
 from vistok.training.lightning_internals import children_of
@@ -170,20 +171,76 @@ def announce(
 
 
 @rank_zero_only
-def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path) -> None:
-    """Write `summary.json` and print it."""
+def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path, exported: bool) -> None:
+    """Write `summary.json` and print it.
+
+    Args:
+        summary: what the run reached.
+        data: that it was measured on.
+        folder: of the run.
+        exported: whether what was trained can be evaluated and exported.
+    """
+    described = data.describe()
     with replacing(folder / "summary.json") as file:
-        file.write((json.dumps({**summary, "data": data.describe()}, indent=2) + "\n").encode())
+        file.write((json.dumps({**summary, "data": described}, indent=2) + "\n").encode())
     table = Table(title=f"{folder}", title_justify="left")
     table.add_column("result")
     table.add_column("value", justify="right")
+    table.add_column("measured on")
+    sets = {"val_": f"{data.num_val} images of {short(described['val'])}"}
+    sets["baseline_"] = sets["val_"]
+    sets["codebook_usage"] = sets["perplexity"] = "the last steps of training"
+    sets["seconds"] = "this call"
+    sets["seconds_of_all_calls"] = sets["steps"] = sets["samples_seen"] = "the whole run"
     for name, value in summary.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        on = sets.get(name) or next(
+            (t for k, t in sets.items() if k[-1] == "_" and name.startswith(k)), ""
+        )  # noqa: E501
+        table.add_row(name, written(value), on)
     say(table)
     if report := data.skipped_report():
         say(f"[yellow]{report}[/yellow]")
-    say(
-        f"pictures: {folder}/pictures\n"
-        f"next: {typed('eval')} run={folder}\n"
-        f"      {typed('export')} run={folder} out=exported/my_tokenizer"
-    )
+    if exported:
+        say(
+            f"pictures: {folder}/pictures\n"
+            f"next: {typed('eval')} run={folder}\n"
+            f"      {typed('export')} run={folder} out=exported/my_tokenizer"
+        )
+
+
+def short(name: str) -> str:
+    """Return the end of a long name of a set of images."""
+    return name if len(name) <= 40 else f"...{name[-37:]}"
+
+
+def written(value: Any) -> str:
+    """Return a value of a summary for people."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def compare(jobs: Sequence[tuple[Path, Sequence[str], dict[str, Any]]]) -> None:
+    """Print the runs of a sweep next to each other, named by what differed.
+
+    Args:
+        jobs: of each run its folder, its words and its summary.
+    """
+    values = [
+        dict(word.lstrip("+~").split("=", 1) for word in words if "=" in word)
+        for _, words, _ in jobs
+    ]  # noqa: E501
+    keys = sorted({key for each in values for key in each})
+    differing = [key for key in keys if len({each.get(key) for each in values}) > 1]
+    first = jobs[0][2]
+    results = [k for k in first if k.startswith("val_") or k in ("codebook_usage", "seconds")]
+    table = Table(title=f"{jobs[0][0].parent}: {counted(len(jobs), 'run')}", title_justify="left")
+    table.add_column("run")
+    for name in (*differing, *results):
+        table.add_column(name.removeprefix("val_"), justify="right")
+    for (folder, _, summary), words in zip(jobs, values, strict=True):
+        row = [words.get(key, "") for key in differing]
+        row += [written(summary[name]) if name in summary else "" for name in results]
+        table.add_row(folder.name, *row)
+    say(table)
+    counts = {summary.get("val_images") for _, _, summary in jobs}
+    if len(counts) == 1 and None not in counts:
+        say(f"each measured on {counts.pop()} validation images")

@@ -51,6 +51,7 @@ class Task(L.LightningModule, ABC):
     model: nn.Module
     objective: Objective
     monitor: tuple[str, str]
+    exported = True  # whether `vistok eval` and `vistok export` take its runs
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
