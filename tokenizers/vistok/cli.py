@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,13 +10,16 @@ from pathlib import Path
 
 from vistok.core.command_words import launched_from_outside, split, take_folders, value_of
 from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
+from vistok.core.interrupts import deferred, ignore
 from vistok.core.plugins import import_plugins
 from vistok.core.terminal import typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vistok COMMAND ...`, and return the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        return _last(main(sys.argv[1:]))
+    argv = list(argv)
     command, *words = argv or ["--help"]
     if command in ("-h", "--help", "help"):
         from vistok.help import overview
@@ -109,10 +113,12 @@ def _evaluate(argv: list[str]) -> None:
     config = c.compose("eval", own, folders)
     if not value_of(own, "run"):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
-    from vistok.evaluation.run import evaluate as run
+    plain = _checked(c.to_container(config), "EVAL")
+    with deferred():
+        from vistok.evaluation.run import evaluate as run
 
-    import_plugins(config.plugins)
-    run(c.to_container(config), data)
+        import_plugins(config.plugins)
+    run(plain, data)
 
 
 def _export(argv: list[str]) -> None:
@@ -129,7 +135,9 @@ def _export(argv: list[str]) -> None:
             raise ConfigError(
                 f"{key} is missing; use: {typed('export')} run=runs/<run> out=exported/<name>"
             )
-    from vistok.export.exporter import export_run
+    _checked(c.to_container(config), "EXPORT")
+    with deferred():
+        from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
     export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
@@ -147,13 +155,23 @@ def _import_weights(argv: list[str]) -> None:
     for key in ("source", "weights", "out"):
         if not value_of(overrides, key):
             raise ConfigError(
-                f"{key} is missing; use: import_weights.py source=NAME weights=FILE "
+                f"{key} is missing; use: {typed('import-weights')} source=NAME weights=FILE "
                 "out=exported/<name>"
             )
-    from vistok.export.importer import import_weights as run
+    _checked(c.to_container(config), "IMPORT")
+    with deferred():
+        from vistok.export.importer import import_weights as run
 
     import_plugins(config.plugins)
     run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)
+
+
+def _checked(config: dict, schema: str) -> dict:
+    """Return a config whose keys have been held to `core.schema`."""
+    from vistok.core import schema as known
+
+    known.check_keys(config, getattr(known, schema))
+    return config
 
 
 def _list(argv: list[str]) -> None:
@@ -181,7 +199,9 @@ def _tool(name: str) -> Callable[[list[str]], int]:
 
 def _guarded(command: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int:
     """Run a command; an error that the user can mend becomes one line and exit code 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        return _last(_guarded(command, sys.argv[1:]))
+    argv = list(argv)
     debug = bool(os.environ.get("VISTOK_DEBUG")) or any(map(_asks_for_traceback, argv))
     try:
         return command(argv) or 0
@@ -200,10 +220,36 @@ def _guarded(command: Callable[[list[str]], int | None], argv: Sequence[str] | N
         if isinstance(cause, VistokError):
             return _fail(str(cause))
         if isinstance(cause, OSError) and cause.errno is not None:
-            return _fail(f"{cause.filename or ''}: {cause.strerror}".lstrip(": "))
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            where = cause.filename or ("a file could not be written" if full else "")
+            return _fail(f"{where}: {cause.strerror}".lstrip(": "))
+        if _is_out_of_memory(error):
+            return _fail(
+                "out of memory; try a smaller data.batch_size or data.image_size, or a smaller "
+                "model (debug=true shows where)",
+                1,
+            )
         name = type(error).__name__
         first = " ".join(str(error).split())[:300]
         return _fail(f"{name}: {first} (debug=true shows where)", 1)
+
+
+def _last(code: int) -> int:
+    """Return the exit code of a process that has said all it has to say."""
+    ignore()
+    return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = f"{type(error).__name__} {error}".lower()
+    words = (
+        "memoryerror",
+        "outofmemory",
+        "out of memory",
+        "can't allocate memory",
+        "you tried to allocate",
+    )
+    return any(word in text for word in words)
 
 
 def _asks_for_traceback(word: str) -> bool:

@@ -16,6 +16,7 @@ import vistok
 from vistok.core import configuration as c
 from vistok.core.command_words import launched_from_outside, split, value_of
 from vistok.core.errors import CheckpointError, ConfigError, DataError, Preempted, nearest
+from vistok.core.interrupts import deferred
 from vistok.core.plugins import import_plugins
 from vistok.core.run_folders import claim_new, held, leads
 from vistok.core.schema import check_run, check_sizes
@@ -113,7 +114,8 @@ def _resume(place: Path, words: list[str]) -> None:
     config = resumed(stored, words, source)
     if not alone:
         with held(run):
-            return _run_training(config, run, checkpoint, is_resumed=True)
+            _run_training(config, run, checkpoint, is_resumed=True)
+        return
     if target is None and launched_from_outside():
         raise ConfigError(f"resume={place}: lies in no run folder; add hydra.run.dir=runs/<name>")
     if target is None and leads():
@@ -286,11 +288,12 @@ def _run_training(
     """
     if leads():
         show("importing torch and lightning")
-    import_plugins(config["plugins"], from_here=not is_resumed)
-    from vistok.core.registry import resolve
-    from vistok.training.run import train as run
+    with deferred():
+        import_plugins(config["plugins"], from_here=not is_resumed)
+        from vistok.core.registry import resolve
+        from vistok.training.run import train as run
 
-    task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
+        task = resolve(config.get("task", "reconstruction"), kind="task", key="task")
     return run(task, config, folder, checkpoint, words)
 
 

@@ -45,21 +45,29 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
             if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
                 flags += [w for w in [next(words, None)] if w]
         elif "=" in word or word.startswith("~") or word.startswith("hydra."):
-            overrides.append(quoted(_at_home(word)))
+            overrides.append(quoted(_as_place(word)))
         else:
             raise ConfigError(f"{word}: expected key=value; --help shows examples")
     return overrides, folders, flags
 
 
-def _at_home(word: str) -> str:
-    """Return a word in which a place that begins with `~` is written out."""
+def _as_place(word: str) -> str:
+    """Return a word whose value is a place, so that Hydra takes it for one whatever its name is.
+
+    `~` is written out; a number, or a name with commas or brackets that is there, is put in quotes.
+    """
     key, _, value = word.partition("=")
-    if key.lstrip("+") in _PLACES and value.startswith("~"):
-        expanded = os.path.expanduser(value)
-        if expanded.startswith("~"):
+    if key.lstrip("+") not in _PLACES or not value or value[0] in "'\"":
+        return word
+    if value.startswith("~"):
+        value = os.path.expanduser(value)
+        if value.startswith("~"):
             raise ConfigError(f"{word}: there is no such home folder; write the path out")
-        return f"{key}={expanded}"
-    return word
+    special = any(sign in value for sign in ",[]{}()")
+    if value.replace(".", "").replace("_", "").isdigit() or (special and os.path.exists(value)):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key}="{escaped}"'
+    return f"{key}={value}"
 
 
 def take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:

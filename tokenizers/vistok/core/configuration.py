@@ -303,6 +303,11 @@ def _explain(
                 f"{group}={choice}: no such config{nearest(choice, known)}; "
                 f"choose one of {', '.join(known)}"
             )
+    if match := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return (
+            f"{match[1]}: several values; --multirun makes one run for each, and key=[a,b] is a "
+            "list"
+        )
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
         if f"'{key}'" in text or f"'{override}'" in text or f" {key}" in text:
@@ -355,6 +360,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             present = OmegaConf.select(config, key, default=missing, throw_on_missing=False)
         except OmegaConfBaseException:
             present = missing
+        if present is missing and key in groups():
+            raise ConfigError(f"{text}: a resumed run keeps its own {key}; start a new run instead")
         if present is missing and not override.is_add():
             raise ConfigError(f"{key}: no such key{nearest_key(key, all_keys(config))}")
         refused = "." not in key and key not in _NULL_FOR_NONE

@@ -32,6 +32,10 @@ from vistok.core.values import (
 _MISSING = object()
 
 
+def _or_null(annotation: Any) -> Any:
+    return annotation | None
+
+
 def up_to(most: int, least: int = 1) -> Rule:
     """Return the rule of whole numbers from `least` to `most`."""
     return Rule(f"a whole number, {least} to {most}", lambda v: is_whole(v) and least <= v <= most)
@@ -121,7 +125,7 @@ TRAIN: dict[str, dict[str, Any]] = {
             ],
             600,
         ),
-        "global_batch_size": (Annotated[int, up_to(2**31)] | None, None),
+        "global_batch_size": (_or_null(Annotated[int, up_to(2**31)]), None),
         "precision": _precision("bf16-mixed", "16-mixed", "32-true"),
         "matmul_precision": (Literal["highest", "high", "medium"], "highest"),
         "max_steps": _Steps,
@@ -148,7 +152,7 @@ TRAIN: dict[str, dict[str, Any]] = {
         "keep_last": (Annotated[int, up_to(10_000)], 2),
         "background_checkpoints": (bool, True),
         "num_pictures": Annotated[int, up_to(10_000, 0)],
-        "picture_scale": (Annotated[int, up_to(64)] | None, None),
+        "picture_scale": (_or_null(Annotated[int, up_to(64)]), None),
         "codebook_window": _Steps,
     },
     "logger": {
@@ -182,8 +186,8 @@ TRAIN: dict[str, dict[str, Any]] = {
         "image_size": ImageSize,
         "channels": Count,
         "batch_size": Annotated[int, up_to(2**24)],
-        "eval_batch_size": (Annotated[int, up_to(2**24)] | None, None),
-        "num_workers": (Annotated[int, up_to(1024, 0)] | None, None),
+        "eval_batch_size": (_or_null(Annotated[int, up_to(2**24)]), None),
+        "num_workers": (_or_null(Annotated[int, up_to(1024, 0)]), None),
         "shuffle_buffer": (Count | None, None),
         "seed": Index,
         "train_crop": str,
@@ -239,7 +243,7 @@ EVAL: dict[str, dict[str, Any]] = {
         "precision": _precision(),
         "batch_size": Annotated[int, up_to(2**24)],
         "num_pictures": Annotated[int, up_to(10_000, 0)],
-        "picture_scale": Annotated[int, up_to(64)] | None,
+        "picture_scale": _or_null(Annotated[int, up_to(64)]),
         "plugins": _Names,
         "debug": bool,
     },

@@ -17,6 +17,7 @@ from vistok.checkpoints.seals import is_checkpoint
 from vistok.core.configuration import apply_overrides, compose
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
+from vistok.core.files import replacing
 from vistok.data.build import build_data
 from vistok.evaluation.budgets import checked_budgets, evaluate_budgets, print_budgets
 from vistok.evaluation.evaluator import Evaluator
@@ -60,7 +61,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
         )
     data.prepare_data()
     data.setup("validate")
-    out = Path(config["out"]) if config["out"] else default_folder(run) / "eval"
+    out = Path(config["out"]) if config["out"] else default_folder(run)
 
     scale = scale_for(tokenizer.image_size, config["picture_scale"])
     dtype = choose_precision(config["precision"], device)
@@ -97,7 +98,8 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     results["conditions"] = [name for name in conditions if name in data.fields]
     results["skipped_images"] = len(data.skipped)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    with replacing(out / "metrics.json") as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
     print_table(results, out)
     for name in conditions:
         if name not in data.fields:
@@ -146,8 +148,10 @@ def data_config(
 
 
 def default_folder(run: Path) -> Path:
-    """The folder that results of `run` belong to."""
-    return run_folder(run) if is_checkpoint(run) else run
+    """Return the folder for results of `run`: in a run; next to an export, which stays as it is."""
+    if (run / "model.safetensors").exists():
+        return run.with_name(f"{run.resolve().name}_eval")
+    return (run_folder(run) if is_checkpoint(run) else run) / "eval"
 
 
 def choose_device(name: str) -> torch.device:

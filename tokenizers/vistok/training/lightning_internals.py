@@ -31,7 +31,8 @@ def watch_children_by(start: Callable[[Any], None]) -> None:
     Args:
         start: is given the processes as soon as they are started.
     """
-    subprocess_script._launch_process_observer = start
+    assert hasattr(subprocess_script, "_launch_process_observer"), "it has another name now"
+    setattr(subprocess_script, "_launch_process_observer", start)  # noqa: B010
 
 
 def children_of(trainer: L.Trainer) -> list[Any]:

@@ -84,9 +84,8 @@ class ProgressBar(L.Callback):
             self.rate = (module.data.samples_seen - self.sample) / seconds
         left = trainer.max_steps - trainer.global_step
         if done == _COLD + _TIMED and left > _TIMED:
-            say(
-                f"{self.rate:.3g} images/s: the other {left} steps take about {self._left(module, left)}"
-            )  # noqa: E501
+            took = self._left(module, left)
+            say(f"{self.rate:.3g} images/s: the other {left} steps take about {took}")
         numbers = self._numbers(trainer, module)
         if self.progress is not None:
             self.progress.update(self.task, completed=trainer.global_step, numbers=numbers)

@@ -135,23 +135,23 @@ def _train(
     trainer.callbacks.insert(0, begin)  # pyright: ignore[reportAttributeAccessIssue]
     if config["compile"]:
         tell("compiling in the first step, which takes a minute or more")
-    try:
-        with stop.listening(signal.SIGINT):
+    with stop.listening(signal.SIGINT):  # also while the last checkpoint is written
+        try:
             fit(trainer, task, data, resume, begin)
             checkpoints.save(trainer)
             writer.join()
-    except Preempted:
-        writer.join()  # all ranks are here
-        raise
-    except KeyboardInterrupt:
-        writer.teardown()
-        raise
-    except BaseException:
-        writer.teardown()
-        # The ranks that Lightning started here would wait for this one.
-        if hasattr(trainer.strategy.launcher, "kill"):
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # pyright: ignore
-        raise
+        except Preempted:
+            writer.join()  # all ranks are here
+            raise
+        except KeyboardInterrupt:
+            writer.teardown()
+            raise
+        except BaseException:
+            writer.teardown()
+            # The ranks that Lightning started here would wait for this one.
+            if hasattr(trainer.strategy.launcher, "kill"):
+                trainer.strategy.launcher.kill(signal.SIGKILL)  # pyright: ignore
+            raise
     if stop.reason:
         if trainer.is_global_zero:
             command = f"{typed('train')} resume={folder}"

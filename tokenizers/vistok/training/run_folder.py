@@ -80,7 +80,7 @@ class BeginRun(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of `state_dict`; a number that cannot be is as good as none."""
-        seconds = state_dict.get("seconds")
+        seconds: Any = state_dict.get("seconds")
         self.seconds_before = float(seconds) if is_number(seconds) and seconds >= 0 else 0.0
 
 
@@ -187,7 +187,8 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path, export
     table.add_column("result")
     table.add_column("value", justify="right")
     table.add_column("measured on")
-    sets = {"val_": f"{data.num_val} images of {short(described['val'])}"}
+    measured = summary.get("val_images", data.num_val)
+    sets = {"val_": f"{measured} images of {short(described['val'])}"}
     sets["baseline_"] = sets["val_"]
     sets["codebook_usage"] = sets["perplexity"] = "the last steps of training"
     sets["seconds"] = "this call"
@@ -195,7 +196,7 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path, export
     for name, value in summary.items():
         on = sets.get(name) or next(
             (t for k, t in sets.items() if k[-1] == "_" and name.startswith(k)), ""
-        )  # noqa: E501
+        )
         table.add_row(name, written(value), on)
     say(table)
     if report := data.skipped_report():
@@ -227,7 +228,7 @@ def compare(jobs: Sequence[tuple[Path, Sequence[str], dict[str, Any]]]) -> None:
     values = [
         dict(word.lstrip("+~").split("=", 1) for word in words if "=" in word)
         for _, words, _ in jobs
-    ]  # noqa: E501
+    ]
     keys = sorted({key for each in values for key in each})
     differing = [key for key in keys if len({each.get(key) for each in values}) > 1]
     first = jobs[0][2]

@@ -86,7 +86,7 @@ def is_reachable(address: str) -> bool:
     parts = urlsplit(address)
     names = (
         ("HTTPS_PROXY", "https_proxy") if parts.scheme == "https" else ("HTTP_PROXY", "http_proxy")
-    )  # noqa: E501
+    )
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), "")
     if proxy:
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
