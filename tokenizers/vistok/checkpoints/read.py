@@ -190,8 +190,8 @@ def _export_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: config.json is missing from the export") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: damaged export ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/config.json: damaged ({str(error)[:120]})") from error
     for part in ("tokenizer", "quantizer"):
         if not isinstance(config, dict) or part not in config:
             raise CheckpointError(f"{folder}/config.json: has no '{part}'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from vistok.models.arguments import as_lengths, as_plain, as_tensor, in_words, i
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
-from vistok.nn.data_init import chunks
+from vistok.nn.data_init import Say, chunks, quiet
 from vistok.quantizers.base import Quantizer
 
 
@@ -151,12 +151,7 @@ class Tokenizer(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialize(
-        self,
-        images: Tensor,
-        say: Callable[[str], None] = lambda part: None,
-        keep: Sequence[str] = (),
-    ) -> None:
+    def initialize(self, images: Tensor, say: Say = quiet, keep: Sequence[str] = ()) -> None:
         """Set what learns faster from a good start, before the first step.
 
         In the order of the data's way: the encoder from images, the quantizer (projections and
@@ -176,14 +171,13 @@ class Tokenizer(nn.Module):
             self.encoder.initialize(few)
         if "quantizer" not in keep:
             say(f"codebook, from {counted(len(images), 'image')}")
-        latents = [self.encode(self._signals(chunk)).float() for chunk in chunks(images)]
+        latents = torch.cat([self.encode(self._signals(part)).float() for part in chunks(images)])
         if "quantizer" not in keep:
-            self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
+            self.quantizer.initialize_from(latents.flatten(0, 1))
         if "decoder" not in keep:
             say(f"decoder, from {counted(len(few), 'image')}")
-            seen = torch.cat(latents)[: len(few)]
-            quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
-            self.decoder.initialize(quantized, few)
+            pairs = chunks(few, latents[: len(few)])
+            self.decoder.initialize(torch.cat([self.quantize(x).quantized for _, x in pairs]), few)
         self.train(was_training)
 
     @property

@@ -31,8 +31,8 @@ class StopAfterStep(L.Callback):
     """Ends the run after the current step, on all ranks, so that the saved state is complete.
 
     Ctrl-C ends it for good, a second one at once, and a third one changes nothing. SIGTERM and
-    SIGUSR1 end it to be continued; that they are repeated changes nothing. The handlers only take note: a collective or a save
-    inside one could meet any other under way.
+    SIGUSR1 end it to be continued; that they are repeated changes nothing. The handlers only take
+    note: a collective or a save inside one could meet any other under way.
 
     Loader workers inherit the handlers. They outlive the first signal, for schedulers send it to
     every process and the step under way still needs them.

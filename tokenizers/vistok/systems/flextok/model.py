@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from vistok.models.encoder import Encoder
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.latent_space import LatentSpace
 from vistok.models.length import LengthPolicy
+from vistok.nn.data_init import Say, quiet
 from vistok.quantizers.base import Quantizer
 
 
@@ -70,12 +71,7 @@ class FlexTok(FlexibleTokenizer):
         """The autoencoder's images of maps, if there is one."""
         return signal if self.autoencoder is None else self.autoencoder.decode(signal)
 
-    def initialize(
-        self,
-        images: Tensor,
-        say: Callable[[str], None] = lambda part: None,
-        keep: Sequence[str] = (),
-    ) -> None:
+    def initialize(self, images: Tensor, say: Say = quiet, keep: Sequence[str] = ()) -> None:
         """Measure mean and deviation of the autoencoder's latents first.
 
         Args:
