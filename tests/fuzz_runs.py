@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Mutated inputs of runs, each given to a command in a process of its own: `fuzz_runs.py SEED N`.
 
 Importing takes longer than a case; it is done once, and every case is a fork. The table says how
@@ -11,8 +12,8 @@ import math
 import os
 import random
 import resource
-import signal
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -34,8 +35,22 @@ from vistok.core.yaml_file import read_yaml
 
 LIMIT = 10  # seconds of a case
 MEMORY = 2 << 30  # bytes that a case may take on top
-ANSWERS = ("one line", "accepted", "traceback", "raw exception", "silent", "hang", "memory", "crash")
+ANSWERS = (
+    "one line",
+    "accepted",
+    "traceback",
+    "raw exception",
+    "silent",
+    "hang",
+    "memory",
+    "crash",
+)
 ANSWERS += ("executed", "not named", "stopped by a side file")
+
+
+#: Keys whose text may be anything, or that a resume takes from elsewhere.
+FREE = {"name", "task", "project", "cache_dir", "resume", "init_from", "proxy", "autoencoder"}
+FREE |= {"format", "weights", "plugins", "debug", "overwrite", "_target_"}
 
 
 class Evil:
@@ -163,15 +178,11 @@ class Fuzz:
         else:
             yield path, value
 
-    #: Text that may be anything.
-    FREE = {"name", "task", "project", "cache_dir", "resume", "init_from", "proxy", "autoencoder"}
-    FREE |= {"format", "weights", "plugins", "debug", "overwrite", "_target_"}
-
     def bad_value(self):
         """A key of the run's config, and a value that it cannot take."""
         while True:
             path, value = self.random.choice(list(self.leaves(self.config)))
-            if path[-1] in self.FREE or (path[0] == "loss" and path[-1] == "weight"):
+            if path[-1] in FREE or (path[0] == "loss" and path[-1] == "weight"):
                 continue
             pool = ["nonsense-word", [[1], [2]], {"a": 1}, 10**30, math.nan, -(10**9)]
             if isinstance(value, str):
@@ -237,8 +248,18 @@ class Fuzz:
         run = self.run_copy()
         content = copy.deepcopy(self.content)
         target = self.random.choice(
-            ["global_step", "state_dict", "ema", "optimizer", "position", "schedule", "config"]
-            + ["random_state", "top", "missing"]
+            [
+                "global_step",
+                "state_dict",
+                "ema",
+                "optimizer",
+                "position",
+                "schedule",
+                "config",
+                "random_state",
+                "top",
+                "missing",
+            ]
         )
         bad = self.random.choice(["word", None, -1, [1], {"a": 1}, 2.5])
         state = content["state_dict"]
@@ -251,12 +272,18 @@ class Fuzz:
         elif target == "state_dict":
             state[self.random.choice([name, name, name + "x"])] = mangled
         elif target == "ema":
-            place = self.random.choice([n for n in content["ema"]["weights"] if n in self.trained()])
+            place = self.random.choice(
+                [n for n in content["ema"]["weights"] if n in self.trained()]
+            )
             if self.random.random() < 0.3:
                 content["ema"]["num_updates"] = "word"
             else:
                 content["ema"]["weights"][place] = self.random.choice(
-                    ["x", torch.zeros(2, 9), torch.full_like(content["ema"]["weights"][place], math.inf)]
+                    [
+                        "x",
+                        torch.zeros(2, 9),
+                        torch.full_like(content["ema"]["weights"][place], math.inf),
+                    ]
                 )
         elif target == "optimizer":
             optimizer = content["optimizer_states"][0]
@@ -277,14 +304,28 @@ class Fuzz:
                 holder = holder[part]
             holder[path[-1]] = value
             self.seal(content, run)
-            return Case("checkpoint: config", ["eval", f"run={run}", "device=cpu"], ("ckpt", path[-1], path[0]))
+            return Case(
+                "checkpoint: config",
+                ["eval", f"run={run}", "device=cpu"],
+                ("ckpt", path[-1], path[0]),
+            )
         elif target == "random_state":
             content["random_state"][0][self.random.choice(["python", "numpy", "torch"])] = bad
         elif target == "top":
             key = self.random.choice(["optimizer_states", "callbacks", "loops", "ema"])
             content[key] = "word"
         else:
-            del content[self.random.choice(["state_dict", "hyper_parameters", "optimizer_states", "loops", "VistokDataModule"])]
+            del content[
+                self.random.choice(
+                    [
+                        "state_dict",
+                        "hyper_parameters",
+                        "optimizer_states",
+                        "loops",
+                        "VistokDataModule",
+                    ]
+                )
+            ]
         self.seal(content, run)
         words = ["train", f"resume={run}", "trainer.max_steps=3"]
         return Case("checkpoint: value", words, ("ckpt",))
@@ -331,20 +372,34 @@ class Fuzz:
             data = buffer.getvalue()
         path.write_bytes(data)
         command = self.random.choice(
-            [["train", f"resume={run}", "trainer.max_steps=3"], ["eval", f"run={run}", "device=cpu"]]
+            [
+                ["train", f"resume={run}", "trainer.max_steps=3"],
+                ["eval", f"run={run}", "device=cpu"],
+            ]
         )
         return Case("checkpoint: bytes", command, ("last.ckpt",))
 
     def side_file(self):
         run = self.run_copy()
         junk = self.random.choice(
-            [b"", b"[", b"[" * 200_000, b"null", b'{"steps": "x"}', b'{"steps": 1e999}', bytes(range(256))]
+            [
+                b"",
+                b"[",
+                b"[" * 200_000,
+                b"null",
+                b'{"steps": "x"}',
+                b'{"steps": 1e999}',
+                bytes(range(256)),
+            ]
         )
         name = self.random.choice(["summary.json", "eval/metrics.json", "metrics.jsonl"])
         (self.folder / run / "eval").mkdir(exist_ok=True)
         (self.folder / run / name).write_bytes(junk)
         shutil.rmtree(self.folder / "out", ignore_errors=True)
-        commands = [["train", f"resume={run}", "trainer.max_steps=3"], ["export", f"run={run}", "out=out"]]
+        commands = [
+            ["train", f"resume={run}", "trainer.max_steps=3"],
+            ["export", f"run={run}", "out=out"],
+        ]
         return Case("side file", self.random.choice(commands), (), False)
 
     def export_file(self):
@@ -359,10 +414,12 @@ class Fuzz:
         elif how == 1:
             path = out / "model.safetensors"
             data = bytearray(path.read_bytes())
-            data[: 8] = self.random.randbytes(8)
+            data[:8] = self.random.randbytes(8)
             path.write_bytes(data)
         elif how == 2:
-            (out / "config.json").write_bytes(self.random.choice([b"", b"[]", b"{}", b"[" * 99999, b"\xff\xfe"]))
+            (out / "config.json").write_bytes(
+                self.random.choice([b"", b"[]", b"{}", b"[" * 99999, b"\xff\xfe"])
+            )
         else:
             path = out / "config.json"
             config = json.loads(path.read_text())
@@ -380,12 +437,16 @@ class Fuzz:
         elif how == 1:
             torch.save({"model": Evil(self.mark)}, path)
         elif how == 2:
-            torch.save(self.random.choice([[1], "word", {"a": 3}, {3: torch.zeros(2)}, {}, None]), path)
+            torch.save(
+                self.random.choice([[1], "word", {"a": 3}, {3: torch.zeros(2)}, {}, None]), path
+            )
         elif how == 3:
             torch.save({f"encoder.{i}.weight": torch.zeros(2, 2) for i in range(9)}, path)
         else:
             size = self.random.choice([10**15, 2**63, 100])
-            header = json.dumps({"a": {"dtype": "F32", "shape": [size], "data_offsets": [0, size * 4]}})
+            header = json.dumps(
+                {"a": {"dtype": "F32", "shape": [size], "data_offsets": [0, size * 4]}}
+            )
             path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 64)
         from vistok.core.registry import registered
 

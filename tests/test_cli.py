@@ -251,7 +251,7 @@ def started(monkeypatch, tmp_path):
     "words",
     [
         [],
-        ["data=folder", "data.train=/photos/{a,b}", "name=mine", "trainer.precision=bf16"],
+        ["data=shards", "data.train=/photos/{a,b}.tar", "name=mine", "trainer.precision=bf16"],
         ["experiment=vqgan_tiny", "init_from=null", "seed=3", "~baseline", "+quantizer.foo=x"],
         ["baseline=null", "resume=null", "data.image_size=[16,32]", "trainer.max_steps=7"],
     ],

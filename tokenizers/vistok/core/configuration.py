@@ -133,7 +133,7 @@ def compose(
     GlobalHydra.instance().clear()
     try:
         # The job's name is the one that Hydra's own main gives it.
-        with initialize_config_dir(str(config_dir()), job_name="cli", version_base="1.3"):
+        with initialize_config_dir(str(config_dir()), job_name="starting", version_base="1.3"):
             compose_with = partial(hydra_compose, name, return_hydra_config=with_hydra)
             _refuse_nulls(name, compose_with, arguments)
             config = compose_with(arguments)

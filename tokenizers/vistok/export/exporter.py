@@ -19,6 +19,7 @@ from vistok.checkpoints.load import load
 from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.files import read_json
 from vistok.core.registry import resolve
 from vistok.models.tokenizer import Tokenizer
 
@@ -158,8 +159,7 @@ def run_metrics(checkpoint: Path) -> dict[str, Any]:
     """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`."""
     run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):
-        if path.is_file():
-            values = json.loads(path.read_text())
+        if values := read_json(path):  # a damaged one stops no export
             return {k: v for k, v in values.items() if isinstance(v, (int, float))}
     return {}
 

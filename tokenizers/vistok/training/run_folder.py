@@ -28,6 +28,7 @@ from vistok.core.run_folders import leads, remove_run
 from vistok.core.terminal import counted, show, typed
 from vistok.core.values import is_number
 from vistok.data.datamodule import VistokDataModule
+from vistok.training.callbacks import RandomState, random_state, set_random_state
 from vistok.training.lightning_internals import children_of
 from vistok.training.peers import Peers
 from vistok.training.task import Task
@@ -64,6 +65,7 @@ class BeginRun(L.Callback):
         """Check what has been restored, then write."""
         if self.resume is not None:
             check_moments(trainer, self.resume)
+            check_random_states(trainer)
         _ = module.lr_schedule  # which may be refused
         self.peers.meet(children_of(trainer))
         if trainer.is_global_zero:
@@ -82,6 +84,17 @@ class BeginRun(L.Callback):
         """Inverse of `state_dict`; a number that cannot be is as good as none."""
         seconds: Any = state_dict.get("seconds")
         self.seconds_before = float(seconds) if is_number(seconds) and seconds >= 0 else 0.0
+
+
+def check_random_states(trainer: L.Trainer) -> None:
+    """Try the random states that are restored at the first step; what is wrong raises."""
+    before = random_state()
+    try:
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, RandomState) and callback.pending is not None:
+                set_random_state(callback.pending)
+    finally:
+        set_random_state(before)
 
 
 def check_moments(trainer: L.Trainer, source: Path) -> None:
