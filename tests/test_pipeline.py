@@ -103,11 +103,14 @@ def test_pictures(finished_run):
     for path in pictures:
         with Image.open(path) as picture:
             picture.load()
-            # Two columns, two rows of 16 px, white gaps of 2 px.
-            assert picture.size == (2 * 18 + 2, 2 * 18 + 2) and picture.mode == "RGB"
-            assert picture.getpixel((0, 0)) == (255, 255, 255)
+            # Two columns, two rows of 16 px, white gaps of 2 px, to 128 px; and a line of text.
+            side = 8 * (2 * 18 + 2)
+            text = picture.height - side
+            assert picture.width >= side and 8 < text < 40 and picture.mode == "RGB"
+            assert picture.getpixel((0, text)) == (255, 255, 255)
+            assert picture.crop((0, 0, side, text)).convert("L").getextrema()[0] < 99
     first, second = (Image.open(path) for path in pictures)
-    top, bottom = (0, 0, 38, 19), (0, 19, 38, 38)
+    top, bottom = (0, text, side, text + side // 2), (0, text + side // 2, side, text + side)
     assert first.crop(top).tobytes() == second.crop(top).tobytes()  # the same originals
     assert first.crop(bottom).tobytes() != second.crop(bottom).tobytes()
 
@@ -641,7 +644,8 @@ def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path, monkeypat
     fails("train", *words, words=(f"{name}.Mine", "registry"))
     assert train([*words, f"plugins=[{name}]"]) == 0
     assert vistok.load("run").codebooks()[0].shape == (9, 2)
-    assert train(["resume=run", "trainer.max_steps=3"]) == 0
+    fails("train", "resume=run", "trainer.max_steps=3", words=(f"plugins=[{name}]", "trust"))
+    assert train(["resume=run", "trainer.max_steps=3", f"plugins=[{name}]"]) == 0
     monkeypatch.delitem(registry._registered["part"], f"{name}.Mine")  # a program without it
     with pytest.raises(ConfigError, match="registry"):
         vistok.load("run")

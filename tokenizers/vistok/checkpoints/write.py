@@ -72,8 +72,8 @@ def failure(error: Exception, target: Path, needed: int = 0) -> CheckpointError:
     kept = ""
     if _exists(target):
         sealed = seal_of(target)
-        at = f", of step {sealed[1]}, is intact" if sealed else " is intact"
-        kept = f"; the previous checkpoint{at}: resume from it when there is room"
+        step = f" (step {sealed[1]})" if sealed else ""
+        kept = f"; the previous checkpoint is intact{step}: resume from it when there is room"
     told = CheckpointError(f"{target}: could not be written: {reason}{kept}")
     told.__cause__ = error
     return told

@@ -124,14 +124,20 @@ class ChildWatch(threading.Thread):
         os._exit(1)
 
 
-def end_with_parent() -> None:
-    """Let this process, which another one started as a further rank, not outlive it by long."""
+def end_with_parent(finished: threading.Event) -> None:
+    """Let this process, which another one started as a further rank, not outlive it by long.
+
+    Args:
+        finished: is set when there is nothing left to train.
+    """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1)
-        time.sleep(6)  # a collective that fails says more
+            if finished.wait(1):
+                return
+        if finished.wait(6):  # a collective that fails says more
+            return
         print("error: rank 0 ended, so this rank ends as well", file=sys.stderr, flush=True)
         os._exit(1)
 

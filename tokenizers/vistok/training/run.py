@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -62,9 +63,15 @@ def train(
     """
     stop = StopAfterStep()
     products = float32_products(config["trainer"].get("matmul_precision", "highest"))
-    # A scheduler may ask at any time, and again while the last checkpoint is being written.
-    with products, stop.listening(*PREEMPTION_SIGNALS):
-        return _train(task_type, config, folder, resume, words, stop)
+    finished = threading.Event()
+    if not leads() and not launched_from_outside():
+        end_with_parent(finished)
+    try:
+        # A scheduler may ask at any time, and again while the last checkpoint is being written.
+        with products, stop.listening(*PREEMPTION_SIGNALS):
+            return _train(task_type, config, folder, resume, words, stop)
+    finally:
+        finished.set()
 
 
 def _train(
@@ -118,8 +125,6 @@ def _train(
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
     watch_children_by(lambda children: ChildWatch(children).start())
-    if not leads() and not launched_from_outside():
-        end_with_parent()
     trainer = build_trainer(config, folder, first_step, stop, checkpoints, task.callbacks(folder))
     if task.objective.players and trainer.precision == "16-mixed":
         names = ", ".join(task.objective.players)

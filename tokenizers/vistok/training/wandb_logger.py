@@ -114,6 +114,7 @@ class WandbRun(Logger):
         self.mode = mode
         self._run: Any = None
         self._failed = False
+        self._known = ""  # id
 
     @property
     def name(self) -> str:
@@ -146,14 +147,24 @@ class WandbRun(Logger):
         return {**options, "config": self.config, "resume": "allow", "reinit": "finish_previous"}
 
     def _id(self) -> str:
+        self._known = self._known or self._stored_id()
+        return self._known
+
+    def _stored_id(self) -> str:
         path = self.folder / "wandb" / "run_id"
+        replaced = self.config.get("overwrite")
         try:
             found = path.read_text().strip()
-            if found.isalnum() and len(found) <= 64:
+            if found.isalnum() and len(found) <= 64 and not replaced:
                 return found
         except (OSError, UnicodeDecodeError):
             pass
-        before = (self.folder / "wandb").is_dir() and not self.folder.name.isdigit()
+        before = (
+            not replaced
+            and not path.exists()
+            and (self.folder / "wandb").is_dir()
+            and not self.folder.name.isdigit()
+        )
         made = self.folder.name if before else secrets.token_hex(4)  # as older versions named it
         path.parent.mkdir(parents=True, exist_ok=True)
         if not before:
