@@ -51,6 +51,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if node is not None:
             _measure(node, path, {}, 0)
         value = None if node is None else loader.construct_document(node)
+    except CheckpointError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f", line {mark.line + 1}"
