@@ -1,4 +1,4 @@
-"""How long a save holds training up: in the background, and written at once.
+"""Measure how long a checkpoint holds up training: written in the background, and at once.
 
     uv run scripts/bench_checkpoint.py [folder=FOLDER] [megabytes=400] [saves=5] [out=FILE.json] ...
 

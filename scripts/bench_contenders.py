@@ -1,4 +1,4 @@
-"""What scripts/bench_quantizers.py measures: our quantizers, other libraries', and textbooks'."""
+"""Build what bench_quantizers.py measures: our quantizers, those of other libraries, textbooks."""
 
 from __future__ import annotations
 

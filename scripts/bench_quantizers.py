@@ -1,4 +1,4 @@
-"""Time and memory of the quantizers, next to other implementations of the same methods.
+"""Measure time and memory of the quantizers, next to other implementations of the same methods.
 
     python scripts/bench_quantizers.py                                   # all; an hour and a half
     python scripts/bench_quantizers.py methods=vq,simvq sizes=8192x32 out=bench.json
@@ -11,7 +11,7 @@ of memory") and `out` (a JSON file; its other cases are kept). `vqp` is vector-q
 exact search cannot avoid, `matmul_reused` the same into memory that is there already.
 
 A train step is forward, backward and `after_step`; encode is eval mode, ids only. Every
-contender of a case lives in a process of its own, and the processes take turns, one step each
+contender of a case lives in a separate process, and the processes take turns, one step each
 per round (or as many as take 0.1 s), so that a busy machine disturbs all alike. Figures are the
 best of the rounds, ratios those of processor time, which other work disturbs least; `threads=1`
 leaves out the threads' waiting for each other. Memory is the peak of the first full step above

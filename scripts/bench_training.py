@@ -1,4 +1,4 @@
-"""Speed and memory of training steps and of encoding, beside matrix products and a textbook's step.
+"""Measure speed and memory of training steps and encoding, next to matrix products and a textbook.
 
     python scripts/bench_training.py                                     # titok_s128, batch 2
     python scripts/bench_training.py experiments=titok_tiny,vqgan_tiny batch=32 out=bench.json
@@ -79,7 +79,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def serve(case: dict[str, Any], pipe: Connection) -> None:
-    """One contender in a process of its own: says what it is, then runs and times what is asked."""
+    """A contender in a separate process: says what it is, then runs and times what is asked."""
     import torch
 
     if case["threads"]:

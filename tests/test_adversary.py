@@ -1,4 +1,4 @@
-"""Two optimizers: a discriminator beside the tokenizer, against a loop by hand and on two ranks."""
+"""Two optimizers: a discriminator next to the tokenizer, against a loop by hand and on two ranks."""
 
 import json
 
@@ -24,6 +24,9 @@ from vistok.training.optimizers import build_optimizer, parameter_groups
 TERM = "loss.terms.adversarial"
 ADVERSARY = [
     "adversary=patch",
+    f"{TERM}.start=0",
+    f"{TERM}.ramp=0",
+    f"{TERM}.warmup=0",
     f"{TERM}.discriminator.base_channels=4",
     f"{TERM}.discriminator.num_layers=2",
     f"{TERM}.weight=0.3",

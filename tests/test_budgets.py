@@ -178,7 +178,7 @@ def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
     tok = vistok.load(flexible_run)
     from vistok.checkpoints.find import find_checkpoint
     from vistok.data.datamodule import VistokDataModule
-    from vistok.evaluation.run import data_config
+    from vistok.evaluation.inputs import data_config
 
     data = VistokDataModule(**data_config(find_checkpoint(flexible_run), [], 8))
     data.setup("validate")

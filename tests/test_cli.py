@@ -65,6 +65,7 @@ def test_help_may_be_cut_short(words):
 
 COMMANDS = ("train", "evaluate", "export", "import_weights", "list_configs")
 COMMANDS += ("make_shards", "check_shards", "bench_data")
+COMMANDS += ("tokenize", "detokenize", "vocabulary", "near_codes")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,6 +1,7 @@
 """Every config composes, builds and trains; every mistyped key is refused."""
 
 import copy
+import inspect
 import re
 from functools import cache
 from pathlib import Path
@@ -14,11 +15,13 @@ from helpers import CONFIGS, SIZES, TINY, TOKENIZERS, compared, config_of, image
 from test_losses import Fake
 from vistok.core.configuration import all_keys, compose, header
 from vistok.core.errors import ConfigError
-from vistok.core.registry import build
+from vistok.core.registry import build, resolve
 from vistok.export.exporter import write_export
 from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer
 from vistok.models.term import Step
+from vistok.priors.build import build_prior
+from vistok.priors.layout import Layout
 from vistok.training.optimizers import build_optimizer
 
 
@@ -26,7 +29,13 @@ def names(group, pattern="*"):
     return sorted(path.stem for path in (CONFIGS / group).glob(f"{pattern}.yaml"))
 
 
-EXPERIMENTS = names("experiment")
+#: Experiments that train priors, on tokens, and those that train tokenizers.
+PRIORS = [
+    name
+    for name in names("experiment", "[!_]*")
+    if "- _prior\n" in (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+]
+EXPERIMENTS = [name for name in names("experiment", "[!_]*") if name not in PRIORS]
 QUANTIZERS = names("quantizer")
 
 #: Millions of parameters, where a paper or its code says them. TiTok: 12 width^2 a block, in encoder
@@ -149,6 +158,26 @@ def test_experiment_builds_on_the_meta_device(name):
     assert config["name"] == name
 
 
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_experiment_builds_on_the_meta_device(name):
+    config = config_of(f"experiment={name}")
+    layout = Layout((16384,), 256, (16, 16), num_classes=1000).as_config()
+    with torch.device("meta"):
+        prior = build_prior({**config, "layout": layout})
+    millions = {"ar_gpt_b": 111, "ar_gpt_l": 343, "ar_gpt_xl": 775, "ar_gpt_xxl": 1411}.get(name)
+    found = sum(p.numel() for p in prior.parameters()) / 1e6
+    assert found == pytest.approx(millions, rel=0.01) if millions else found < 12
+    assert config["name"] == name and config["task"] == "prior"
+    assert not {"tokenizer", "quantizer", "loss"} & set(config)
+
+
+@pytest.mark.parametrize("name", names("prior"))
+def test_prior_configs_write_out_every_argument(name):
+    part = config_of("experiment=ar_gpt_tiny", f"prior={name}")["prior"]
+    known = {*inspect.signature(resolve(part["_target_"])).parameters} - {"layout"}
+    assert known == set(part) - {"_target_"}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_says_what_it_is(path):
     assert len(header(path)) > 10, path
@@ -200,10 +229,6 @@ def test_every_mistyped_key_is_refused(name):
 
 def test_quantizer_configs_write_out_every_argument():
     """What is not in the YAML could not be overridden without a plus sign."""
-    import inspect
-
-    from vistok.core.registry import resolve
-
     for group, wanted in (("quantizer", QUANTIZERS), ("tokenizer", names("tokenizer"))):
         for name in wanted:
             config = config_of("~experiment", f"{group}={name}")[group]

@@ -20,6 +20,10 @@ COMMANDS = {
     **dict.fromkeys(("eval.py", "vistok eval"), "eval"),
     **dict.fromkeys(("export.py", "vistok export"), "export"),
     **dict.fromkeys(("import_weights.py", "vistok import-weights"), "import"),
+    **dict.fromkeys(("vistok tokenize",), "tokenize"),
+    **dict.fromkeys(("vistok detokenize",), "detokenize"),
+    **dict.fromkeys(("vistok vocabulary",), "vocabulary"),
+    **dict.fromkeys(("vistok near-codes",), "near_codes"),
 }
 
 
@@ -118,7 +122,7 @@ def is_there(word):
 def wrong_words(config, words):
     """Yield the words of a command that name no key of its config."""
     given = [w for w in words if "=" in w and not w.startswith(("hydra", "--"))]
-    if config == "eval":  # data and sizes are those of the run
+    if config in ("eval", "tokenize", "near_codes"):  # data and sizes are those of the run
         yield from wrong_words("train", [w for w in given if w.startswith(("data.", "data="))])
         given = [w for w in given if not w.startswith(("data.", "data="))]
     jobs = sweep([quoted(w) for w in given]) if "--multirun" in words else [given]

@@ -14,13 +14,16 @@ from safetensors.torch import load_file, save_file
 import vistok
 from helpers import PATIENCE, config_of, images_of, tiny_tokenizer
 from test_checkpoint import STRANGERS
+from vistok.checkpoints.exports import write_checksums
 from vistok.core.errors import CheckpointError, ConfigError, VistokError
-from vistok.export.exporter import codebook_tensors, write_export
+from vistok.export.codebooks import codebook_tensors
+from vistok.export.exporter import write_export
 
 
 def test_files(exported):
     assert sorted(p.name for p in exported.iterdir()) == [
-        "README.md", "codebook.safetensors", "config.json", "model.safetensors",
+        "README.md", "checksums.json", "codebook.safetensors", "config.json",
+        "model.safetensors", "preprocess.json", "preprocessor_config.json", "vocabulary.json",
     ]  # fmt: skip
     config = json.loads((exported / "config.json").read_text())
     io = config["io"]
@@ -144,6 +147,7 @@ def edit(folder, change):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+    write_checksums(folder)  # as a stranger would
 
 
 @pytest.mark.parametrize("target", STRANGERS, ids=str)
@@ -197,6 +201,8 @@ def test_damaged_files(fails, copy):
         with pytest.raises(CheckpointError, match="copy"):
             vistok.load(copy)
     weights.write_bytes(whole)
+    (copy / "checksums.json").unlink()
+    (copy / "vocabulary.json").unlink()  # as before there were any
     for text in ("", "{", "[]", "null", '"x"'):
         config.write_text(text)
         with pytest.raises(CheckpointError, match="copy"):
@@ -256,8 +262,9 @@ def test_disk_full(fails, cli, finished_run, tmp_path, monkeypatch):
 
 def test_export_of_a_checkpoint_file_and_evaluated_metrics(cli, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    assert cli("evaluate", "run=run", "num_pictures=0")[0] == 0
+    assert cli("evaluate", "run=run", "num_pictures=0", "eval=pixels")[0] == 0
     assert cli("export", "run=run/checkpoints/last.ckpt", "out=out")[0] == 0
     card = (tmp_path / "out" / "README.md").read_text()
     metrics = json.loads((run / "eval" / "metrics.json").read_text())
     assert f"| psnr | {metrics['psnr']:.4g} |" in card and "| ssim |" in card
+    assert metrics["protocol_hash"] in card and '"crop": "adm_center"' in card

@@ -80,7 +80,7 @@ def test_the_working_tree_is_told_in_tables_and_json(house, tree, tmp_path, caps
 
 
 def test_the_house_keeps_its_measure(house, tree):
-    """What the design asks for: no long file, and no module that needs to know of a system."""
+    """The design allows no long file, and no module that needs to know of a system."""
     assert tree["tree"][f"above {house.LONG} lines"] == 0, tree["tree"]["longest"]
     mentions = {name: system["mentions"] for name, system in tree["systems"].items()}
     assert sum(mentions.values()) <= 1, mentions  # MaskGIT's importer makes a VQGAN

@@ -254,6 +254,21 @@ def test_latents_are_measured_alike_from_bytes_and_from_floats(autoencoder_run, 
     assert torch.allclose(maps.std(1, correction=0), torch.ones(len(maps)), atol=1e-3)
 
 
+def test_a_random_start_measures_the_latents_and_nothing_else(autoencoder_run, latent_words):
+    from vistok.tasks.stages import resolve_stage
+
+    class Data:
+        def init_batches(self, count):
+            return images_of(24)
+
+    task = Reconstruction(resolve_stage(config_of(*latent_words, "init=random")))
+    before = {name: value.clone() for name, value in task.tokenizer.state_dict().items()}
+    task.start_weights(Data(), torch.device("cpu"))
+    after = task.tokenizer.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"autoencoder.mean", "autoencoder.std"}
+
+
 @pytest.mark.slow
 def test_it_learns_latents(autoencoder_run, latent_words):
     from vistok.tasks.stages import resolve_stage

@@ -1,4 +1,4 @@
-"""Metrics against computations of other hands."""
+"""Metrics against independent implementations."""
 
 import math
 

@@ -1,13 +1,15 @@
 """Every kind of image against Pillow's own conversions."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
 from data_helpers import encode, picture
 from PIL import Image, ImageOps
 
-from vistok.data.decode import DecodeError, decode, image_extension
+from vistok.data.decode import DecodeError, decode
+from vistok.data.formats import image_extension
 from vistok.data.order import sample_rng
 from vistok.data.transforms import MARGIN, Transform
 
@@ -157,3 +159,137 @@ def test_reduction_leaves_the_margin():
             assert (
                 Transform((64, 48), crop).reduction(lambda: sample_rng(0, 0, 0))(height, width) == 1
             )
+
+
+# ---------------------------------------------------------------------- depth, size, kind
+
+
+def tiff(array, **options):
+    """A TIFF by another writer than Pillow, which says depth, sign and photometric of its own."""
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, **options)
+    return file.getvalue()
+
+
+def scaled(array, low, high):
+    """The definition: low is black, high is white, what lies between is rounded."""
+    values = (array.astype(np.float64) - low) * 255 / (high - low)
+    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+
+
+DEEP = np.random.default_rng(0).integers(0, 65536, (40, 56), dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (lambda: tiff(DEEP), scaled(DEEP, 0, 65535)),
+        (lambda: tiff(DEEP, byteorder=">"), scaled(DEEP, 0, 65535)),
+        (lambda: tiff(DEEP, photometric="miniswhite"), 255 - scaled(DEEP, 0, 65535)),
+        (lambda: encode(Image.fromarray(DEEP), "JPEG2000"), scaled(DEEP, 0, 65535)),
+        (lambda: b"P5 56 40 65535\n" + DEEP.astype(">u2").tobytes(), scaled(DEEP, 0, 65535)),
+        (lambda: b"P5 56 40 4095\n" + (DEEP >> 4).astype(">u2").tobytes(), scaled(DEEP >> 4, 0, 4095)),
+    ],
+)  # fmt: skip
+def test_depths_whose_white_is_known(data, expected):
+    close(decode(data(), 1)[:, :, 0], expected, 1)
+
+
+FLOATS = np.random.default_rng(1).normal(0, 3, (40, 56)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("array", "span"),
+    [
+        (FLOATS, (-4.0, 4.0)),
+        (FLOATS / 1000, (0.0, 0.002)),
+        ((FLOATS * 1000).astype(np.int16), (-4000, 4000)),
+        ((FLOATS * 1e8).astype(np.int32), (-4e8, 4e8)),
+        (DEEP.astype(np.uint32) * 65537, (0, 2**32 - 1)),
+        (DEEP >> 4, (0, 4095)),  # 12 bits in 16
+    ],
+)
+def test_a_range_for_the_whole_set(array, span):
+    data = tiff(array)
+    close(decode(data, 1, value_range=span)[:, :, 0], scaled(array, *span), 1)
+    if array.dtype != np.uint16:  # never by what the image holds
+        with pytest.raises(DecodeError, match=r"data.value_range=\[LOW,HIGH\]"):
+            decode(data)
+
+
+def test_what_is_refused_by_name():
+    spoiled = FLOATS.copy()
+    spoiled[3, 3] = np.nan
+    for data, options, message in [
+        (tiff(spoiled), {"value_range": (0, 1)}, "not numbers"),
+        (tiff(np.dstack([DEEP] * 3)), {"value_range": (0, 4095)}, "of 16 bits is read at 8"),
+        (tiff(FLOATS.astype(np.float64)), {}, "of a kind that is not read"),
+        (tiff(RGB, photometric="cielab"), {}, "mode LAB"),
+        (tiff(GREY.astype(np.int8)), {}, "8 bits with a sign"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, "EPS is a program"),
+        (b"<svg xmlns='x'/>", {}, "SVG"),
+        (b"SIMPLE  =                    T".ljust(2880), {}, "FITS is not read"),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 40, {}, "pip install pillow-heif"),
+    ]:
+        with pytest.raises(DecodeError, match=message) as error:
+            decode(data, **options)
+        assert error.value.cause in ("not read", "damaged")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["TIFF", "WEBP", "AVIF", "JPEG2000"])
+def test_orientation_in_every_format(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    more = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}
+    data = encode(RGB, kind, exif=exif, **more.get(kind, {}))
+    turn = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud}
+    turn |= {5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1)}
+    turn |= {7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, 1)}
+    upright = RGB if kind == "JPEG2000" else turn[orientation](RGB)  # which has no EXIF
+    assert np.abs(decode(data).astype(int) - upright).mean() < 3
+
+
+def test_orientation_in_xmp_alone():
+    xmp = b"<x:xmpmeta><rdf:Description tiff:Orientation='6'/></x:xmpmeta>".replace(b"'", b'"')
+    data = encode(RGB, "JPEG", quality=95, xmp=xmp)
+    assert decode(data).shape == (56, 40, 3)
+
+
+def test_too_large_is_not_damaged():
+    for kind in ("PNG", "JPEG", "TIFF"):
+        with pytest.raises(
+            DecodeError, match=r"40 x 56 pixels, above data.max_pixels=2000"
+        ) as error:
+            decode(encode(RGB, kind), max_pixels=2000)
+        assert error.value.cause == "too large"
+    png = encode(RGB)
+    bomb = png[:16] + (60000).to_bytes(4, "big") * 2 + png[24:]
+    with pytest.raises(DecodeError) as error:
+        decode(bomb[:29] + zlib.crc32(bomb[12:29]).to_bytes(4, "big") + bomb[33:])
+    assert error.value.cause == "too large"
+    long = np.zeros((40000, 1, 3), np.uint8)
+    with pytest.raises(DecodeError, match=r"40000 x 1 pixels become 10240000 x 256") as error:
+        Transform((256, 256), "resize_random")(long, np.random.default_rng(0))
+    assert error.value.cause == "too large"
+
+
+def test_palettes_and_transparent_colors():
+    palette = Image.fromarray(RGB).quantize(16)
+    data = encode(palette, transparency=bytes([0] + [255] * 15))
+    expected = np.asarray(palette.convert("RGB")).copy()
+    expected[np.asarray(palette) == 0] = 255
+    close(decode(data), expected, 0)
+    deep = DEEP.copy()
+    deep[:9] = 777
+    found = decode(encode(Image.fromarray(deep), transparency=777), 4)
+    assert (found[:9, :, 3] == 0).all() and (found[9:, :, 3] == 255).mean() > 0.99
+
+
+def test_the_first_of_several_frames():
+    frames = [Image.fromarray(picture(n)) for n in range(3)]
+    for kind in ("TIFF", "WEBP", "PNG", "GIF"):
+        more = {"lossless": True} if kind == "WEBP" else {}
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **more)
+        close(decode(data), np.asarray(frames[0]), 100 if kind == "GIF" else 0)

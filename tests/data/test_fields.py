@@ -112,7 +112,9 @@ def test_nothing_is_unpickled(tmp_path):
     np.save(file, np.array([Bomb()], dtype=object), allow_pickle=True)
     for data in (file.getvalue(), pickle.dumps(Bomb())):
         train = write(tmp_path / f"s{len(data)}", change=lambda n, o, data=data: o.update(npy=data))
-        with pytest.raises(DataError, match=r"000000000.npy: is not a readable array of numbers"):
+        with pytest.raises(
+            DataError, match=r"000000000.npy (is not a readable|holds Python objects)"
+        ):
             module(train)
 
 

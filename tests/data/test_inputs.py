@@ -1,4 +1,4 @@
-"""What make-shards reads beside folders: lists, tables, shards; and that a kill costs nothing."""
+"""What make-shards reads in addition to folders: lists, tables, shards; and that a kill costs nothing."""
 
 import fcntl
 import io
@@ -204,7 +204,9 @@ def test_tables(pa, tmp_path, images, kind, nested, capsys):
     assert manifest["classes"] == ["cat", "dog"]
     assert [name.partition("/")[2] for name in manifest["left_out"]] == ["000000005", "000000006"]
     names = {path.name for path in (tmp_path / "o").iterdir()}
-    assert all(name.endswith((".tar", ".idx", ".json")) for name in names)  # nothing left behind
+    assert all(
+        name.endswith((".tar", ".idx", ".json", "names.tsv")) for name in names
+    )  # nothing left behind
     # The same as from a folder, but for order: no image is encoded anew.
     assert run(tmp_path / "t", f"out={tmp_path / 'again'}", "shard_size=20KB") == 0
     assert tree(tmp_path / "again") == tree(tmp_path / "o")
@@ -215,7 +217,7 @@ def test_tables_that_cannot_be(pa, tmp_path, images, capsys):
     for arguments, message in [
         (["image=img"], "image=img: "),
         (["image=url"], "column url holds str, not the bytes of image files"),
-        (["label=text"], "column text holds 'caption 0', not class numbers"),
+        (["label=lable"], "label=lable: "),
     ]:
         assert run(tmp_path / "t", f"out={tmp_path / 'o'}", *arguments) == 2
         said = capsys.readouterr().err

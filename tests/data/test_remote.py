@@ -15,9 +15,9 @@ from vistok.core.errors import DataError
 from vistok.data import remote
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.index import sidecar
+from vistok.data.places import expand_shards
 from vistok.data.remote import RemoteShard, ShardCache
 from vistok.data.shards import ShardWriter, write_manifest
-from vistok.data.sources import expand_shards
 
 
 class Server:

@@ -240,7 +240,7 @@ def test_agrees_with_vector_quantize_pytorch(symmetric_grid):
 
 @pytest.mark.parametrize("grid", ["standard", "symmetric"])
 def test_how_many_tokens_come_together_changes_nothing(grid):
-    """64 tokens at a time are computed beside repeated constants, other numbers in smaller parts."""
+    """64 tokens at a time are computed next to repeated constants, other numbers in smaller parts."""
     quantizer = FSQ(6, levels=[8, 5, 3], num_codebooks=2, grid=grid).train()
     z = torch.randn(1, 192, 6)
     whole = quantizer(z)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vistok.core.command_words import launched_from_outside, split, take_folders, value_of
 from vistok.core.errors import ConfigError, Preempted, VistokError, nearest
 from vistok.core.interrupts import deferred, ignore
+from vistok.core.leaving import ends_with
 from vistok.core.plugins import import_plugins
 from vistok.core.terminal import typed
+from vistok.core.words import launched_from_outside, split, take_folders, value_of, wants_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,60 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return COMMANDS[command](words)
 
 
-def train(argv: Sequence[str] | None = None) -> int:
-    """Train a tokenizer, or resume a run; return the exit code."""
-    return _guarded(_train, argv)
-
-
-def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a run; return the exit code."""
-    return _guarded(_evaluate, argv)
-
-
-def export(argv: Sequence[str] | None = None) -> int:
-    """Export a run; return the exit code."""
-    return _guarded(_export, argv)
-
-
-def import_weights(argv: Sequence[str] | None = None) -> int:
-    """Make an export of released weights; return the exit code."""
-    return _guarded(_import_weights, argv)
-
-
-def list_configs(argv: Sequence[str] | None = None) -> int:
-    """List the configs to choose from; return the exit code."""
-    return _guarded(_list, argv)
-
-
-def make_shards(argv: Sequence[str] | None = None) -> int:
-    """Write WebDataset shards from images of any source; return the exit code."""
-    return _guarded(_tool("make_shards"), argv)
-
-
-def check_shards(argv: Sequence[str] | None = None) -> int:
-    """Check shards against their manifest and indexes; return the exit code."""
-    return _guarded(_tool("check_shards"), argv)
-
-
-def bench_data(argv: Sequence[str] | None = None) -> int:
-    """Measure the data stream; return the exit code."""
-    return _guarded(_tool("bench_data"), argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
-    "train": train,
-    "eval": evaluate,
-    "export": export,
-    "import-weights": import_weights,
-    "list": list_configs,
-    "make-shards": make_shards,
-    "check-shards": check_shards,
-    "bench-data": bench_data,
-}
-
-
 def _train(argv: list[str]) -> None:
-    if _wants_help(argv):
+    if wants_help(argv):
         from vistok.help import train_help
 
         return train_help()
@@ -101,7 +51,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    if _wants_help(argv):
+    if wants_help(argv):
         from vistok.help import eval_help
 
         return eval_help()
@@ -111,18 +61,19 @@ def _evaluate(argv: list[str]) -> None:
     data = [o for o in overrides if o.lstrip("+").startswith(("data.", "data="))]
     own = [o for o in overrides if o not in data]
     config = c.compose("eval", own, folders)
-    if not value_of(own, "run"):
+    if not any(value_of(own, key) for key in ("run", "model", "images")):
         raise ConfigError(f"run: which run? for example: {typed('eval')} run=runs/<run>")
     plain = _checked(c.to_container(config), "EVAL")
     with deferred():
-        from vistok.evaluation.run import evaluate as run
+        from vistok.checkpoints.load import task_of
 
         import_plugins(config.plugins)
-    run(plain, data)
+        task = task_of(config.run)  # without a run: of a tokenizer
+    task.evaluate(plain, data)
 
 
 def _export(argv: list[str]) -> None:
-    if _wants_help(argv):
+    if wants_help(argv):
         from vistok.help import export_help
 
         return export_help()
@@ -140,11 +91,43 @@ def _export(argv: list[str]) -> None:
         from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
-    export_run(Path(config.run), Path(config.out), config.weights, config.overwrite)
+    words = (config.weights, config.overwrite, config.license, config.push)
+    export_run(Path(config.run), Path(config.out), *words)
+
+
+def _by_schema(name: str, module: str, function: str = "") -> Callable[[list[str]], None]:
+    """Return a command of vistok.export that takes the keys of its `configs/NAME.yaml`."""
+
+    def command(argv: list[str]) -> None:
+        from vistok.core import configuration as c
+        from vistok.help import config_help
+
+        if wants_help(argv):
+            return config_help(name)
+        import importlib
+
+        schema = name.replace("-", "_")
+        takes_data = name in ("tokenize", "near-codes")
+        # Hydra takes a,b for a sweep.
+        words = [re.sub(r"^format=(\w+(,\w+)+)$", r"format=[\1]", word) for word in argv]
+        overrides, folders, _ = split(words)
+        data = [o for o in overrides if takes_data and o.startswith(("data.", "data="))]
+        own = [o for o in overrides if o not in data]
+        config = c.compose(schema, own, folders)
+        for key in c.required(schema):
+            if not value_of(own, key):
+                raise ConfigError(f"{key} is missing; see {typed(name)} --help")
+        with deferred():
+            run = getattr(importlib.import_module(f"vistok.export.{module}"), function or module)
+
+        import_plugins(config.plugins)
+        run(c.to_container(config), *([data] if takes_data else []))
+
+    return command
 
 
 def _import_weights(argv: list[str]) -> None:
-    if _wants_help(argv):
+    if wants_help(argv):
         from vistok.help import import_help
 
         return import_help()
@@ -167,17 +150,18 @@ def _import_weights(argv: list[str]) -> None:
 
 
 def _checked(config: dict, schema: str) -> dict:
-    """Return a config whose keys have been held to `core.schema`."""
-    from vistok.core import schema as known
+    """Return a config whose keys have been held to a schema of `core.command_schemas`."""
+    from vistok.core import command_schemas
+    from vistok.core.schema import check_keys
 
-    known.check_keys(config, getattr(known, schema))
+    check_keys(config, getattr(command_schemas, schema))
     return config
 
 
 def _list(argv: list[str]) -> None:
     from vistok.help import list_help, listing
 
-    if _wants_help(argv):
+    if wants_help(argv):
         return list_help()
     words, folders = take_folders(argv)
     for word in words:
@@ -237,7 +221,7 @@ def _guarded(command: Callable[[list[str]], int | None], argv: Sequence[str] | N
 def _last(code: int) -> int:
     """Return the exit code of a process that has said all it has to say."""
     ignore()
-    return code
+    return ends_with(code)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -281,8 +265,42 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _wants_help(argv: Sequence[str]) -> bool:
-    return any(word in ("-h", "--help", "help") for word in argv)
+def _command(run: Callable[[list[str]], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Return a command: it takes words, or those that the process was started with."""
+
+    def command(argv: Sequence[str] | None = None) -> int:
+        return _guarded(run, argv)
+
+    return command
+
+
+train = _command(_train)
+evaluate = _command(_evaluate)
+export = _command(_export)
+import_weights = _command(_import_weights)
+tokenize = _command(_by_schema("tokenize", "tokenize"))
+make_shards = _command(_tool("make_shards"))
+check_shards = _command(_tool("check_shards"))
+bench_data = _command(_tool("bench_data"))
+
+#: What can follow `vistok`; each takes words, and returns the exit code.
+COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "compare": _command(_tool("compare")),
+    "report": _command(_tool("report")),
+    "export": export,
+    "tokenize": tokenize,
+    "detokenize": _command(_by_schema("detokenize", "detokenize")),
+    "vocabulary": _command(_by_schema("vocabulary", "merged", "merge")),
+    "near-codes": _command(_by_schema("near-codes", "near_codes")),
+    "import-weights": import_weights,
+    "list": _command(_list),
+    "doctor": _command(_tool("doctor")),
+    "make-shards": make_shards,
+    "check-shards": check_shards,
+    "bench-data": bench_data,
+}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vistok.core.configuration import groups, header, notes, option_files, options
+from vistok.core.configuration import (
+    config_dir,
+    groups,
+    header,
+    notes,
+    option_files,
+    options,
+    required,
+)
 from vistok.core.errors import ConfigError, nearest
 from vistok.core.terminal import columns, counted, show, typed, wrapped
 
@@ -23,8 +31,15 @@ def overview() -> None:
     """Print `vistok --help`."""
     commands = {
         "train [key=value ...]": "train a tokenizer, or resume=runs/<run>",
-        "eval run=runs/<run>": "metrics, metrics.json, pictures",
+        "doctor [key=value ...]": "try out a training: memory, time, health",
+        "eval run=runs/<run>": "metrics, metrics.json, report.html",
+        "compare RUN RUN ...": "measured runs side by side",
+        "report RUN": "report.html again, without measuring",
         "export run=runs/<run> out=FOLDER": "files for other programs",
+        "tokenize model=FOLDER ...": "images to tokens, in the formats of trainers",
+        "detokenize tokens=FOLDER ...": "tokens to pictures",
+        "vocabulary model=FOLDER ...": "a text tokenizer with the codes behind its ids",
+        "near-codes model=FOLDER ...": "neighbors of each code; which ids survive",
         "import-weights source=NAME ...": "released weights to an export",
         "list [GROUP [WORD]]": "what there is to choose from",
         "make-shards IMAGES out=FOLDER": "images to WebDataset shards",
@@ -93,27 +108,31 @@ def eval_help() -> None:
     program = typed("eval")
     examples = {
         f"{program} run=runs/<run>": "on the validation images of that run",
-        f"{program} run=exported/mine data=shards data.val=val.tar": "on other images",
-        f"{program} run=runs/<run> 'eval.num_tokens=[1,8,64]'": "curve over token budgets",
+        f"{program} run=runs/<run> eval=full": "more metrics, token statistics, codecs",
+        f"{program} model=exported/mine data=folder data.val=FOLDER": "an export",
+        f"{program} images=FOLDER data.val=FOLDER": "what another program wrote",
+        f"{program} run=runs/<run> 'eval.num_tokens=[1,8,64]'": "curves over token budgets",
     }
     keys = {
-        "run=": "a run folder, an export folder or a checkpoint",
+        "run=": "a run folder, an export folder or a checkpoint; or model=, or images=",
+        "eval=default": f"the suite: {', '.join(options('eval'))}",
         "out=": "where to write; empty: <run>/eval, or <export>_eval",
         "weights=ema": "ema (averaged) or last",
         "device=auto": "auto, cpu or cuda",
         "precision=auto": "auto, bf16, 16 or 32",
         "batch_size=64": "images per batch",
         "num_pictures=12": "number of images in the picture; picture_scale= enlarges it",
-        "eval.num_tokens=": "token budgets (flexible length), measured next to JPEG and WebP",
+        "eval.num_tokens=": "token budgets (flexible length), measured next to image codecs",
         "eval.steps=": "of a decoder that samples; likewise eval.guidance= and eval.seed=",
         "data.*": "as in training, for example data.val=/photos/val data.val_crop=tv_center",
+        "prior.*": "of a prior: num_samples, images, tokenizer, guidance, ...",
         "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
     }
     _show(
         wrapped(
-            "Evaluate a tokenizer: PSNR, SSIM, codebook usage and bits, as a table, as "
-            "metrics.json and in a picture."
+            "Evaluate a tokenizer by a hashed protocol: a table, metrics.json, per_image.csv and "
+            "report.html."
         ),
         f"  {program} run=runs/<run> [key=value ...]",
         "Examples\n" + columns(examples.items()),
@@ -127,6 +146,8 @@ def export_help() -> None:
         "run=": "a run folder or a checkpoint",
         "out=": "folder to write, for example exported/my_tokenizer",
         "weights=ema": "ema (averaged) or last",
+        "license=": "of the weights, for the card, such as apache-2.0",
+        "push=": "owner/name: also upload it to the Hugging Face Hub",
         "overwrite=false": "true: replace an export",
         "plugins=": "modules of your own to import first",
         "debug=true": "show the traceback of an error",
@@ -141,11 +162,28 @@ def export_help() -> None:
     )
 
 
+def config_help(name: str) -> None:
+    """Print the `--help` of a command by its schema, `configs/NAME.yaml`."""
+    path = config_dir() / f"{name.replace('-', '_')}.yaml"
+    rows = []
+    for line in path.read_text().splitlines():
+        if match := re.match(r"(\w+): (\S+)(?:\s+# (.*))?$", line):
+            key, value, about = match.groups()
+            value = "" if value == "???" else value
+            rows.append((f"{key}={value}", about or "show the traceback of an error"))
+    needed = " ".join(f"{key}=..." for key in required(name.replace("-", "_")))
+    _show(
+        wrapped(" ".join(notes(path))),
+        f"  {typed(name)} {needed} [key=value ...]",
+        "Keys\n" + columns(rows),
+    )
+
+
 def import_help() -> None:
     """Print `import_weights.py --help`."""
     program = typed("import-weights")
     keys = {
-        "source=": ", ".join(_importers()),
+        "source=": ", ".join(["auto", *_importers()]),
         "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
         "out=": "folder to write, for example exported/my_tokenizer",
         "image_size=": "for weights that take any size (published: 256)",

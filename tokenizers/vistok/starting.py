@@ -14,13 +14,13 @@ from typing import Any
 
 import vistok
 from vistok.core import configuration as c
-from vistok.core.command_words import launched_from_outside, split, value_of
 from vistok.core.errors import CheckpointError, ConfigError, DataError, Preempted, nearest
 from vistok.core.interrupts import deferred
 from vistok.core.plugins import import_plugins
 from vistok.core.run_folders import claim_new, held, leads
 from vistok.core.schema import check_run, check_sizes
 from vistok.core.terminal import show, typed
+from vistok.core.words import launched_from_outside, split, value_of
 
 #: Flags that ask Hydra for something else than a run.
 _ASKING = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
@@ -79,10 +79,13 @@ def check_places(data: dict[str, Any]) -> None:
         DataError: naming it.
     """
     from vistok.data.checks import check_places as check_kind
+    from vistok.data.places import as_path
 
-    check_kind(data["kind"], data["train"], data["val"])
-    for key in ("train", "val") if data["kind"] == "folder" else ():
-        place = data[key]
+    if data["kind"] == "tokens":  # which the manifest says more of
+        return
+    train, val = as_path(data["train"]), as_path(data["val"])
+    check_kind(data["kind"], train, val)
+    for place in (train, val) if data["kind"] == "folder" else ():
         if isinstance(place, str) and "://" not in place:
             folder = Path(os.path.expanduser(place))
             if not folder.exists():

@@ -145,12 +145,15 @@ def _config_in(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config of a checkpoint and the weights of its tokenizer.
+def read_weights(
+    path: Path, weights: str, model: str = "tokenizer"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config of a checkpoint and the weights of its model.
 
     Args:
         path: a file, or the folder of a sharded checkpoint.
         weights: "ema" for the averaged weights where there are any, or "last" for the raw ones.
+        model: name of the model in its task.
     """
     if weights not in ("ema", "last"):
         raise ConfigError(f"weights={weights}: must be 'ema' or 'last'")
@@ -158,7 +161,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Te
     config = _config_in(content, path)
     if weights == "ema" and content.get("ema"):
         return config, content["ema"]["weights"]
-    prefix = "tokenizer."
+    prefix = f"{model}."
     state = {
         key[len(prefix) :]: value
         for key, value in content["state_dict"].items()

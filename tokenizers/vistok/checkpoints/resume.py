@@ -34,7 +34,7 @@ def newest_whole(run: Path) -> Path | None:
         CheckpointError: if there are checkpoints and none is whole.
     """
     problems = []
-    for path in sorted((run / "checkpoints").glob("*.ckpt"), key=_age, reverse=True):
+    for path in newest_first(run):
         try:
             check_seal(path)
             return path
@@ -45,6 +45,11 @@ def newest_whole(run: Path) -> Path | None:
     if problems:
         raise CheckpointError(f"{run}: no checkpoint is intact; {problems[0]}")
     return None
+
+
+def newest_first(run: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, intact or not, the newest first."""
+    return sorted((run / "checkpoints").glob("*.ckpt"), key=_age, reverse=True)
 
 
 def _age(path: Path) -> tuple[float, str]:

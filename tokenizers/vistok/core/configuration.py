@@ -19,6 +19,34 @@ from omegaconf.errors import OmegaConfBaseException
 from vistok.core.errors import CheckpointError, ConfigError, as_written, nearest
 from vistok.core.yaml_file import read_yaml
 
+#: Keys whose value is a place on this machine; `~` is the home folder there, as in a shell.
+_PLACES = (
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "resume",
+    "init_from",
+    "run",
+    "model",
+    "images",
+    "tokens",
+    "text",
+    "out",
+    "weights",
+    "stage.proxy",
+    "stage.autoencoder",
+    "stage.weights",
+    "data.train",
+    "data.val",
+    "data.tokenizer",
+    "data.cache_dir",
+    "prior.tokens",
+    "prior.tokenizer",
+    "prior.images",
+    "eval.inception",
+    "eval.vgg",
+    "eval.alex",
+)
+
 #: Groups of keys that may be null.
 _NULL_FOR_NONE = ("baseline",)
 
@@ -74,21 +102,42 @@ def header(path: Path) -> str:
     return re.split(r"(?<=\.)\s(?=[A-Z])", text)[0].removesuffix(":")
 
 
+def required(name: str) -> list[str]:
+    """Return the keys of a schema that must be given, in the order of its file."""
+    written = (config_dir() / f"{name}.yaml").read_text()
+    return re.findall(r"^(\w+): \?\?\?", written, re.MULTILINE)
+
+
 def quoted(override: str) -> str:
     """Return the override, with its value in quotes if Hydra's grammar would trip over it.
 
-    Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then.
+    Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then, nor
+    do places whose name Hydra would read as a number (2020), nor those that are there and that it
+    would read as a choice (a,b) or a list ([1]). In places `~` is written out.
+
+    Raises:
+        ConfigError: if `~` names a home folder that is not there.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     key, _, value = override.partition("=")
+    is_place = key.lstrip("+") in _PLACES and bool(value)
+    if is_place and value.startswith("~"):
+        value = os.path.expanduser(value)
+        if value.startswith("~"):
+            raise ConfigError(f"{override}: there is no such home folder; write the path out")
+        override = f"{key}={value}"
     try:
-        OverridesParser.create().parse_override(override)
-        return override
+        parsed = OverridesParser.create().parse_override(override)
+        read = parsed.value()
+        number = isinstance(read, (int, float)) and not isinstance(read, bool)
+        if not is_place or read == value or not (number or os.path.lexists(value)):
+            return override
     except HydraException:
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{key}="{escaped}"'
+        pass
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -312,7 +361,8 @@ def _explain(
         key = override.lstrip("+~").split("=")[0]
         if f"'{key}'" in text or f"'{override}'" in text or f" {key}" in text:
             if "not in struct" in text or "Could not override" in text or "Key" in text:
-                known = all_keys(compose(name, [])) if overrides else []
+                chosen = [o for o in overrides if o.partition("=")[0] in groups(extra_dirs)]
+                known = all_keys(compose(name, chosen, extra_dirs)) if overrides else []
                 if key not in known:
                     return f"{key}: no such key{nearest_key(key, known)}"
             return f"{override}: {text[:160]}"

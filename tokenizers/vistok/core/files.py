@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,17 @@ from typing import Any, BinaryIO
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that can be made again: `$VISTOK_CACHE`, or a default one."""
+    """Return the folder for files that can be made again: `$VISTOK_CACHE`, or a default one.
+
+    A user without a home, as of `docker run --user`, has one among the temporary files.
+    """
+    try:
+        return _cache_dir()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"vistok-cache-{os.getuid()}"
+
+
+def _cache_dir() -> Path:
     if chosen := os.environ.get("VISTOK_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
@@ -48,7 +60,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     The data is on the disk before the name is, so a reader (or a restart after a kill) finds the
     old file, the new one or none, never a part of one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines, whose numbers may be the same, write to one folder.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

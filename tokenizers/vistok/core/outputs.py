@@ -31,7 +31,7 @@ class QuantizerOutput:
 
 
 #: What the values of a prediction are.
-KINDS = ("pixels", "velocity", "logits", "features")
+KINDS = ("pixels", "velocity", "logits", "features", "logit_laplace")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Prediction:
         value: what the head returned.
         target: of the same shape, or class ids for logits.
         kind: one of `KINDS`: "pixels" `(B, C, H, W)` in [-1, 1], a flow's "velocity" of that
-            shape, "logits" `(B, places, K)` with ids `(B, places)` as their target, or "features"
-            `(B, places, width)`.
+            shape, "logits" `(B, places, K)` with ids `(B, places)` as their target, "features"
+            `(B, places, width)`, or "logit_laplace" `(B, 2 C, H, W)`, the locations and logarithms
+            of scales of C channels, with pixels as their target.
         weight: `(B,)`, how much each sample counts; None for all alike.
     """
 

@@ -13,13 +13,20 @@ from vistok.core.signatures import Arguments, arguments_of
 T = TypeVar("T", bound=Callable[..., Any])
 
 #: Kinds of registered things, each with names of its own; an error says them with their article.
-_ARTICLES = {"part": "a part", "importer": "an importer", "stage": "a stage", "task": "a task"}
+_ARTICLES = {
+    "part": "a part",
+    "importer": "an importer",
+    "stage": "a stage",
+    "task": "a task",
+    "metric": "a metric",
+}
 
 #: Where things of a kind register themselves when their modules are imported: floors that need
 #: torch alone, but for tasks.
 _FLOORS: dict[str, Sequence[str]] = {
-    **dict.fromkeys(_ARTICLES, ("quantizers", "models", "losses", "systems")),
+    **dict.fromkeys(_ARTICLES, ("quantizers", "models", "losses", "systems", "priors")),
     "task": ("tasks",),
+    "metric": ("metrics",),
 }
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _ARTICLES}
@@ -47,7 +54,7 @@ def register(given: Any, kind: str = "part") -> Any:
     Args:
         given: a name, or the class itself.
         kind: "part" for the classes that a config builds, "importer" for functions that convert
-            released weights, "stage" or "task". Each kind has names of its own.
+            released weights, "stage", "task" or "metric". Each kind has names of its own.
 
     Raises:
         ConfigError: if the name is taken, or the class has another one.
@@ -137,6 +144,14 @@ def _unknown(target: str, kind: str) -> str:
     return f"not in vistok's registry{hint}"
 
 
+def name_of(item: Any, kind: str = "part") -> str:
+    """Return the registered name of a class, or of the nearest one that it derives from."""
+    for each in item.__mro__:
+        if name := _names[kind].get(_path(each)):
+            return name
+    return item.__name__
+
+
 def with_names(config: Any) -> Any:
     """Return a config in which the paths of registered classes are replaced by their names."""
     _discover("part")
@@ -150,28 +165,29 @@ def with_names(config: Any) -> Any:
     return config
 
 
-def build(config: Any, key: str = "", /, **given: Any) -> Any:
+def build(config: Any, key: str = "", kind: str = "part", /, **given: Any) -> Any:
     """Build the object that a config of plain containers describes.
 
     Args:
         config: a mapping with `_target_` and constructor arguments; nested mappings with a
             `_target_` and lists are built first, everything else is passed as it is.
         key: where it lies in the run's config, for messages.
+        kind: of the object itself; what it holds are parts.
         given: further constructor arguments.
 
     Raises:
         ConfigError: naming the class or the key that is wrong.
     """
-    check_arguments(config, key, given)
-    return _build(config, key, given)
+    check_arguments(config, key, given, kind=kind)
+    return _build(config, key, given, kind)
 
 
-def _build(config: Any, key: str, given: Mapping[str, Any]) -> Any:
+def _build(config: Any, key: str, given: Mapping[str, Any], kind: str = "part") -> Any:
     if isinstance(config, Mapping):
         values = {k: _build(v, _inner(key, k), {}) for k, v in config.items() if k != "_target_"}
         if "_target_" not in config:
             return values
-        cls = resolve(config["_target_"], key=_inner(key, "_target_"))
+        cls = resolve(config["_target_"], kind, key=_inner(key, "_target_"))
         try:
             return cls(**values, **given)
         except ArgumentError as error:
@@ -188,7 +204,11 @@ def _inner(key: str, name: str) -> str:
 
 
 def check_arguments(
-    config: Any, key: str = "", given: Collection[str] = (), but: Collection[str] = ()
+    config: Any,
+    key: str = "",
+    given: Collection[str] = (),
+    but: Collection[str] = (),
+    kind: str = "part",
 ) -> None:
     """Hold a config to the annotations of the constructors that it names.
 
@@ -197,6 +217,7 @@ def check_arguments(
         key: where it lies in the run's config.
         given: names of arguments that the outermost part gets besides.
         but: names of arguments to pass over, wherever they are.
+        kind: of the outermost; what it holds are parts.
 
     Raises:
         ConfigError: naming the full key of an argument that is wrong, missing, or not one.
@@ -205,7 +226,7 @@ def check_arguments(
         for i, value in enumerate(config):
             check_arguments(value, f"{key}[{i}]", but=but)
     elif isinstance(config, Mapping) and "_target_" in config:
-        cls = resolve(config["_target_"], key=_inner(key, "_target_"))
+        cls = resolve(config["_target_"], kind, key=_inner(key, "_target_"))
         values = {name: value for name, value in config.items() if name != "_target_"}
         _check(values, arguments_of(cls), key, config["_target_"], given, but)
     elif isinstance(config, Mapping):

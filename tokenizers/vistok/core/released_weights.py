@@ -7,21 +7,31 @@ that is missing or left over is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from vistok.core.errors import CheckpointError
 
+Importer = TypeVar("Importer", bound=Callable[..., Any])
+
 
 class Released(NamedTuple):
-    """Result of a converter: the parts of a config, and a state without fresh statistics."""
+    """Result of a converter: the parts of a config, and a state without fresh statistics.
+
+    Attributes:
+        tokenizer: its config.
+        quantizer: its config.
+        state: tensors by our names.
+        license: the one that the weights were released under, as their owners name it.
+    """
 
     tokenizer: dict[str, Any]
     quantizer: dict[str, Any]
     state: dict[str, Tensor]
+    license: str = "unknown"
 
 
 class Published:
@@ -59,7 +69,7 @@ class Published:
             CheckpointError: if there is none.
         """
         if name not in self.left:
-            raise self._misfit(f"'{name}' is missing")
+            raise self.misfit(f"'{name}' is missing")
         return self.left[name].shape
 
     def move(self, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -71,10 +81,42 @@ class Published:
                 moved[ours + name[len(theirs) :]] = self.take(name)
         return moved
 
+    def has(self, *names: str) -> bool:
+        """Return whether there are all of some tensors, or parts."""
+        return all(
+            name in self.left or any(key.startswith(f"{name}.") for key in self.left)
+            for name in names
+        )
+
+    def copy(self) -> Published:
+        """Return another one with the same tensors, to try something on."""
+        return Published(self.left, self.metadata, self.source)
+
+    def drop(self, *prefixes: str) -> None:
+        """Leave out tensors that are known and not needed, such as those of a loss."""
+        for name in [name for name in self.left if name.startswith(prefixes)]:
+            del self.left[name]
+
     def count(self, prefix: str) -> int:
         """Return how many parts `prefix.0`, `prefix.1`, ... there are."""
         start = len(prefix) + 1
         return len({k[start:].partition(".")[0] for k in self.left if k.startswith(f"{prefix}.")})
+
+    def within(self, *prefixes: str) -> None:
+        """Leave out what is outside a part of a larger model, if the file has one.
+
+        Args:
+            prefixes: names that the part may have, such as "model.vqmodel".
+        """
+        for prefix in prefixes:
+            start = f"{prefix}."
+            if any(name.startswith(start) for name in self.left):
+                self.left = {
+                    name.removeprefix(start): value
+                    for name, value in self.left.items()
+                    if name.startswith(start)
+                }
+                return
 
     def finish(self) -> None:
         """Check that nothing is left.
@@ -83,12 +125,35 @@ class Published:
             CheckpointError: naming the first tensor that has no place.
         """
         for name in self.left:
-            raise self._misfit(f"'{name}' has no place (and {len(self.left) - 1} more)")
+            raise self.misfit(f"'{name}' has no place (and {len(self.left) - 1} more)")
 
-    def _misfit(self, found: str) -> CheckpointError:
+    def misfit(self, found: str) -> CheckpointError:
+        """Return the error that the file is of another kind, for what was found in it."""
         return CheckpointError(
             f"the file does not look like weights of source={self.source}: {found}"
         )
+
+
+def recognized(why: str, test: Callable[[Published], bool]) -> Callable[[Importer], Importer]:
+    """Let `source=auto` find an importer; a decorator of it.
+
+    Args:
+        why: what in a file tells that it is of this family, for the user.
+        test: whether a file has that.
+    """
+
+    def mark(importer: Importer) -> Importer:
+        importer.mark = Mark(why, test)  # type: ignore[attr-defined]
+        return importer
+
+    return mark
+
+
+class Mark(NamedTuple):
+    """What tells a family: in words, and as a test."""
+
+    why: str
+    test: Callable[[Published], bool]
 
 
 def vector_quantizer(codes: Tensor, dim: int, metric: str) -> dict[str, Any]:

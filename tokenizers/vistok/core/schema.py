@@ -32,7 +32,8 @@ from vistok.core.values import (
 _MISSING = object()
 
 
-def _or_null(annotation: Any) -> Any:
+def or_null(annotation: Any) -> Any:
+    """Return the annotation of values that may be null as well."""
     return annotation | None
 
 
@@ -44,7 +45,7 @@ def up_to(most: int, least: int = 1) -> Rule:
 _Seed = Annotated[int, up_to(2**32 - 1, 0)]
 _Steps = Annotated[int, up_to(2**53)]
 _Words = Annotated[Sequence[str], Rule("a list of words", lambda v: _are_words(v))]
-_Names = Annotated[
+Names = Annotated[
     Sequence[str], Rule("a list of words, or one", lambda v: isinstance(v, str) or _are_words(v))
 ]
 _beta = rule_of(Decay)
@@ -67,11 +68,24 @@ _Batches = Annotated[
         lambda v: (is_whole(v) and v >= 1) or (is_number(v) and 0 < v <= 1),
     ),
 ]
+_Range = Annotated[
+    Any,
+    Rule(
+        "[LOW, HIGH], the values that are black and white, for example [0, 1], or null",
+        lambda v: (
+            v is None
+            or (
+                (isinstance(v, (list, tuple)) and len(v) == 2 and all(map(is_number, v)))
+                and v[0] < v[1]
+            )
+        ),
+    ),
+]
 _Places = Annotated[
     Any,
     Rule(
         "a path, a list of paths, or null",
-        lambda v: v is None or isinstance(v, str) or (_are_words(v) and bool(v)),
+        lambda v: v is None or isinstance(v, str) or is_number(v) or (_are_words(v) and bool(v)),
     ),
 ]
 
@@ -80,7 +94,8 @@ def _are_words(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
 
 
-def _precision(*more: str) -> Any:
+def precision(*more: str) -> Any:
+    """Return the annotation of a precision; `more` are names of older configs."""
     known = ("auto", "bf16", "16", "32", *more)
     return Annotated[
         Any,
@@ -97,15 +112,16 @@ def _precision(*more: str) -> Any:
 TRAIN: dict[str, dict[str, Any]] = {
     "": {
         "task": (str, "reconstruction"),
+        "tokens": (str | None, None),
         "name": (str, "run"),
         "seed": _Seed,
         "resume": (str | None, None),
         "init_from": (str | None, None),
-        "init_parts": (_or_null(_Names), None),
+        "init_parts": (or_null(Names), None),
         "init": (Literal["data", "random"], "data"),
         "init_images": (Count, 1024),
         "compile": (bool, False),
-        "plugins": (_Names, []),
+        "plugins": (Names, []),
         "overwrite": (bool, False),
         "debug": (bool, False),
     },
@@ -125,14 +141,14 @@ TRAIN: dict[str, dict[str, Any]] = {
             ],
             600,
         ),
-        "global_batch_size": (_or_null(Annotated[int, up_to(2**31)]), None),
-        "precision": _precision("bf16-mixed", "16-mixed", "32-true"),
+        "global_batch_size": (or_null(Annotated[int, up_to(2**31)]), None),
+        "precision": precision("bf16-mixed", "16-mixed", "32-true"),
         "matmul_precision": (Literal["highest", "high", "medium"], "highest"),
         "max_steps": _Steps,
         "val_check_interval": _Steps,
         "limit_val_batches": (_Batches, 1.0),
         "accumulate_grad_batches": (Annotated[int, up_to(2**20)], 1),
-        "gradient_clip_val": (_or_null(NonNegative), None),
+        "gradient_clip_val": (or_null(NonNegative), None),
         "log_every_n_steps": (_Steps, 10),
         "deterministic": (bool | Literal["warn"], False),
         "enable_progress_bar": (bool, True),
@@ -143,7 +159,7 @@ TRAIN: dict[str, dict[str, Any]] = {
         "betas": _Betas,
         "weight_decay": NonNegative,
         "warmup_samples": Index,
-        "total_samples": _or_null(Count),
+        "total_samples": or_null(Count),
         "final_lr_factor": Share,
         "on_extend": (Literal["hold", "stretch", "rewarm"], "hold"),
     },
@@ -152,8 +168,13 @@ TRAIN: dict[str, dict[str, Any]] = {
         "keep_last": (Annotated[int, up_to(10_000)], 2),
         "background_checkpoints": (bool, True),
         "num_pictures": Annotated[int, up_to(10_000, 0)],
-        "picture_scale": (_or_null(Annotated[int, up_to(64)]), None),
+        "report": (bool, True),
+        "picture_scale": (or_null(Annotated[int, up_to(64)]), None),
         "codebook_window": _Steps,
+        "max_skipped_steps": (_Steps, 20),
+        "health_every": (_Steps, 100),
+        "winning_accuracy": (Share, 0.97),
+        "winning_windows": (_Steps, 5),
     },
     "logger": {
         "name": Literal["jsonl", "tensorboard", "wandb", "csv"],
@@ -176,7 +197,7 @@ TRAIN: dict[str, dict[str, Any]] = {
         "proxy": (str | None, None),
         "autoencoder": (str | None, None),
         "weights": (str | None, None),
-        "frozen": (_or_null(_Names), []),
+        "frozen": (or_null(Names), []),
     },
     "data": {
         "kind": str,
@@ -186,9 +207,9 @@ TRAIN: dict[str, dict[str, Any]] = {
         "image_size": ImageSize,
         "channels": Count,
         "batch_size": Annotated[int, up_to(2**24)],
-        "eval_batch_size": (_or_null(Annotated[int, up_to(2**24)]), None),
-        "num_workers": (_or_null(Annotated[int, up_to(1024, 0)]), None),
-        "shuffle_buffer": (_or_null(Count), None),
+        "eval_batch_size": (or_null(Annotated[int, up_to(2**24)]), None),
+        "num_workers": (or_null(Annotated[int, up_to(1024, 0)]), None),
+        "shuffle_buffer": (or_null(Count), None),
         "seed": Index,
         "train_crop": str,
         "val_crop": str,
@@ -208,7 +229,22 @@ TRAIN: dict[str, dict[str, Any]] = {
         "cache_gb": (Positive, 100.0),
         "retries": (Annotated[int, up_to(10**6, 0)], 5),
         "timeout": (Positive, 30.0),
+        "value_range": (_Range, None),
+        "max_pixels": (Count, 180_000_000),
     },
+}
+
+#: The data of priors, in the place of those of images.
+TOKENS: dict[str, Any] = {
+    "kind": Literal["tokens"],
+    "val": (str | None, None),
+    "val_fraction": number(0, 1),
+    "batch_size": Annotated[int, up_to(2**24)],
+    "eval_batch_size": (or_null(Annotated[int, up_to(2**24)]), None),
+    "num_workers": (Annotated[int, up_to(1024, 0)], 0),
+    "shuffle_buffer": (or_null(Count), None),
+    "seed": Index,
+    "tokenizer": (str | None, None),
 }
 
 #: Groups that may be null or missing.
@@ -233,50 +269,13 @@ OWN_TRAINER_KEYS = {
     "use_distributed_sampler": "the data are spread by vistok",
 }
 
-#: `configs/eval.yaml`, `export.yaml` and `import.yaml`.
-EVAL: dict[str, dict[str, Any]] = {
-    "": {
-        "run": str,
-        "out": str | None,
-        "weights": Literal["ema", "last"],
-        "device": Literal["auto", "cpu", "cuda", "gpu"],
-        "precision": _precision(),
-        "batch_size": Annotated[int, up_to(2**24)],
-        "num_pictures": Annotated[int, up_to(10_000, 0)],
-        "picture_scale": _or_null(Annotated[int, up_to(64)]),
-        "plugins": _Names,
-        "debug": bool,
-    },
-}
-EXPORT: dict[str, dict[str, Any]] = {
-    "": {
-        "run": str,
-        "out": str,
-        "weights": Literal["ema", "last"],
-        "overwrite": bool,
-        "plugins": _Names,
-        "debug": bool,
-    }
-}
-IMPORT: dict[str, dict[str, Any]] = {
-    "": {
-        "source": str,
-        "weights": str,
-        "out": str,
-        "image_size": _or_null(ImageSize),
-        "overwrite": bool,
-        "plugins": _Names,
-        "debug": bool,
-    }
-}
-
 
 def check_keys(config: dict[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> None:
     """Hold a config to a schema, and give keys that an older one lacks their values, in place.
 
     Args:
         config: plain containers, resolved.
-        schema: `TRAIN`, `EVAL`, `EXPORT` or `IMPORT`.
+        schema: by group its keys.
 
     Raises:
         ConfigError: naming the full key that is wrong, missing, or not one.
@@ -313,11 +312,21 @@ def check_run(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    for group in ("tokenizer", "quantizer", "loss"):
+    is_prior = config.get("task") == "prior"
+    for group in ("prior", "sampling") if is_prior else ("tokenizer", "quantizer", "loss"):
         if not isinstance(config.get(group), dict):
             found = as_written(config.get(group))
             raise ConfigError(f"{group}={found}: must be a group of keys")
-    check_keys(config, TRAIN)
+    data = config.get("data")
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if is_prior and kind != "tokens":
+        raise ConfigError(f"data.kind={as_written(kind)}: task=prior reads tokens; add data=tokens")
+    if kind == "tokens" and not is_prior:
+        raise ConfigError("data.kind=tokens: is for task=prior; a tokenizer reads images")
+    check_keys(config, {**TRAIN, "data": TOKENS} if is_prior else TRAIN)
+    for key in config["data"] if is_prior else ():
+        if key not in TOKENS:
+            raise ConfigError(f"data.{key}: no such key{nearest(str(key), TOKENS)}")
     for key, instead in OWN_TRAINER_KEYS.items():
         if key in config["trainer"]:
             raise ConfigError(f"trainer.{key}: {instead}")
@@ -330,6 +339,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         ConfigError: naming the key.
     """
     data = config["data"]
+    if "image_size" not in data:  # tokens
+        return
     height, width = as_pair(data["image_size"])
     encoder = config["tokenizer"].get("encoder")
     if isinstance(encoder, dict) and encoder.get("image_size") == data["image_size"]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vistok.core.errors import ConfigError, nearest
-from vistok.core.values import check, whole
+from vistok.core.values import check, is_number, whole
+from vistok.data.places import as_path
 
 KINDS = ("sample", "folder", "shards", "mixture")
 
@@ -47,7 +48,7 @@ def mixture_sources(sources: Any) -> dict[str, dict[str, Any]]:
                 f"data.sources.{name}: unknown key {min(unknown)}; the keys are train and weight"
             )
         found[str(name)] = {
-            "train": spec["train"],
+            "train": as_path(spec["train"]),
             "weight": above_zero(f"sources.{name}.weight", spec.get("weight", 1)),
         }
     return found
@@ -61,7 +62,7 @@ def at_least(least: int, name: str, value: Any) -> int:
 
 def above_zero(name: str, value: Any) -> float:
     """Return a number above 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise ConfigError(f"data.{name}={value!r}: must be a number above 0")
     return float(value)
 
@@ -72,6 +73,19 @@ def share_pair(name: str, value: Any) -> tuple[float, float]:
     numbers = len(pair) == 2 and all(type(number) in (int, float) for number in pair)
     if not numbers or not 0 < pair[0] <= pair[1] <= 1:
         raise ConfigError(f"data.{name}={value!r}: must be [least, largest], both in (0, 1]")
+    return float(pair[0]), float(pair[1])
+
+
+def value_range(value: Any) -> tuple[float, float] | None:
+    """Return [black, white] of images of more than 8 bits; None for those of their types."""
+    if value is None:
+        return None
+    pair = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    if len(pair) != 2 or not all(map(is_number, pair)) or not pair[0] < pair[1]:
+        raise ConfigError(
+            f"data.value_range={value!r}: must be [LOW, HIGH], the values that are black and white,"
+            " for example [0, 1]"
+        )
     return float(pair[0]), float(pair[1])
 
 

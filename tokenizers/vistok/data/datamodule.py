@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +19,19 @@ from vistok.core.files import cache_dir as own_cache
 from vistok.core.terminal import counted
 from vistok.data.checks import above_zero, at_least, check_places, mixture_sources, share_pair
 from vistok.data.checks import image_size as size_of
-from vistok.data.dataset import Batch, EvalSampler, ImageDataset, ImageLoader, StreamSampler
+from vistok.data.checks import value_range as range_of
+from vistok.data.dataset import Batch, EvalSampler, ImageDataset, ImageLoader, StreamSampler, cores
+from vistok.data.decode import MAX_PIXELS
 from vistok.data.fields import check_names
 from vistok.data.order import Order
 from vistok.data.photographs import sample_shards
+from vistok.data.places import as_path
 from vistok.data.remote import ShardCache
 from vistok.data.sets import ImageSets
 from vistok.data.skipped import SkippedImages
 from vistok.data.transforms import Transform
+
+log = logging.getLogger(__name__)
 
 
 class VistokDataModule(L.LightningDataModule):
@@ -73,6 +78,9 @@ class VistokDataModule(L.LightningDataModule):
         cache_gb: when more lies there, what was used longest ago is removed.
         retries: further tries to fetch a remote shard.
         timeout: seconds without a byte, after which a try has failed.
+        value_range: [low, high] that are black and white in images of more than 8 bits; None for
+            those of their types (65535 of 16 bits), which floats do not have.
+        max_pixels: of an image as it is stored; larger ones cannot be used.
 
     Raises:
         ConfigError: for a value that cannot be.
@@ -106,8 +114,11 @@ class VistokDataModule(L.LightningDataModule):
         cache_gb: float = 100.0,
         retries: int = 5,
         timeout: float = 30.0,
+        value_range: Sequence[float] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         super().__init__()
+        train, val = as_path(train), as_path(val)
         check_places(kind, train, val)
         self.sources = mixture_sources(sources) if kind == "mixture" else {}
         if channels not in (1, 3, 4):
@@ -165,6 +176,8 @@ class VistokDataModule(L.LightningDataModule):
             bucket_transforms=bucket_transforms,
             val_transform=Transform(self.image_size, val_crop, key="data.val_crop"),
             cache=cache,
+            value_range=range_of(value_range),
+            max_pixels=at_least(1, "max_pixels", max_pixels),
         )
         self.samples_seen = 0
         self.batches_per_step = 1  # of each rank; the trainer sets it
@@ -197,6 +210,8 @@ class VistokDataModule(L.LightningDataModule):
             self._check_workers()
             if self._resumed is not None:
                 self._check_resumed(self._resumed)
+        if line := self.sets.describe_left_out() if stage in (None, "fit") else "":
+            log.warning("%s: %s", self.sets.train_source.name, line)
 
     @property
     def train_set(self) -> ImageDataset:
@@ -254,9 +269,13 @@ class VistokDataModule(L.LightningDataModule):
         loader = self._train_loader and self._train_loader()
         return 0.0 if loader is None else loader.wait_seconds
 
-    def val_dataloader(self) -> ImageLoader:
-        """Return every validation image once over all ranks, in a fixed order."""
-        sampler = EvalSampler(self.num_val, self.eval_batch_size)
+    def val_dataloader(self, first: int = 0) -> ImageLoader:
+        """Return every validation image once over all ranks, in a fixed order.
+
+        Args:
+            first: batches of each rank to leave out at the beginning.
+        """
+        sampler = EvalSampler(self.num_val, self.eval_batch_size, first)
         workers = min(self._workers(), len(sampler))
         return ImageLoader(self.val_set, sampler, workers, self._record_val)
 
@@ -264,7 +283,7 @@ class VistokDataModule(L.LightningDataModule):
         if self.num_workers is not None:
             return self.num_workers
         shards = 8 if self.sets.has_files or self.split_shards else self.sets.num_shards
-        return min(_cores(), 8, shards)
+        return min(cores(), 8, shards)
 
     def _check_workers(self) -> None:
         wanted, shards = self.num_workers or 0, self.sets.num_shards
@@ -294,6 +313,7 @@ class VistokDataModule(L.LightningDataModule):
             "window": self.order.window,
             "fingerprint": self.fingerprint,
             "skipped": distributed.gather(self.skipped.state_dict()),
+            "hold_out_rule": self.sets.hold_out_rule,
             **self._mixing(),
         }
 
@@ -315,6 +335,8 @@ class VistokDataModule(L.LightningDataModule):
             DataError: if the data are not those it belongs to.
             ConfigError: if seed or shuffling window are not.
         """
+        if state_dict.get("hold_out_rule", 1) < 2:
+            self.sets.hold_out_as_before()
         if self.sets.opened:
             self._check_resumed(state_dict)
         self._resumed = state_dict
@@ -417,6 +439,11 @@ class VistokDataModule(L.LightningDataModule):
             for name, parts in columns.items()
         }
 
+    def in_words(self) -> str:
+        """Describe the data in a line."""
+        counts = f"{self.num_train} training and {self.num_val} validation images"
+        return f"{counts} of {self.image_size[0]}x{self.image_size[1]} px"
+
     def describe(self) -> dict[str, Any]:
         """Describe the data for a run's summary: plain values only."""
         return {
@@ -430,10 +457,5 @@ class VistokDataModule(L.LightningDataModule):
             "channels": self.channels,
             "num_workers": self._workers(),
             "fingerprint": self.fingerprint,
+            "left_out": len(self.sets.left_out()),
         }
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vistok.core import ranks as distributed
 from vistok.core.errors import DataError, VistokError
-from vistok.data.decode import DecodeError, decode
+from vistok.data.decode import MAX_PIXELS, DecodeError, decode
+from vistok.data.deep import Range
 from vistok.data.fields import Field
 from vistok.data.loader_internals import has_workers, share_by_need, stop_workers
 from vistok.data.memory import BatchMemory
+from vistok.data.names import shown
 from vistok.data.order import Order, SampleRandom
 from vistok.data.skipped import Skip
 from vistok.data.sources import Source
@@ -66,6 +69,8 @@ class ImageDataset(Dataset):
         fields: what is read in addition to image and label; a sample without one is unusable too.
         buckets: sizes other than the transform's, and `(N,)` which of them each member has; a
             batch is of one of them.
+        value_range: black and white of images of more than 8 bits; see `decode`.
+        max_pixels: of an image; larger ones are unusable.
     """
 
     def __init__(
@@ -79,10 +84,13 @@ class ImageDataset(Dataset):
         scaled: bool = False,
         fields: Sequence[Field] = (),
         buckets: tuple[Sequence[Transform], np.ndarray] | None = None,
+        value_range: Range | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.source, self.members, self.transform = source, members, transform
         self.channels, self.seed, self.substitute = channels, seed, substitute
         self.scaled, self.fields, self.buckets = scaled, fields, buckets
+        self.value_range, self.max_pixels = value_range, max_pixels
         self.memory: BatchMemory | None = None  # that a worker writes to
         self._random = SampleRandom()
 
@@ -184,12 +192,13 @@ class ImageDataset(Dataset):
                 fields = [field.read(self.source, index) for field in self.fields]
                 seeded = partial(self._random, self.seed, epoch, index)
                 smaller = transform.reduction(seeded) if self.scaled else None
-                transform.write(decode(data, self.channels, smaller), seeded(), target)
+                image = decode(data, self.channels, smaller, self.value_range, self.max_pixels)
+                transform.write(image, seeded(), target, self.max_pixels)
             except DecodeError as error:
                 reason = f"{self.source.locate(index)}: {error}"
                 skipped.append(Skip(self._key(index), reason, error.cause))
             except OSError as error:
-                reason = f"{self.source.locate(index)}: {error.strerror}"
+                reason = f"{self.source.locate(index)}: {error.strerror or error}"
                 skipped.append(Skip(self._key(index), reason, "unreadable"))
             else:
                 return Row(key, -1 if label is None else label, index, fields)
@@ -200,7 +209,7 @@ class ImageDataset(Dataset):
         raise DataError(f"{self.source.name}: {what} can be used; {last.key}: {last.reason}")
 
     def _key(self, index: int) -> str:
-        return self.source.keys[index].decode(errors="replace")
+        return shown(bytes(self.source.keys[index]))
 
     def _candidates(self, number: int) -> Iterator[int]:
         """Yield a member and those that may take its place: the next ones of its size, in turn."""
@@ -261,17 +270,24 @@ class EvalSampler:
     """All members exactly once over all ranks, in order, in equally many batches on each rank.
 
     The last global batch is dealt out evenly and filled up with padding where it does not divide.
+
+    Args:
+        num_samples: of the set.
+        batch_size: per rank.
+        first: batches to leave out at the beginning, for they were taken before.
     """
 
-    def __init__(self, num_samples: int, batch_size: int):
-        self.num_samples, self.batch_size = num_samples, batch_size
+    def __init__(self, num_samples: int, batch_size: int, first: int = 0):
+        self.num_samples, self.batch_size, self.first = num_samples, batch_size, first
 
     def __len__(self) -> int:
-        return -(-self.num_samples // (self.batch_size * distributed.world_size()))
+        batches = -(-self.num_samples // (self.batch_size * distributed.world_size()))
+        return max(0, batches - self.first)
 
     def __iter__(self) -> Iterator[list[Request]]:
         rank, world = distributed.rank(), distributed.world_size()
-        for begin in range(0, self.num_samples, self.batch_size * world):
+        step = self.batch_size * world
+        for begin in range(self.first * step, self.num_samples, step):
             left = self.num_samples - begin
             share = min(self.batch_size, -(-left // world))
             first = begin + rank * share
@@ -373,3 +389,10 @@ class ImageLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take nothing; see `state_dict`."""
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

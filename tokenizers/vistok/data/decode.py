@@ -6,34 +6,28 @@ No torch here: `make-shards` checks images with this module alone.
 from __future__ import annotations
 
 import io
-import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Member and file names that we take for images.
-IMAGE_EXTENSIONS = frozenset(
-    {"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gif"}
-    | {"ppm", "pgm", "pnm", "jp2", "avif"}
-)
+from vistok.data.deep import DeepError, Range, is_deep, levels
+from vistok.data.formats import HEAD, PLUGINS, readable, refusal, sniffed
 
-_MAGIC = {
-    b"\xff\xd8\xff": "jpg",
-    b"\x89PNG\r\n\x1a\n": "png",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"II*\0": "tif",
-    b"MM\0*": "tif",
-    b"\0\0\0\x0cjP  ": "jp2",
-    b"P5": "pgm",
-    b"P6": "ppm",
-}
+#: Pixels of an image as it is stored, unless told otherwise: what fits in a few GB while decoding.
+MAX_PIXELS = 180_000_000
 
 _JPEG_COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
 
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# Modes whose conversion by Pillow means what it says.
+_CONVERTED = frozenset(
+    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+)
 
 # What brings an array with EXIF orientation k upright.
 _UPRIGHT = {
@@ -63,50 +57,46 @@ class DecodeError(ValueError):
 Reduction = Callable[[int, int], int]  # upright height and width to 1, 2, 4 or 8
 
 
-def decode(data: bytes, channels: int = 3, reduction: Reduction | None = None) -> np.ndarray:
+def decode(
+    data: bytes,
+    channels: int = 3,
+    reduction: Reduction | None = None,
+    value_range: Range | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
     """Decode an image file.
 
-    Palettes, CMYK, grayscale, alpha and 16-bit images are converted; EXIF orientation is applied.
-    Where alpha is not wanted it is blended over white, because the colour under transparent
-    pixels is arbitrary.
+    Palettes, CMYK, grayscale, alpha and images of more than 8 bits are converted; EXIF orientation
+    is applied. Where alpha is not wanted it is blended over white, because the color under
+    transparent pixels is arbitrary. Of several frames or pages the first is taken.
 
     Args:
         data: the file's bytes.
         channels: 1 (luma), 3 (RGB) or 4 (RGB and alpha).
         reduction: says how many times smaller a JPEG may be decoded: from fewer of its
             frequencies, which costs less. Other formats are decoded as they are.
+        value_range: the values that become 0 and 255, of images of more than 8 bits; None for
+            those of their type, which floats and 32-bit integers do not have.
+        max_pixels: of the image as it is stored; larger ones are refused before their pixels are
+            read.
 
     Returns:
         `(H, W, channels)` uint8, contiguous and writable; H and W are divided by the reduction
         and rounded up.
 
     Raises:
-        DecodeError: if the bytes are no image, are cut short or damaged.
+        DecodeError: if the bytes are no image, are cut short or damaged; if the image is too
+            large, or of a kind that is not read.
     """
-    decoded = _decode_jpeg(data, channels, reduction)
-    array, orientation = decoded or _decode_pillow(data, channels)
+    decoded = _decode_jpeg(data, channels, reduction, max_pixels)
+    array, orientation = decoded or _decode_pillow(data, channels, value_range, max_pixels)
     if orientation in _UPRIGHT:
         array = _UPRIGHT[orientation](array)
     return np.ascontiguousarray(array)
 
 
-def image_extension(data: bytes, name: str) -> str:
-    """Return the extension for an image file: by its first bytes, else as in `name`.
-
-    Files are often misnamed, and readers of shards choose their decoder by the extension.
-    """
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[4:12] == b"ftypavif":
-        return "avif"
-    for magic, extension in _MAGIC.items():
-        if data.startswith(magic):
-            return extension
-    return name.rpartition(".")[2].lower()
-
-
 def _decode_jpeg(
-    data: bytes, channels: int, reduction: Reduction | None
+    data: bytes, channels: int, reduction: Reduction | None, max_pixels: int
 ) -> tuple[np.ndarray, int] | None:
     """Decode with simplejpeg (twice Pillow's speed); None for what it cannot or should not do."""
     if data[:2] != b"\xff\xd8":
@@ -114,8 +104,7 @@ def _decode_jpeg(
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         height, width = int(height), int(width)
-        too_large = height * width > (Image.MAX_IMAGE_PIXELS or sys.maxsize)
-        if too_large or colours not in ("YCbCr", "RGB", "Gray"):
+        if height * width > max_pixels or colours not in ("YCbCr", "RGB", "Gray"):
             return None
         orientation = _orientation(data)
         least = (0, 0)
@@ -133,51 +122,126 @@ def _decode_jpeg(
 
 
 def _orientation(jpeg: bytes) -> int:
-    """Return the EXIF orientation; 1 (upright) if there is none."""
-    if not _has_exif(jpeg):  # spares the parsing
+    """Return the orientation in a JPEG's EXIF or XMP; 1 (upright) if there is none."""
+    if not _may_be_turned(jpeg):  # spares the parsing
         return 1
     try:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            return image.getexif().get(ExifTags.Base.Orientation, 1)
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
+            return _said(image)
     except Exception:  # a broken EXIF block does not make the picture worse
         return 1
 
 
-def _has_exif(jpeg: bytes) -> bool:
-    """Return whether one of the segments before the picture is EXIF's."""
+def _said(image: Image.Image) -> int:
+    """Return the orientation that an image's EXIF or XMP says; 1 for none and for nonsense."""
+    try:
+        said = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block does not make the picture worse
+        return 1
+    return said if isinstance(said, int) and 1 <= said <= 8 else 1
+
+
+def _may_be_turned(jpeg: bytes) -> bool:
+    """Return whether one of the segments before the picture is EXIF's, or XMP's with a turn."""
     place = 2
     while (head := jpeg[place : place + 10])[:1] == b"\xff" and head[1:2] != b"\xda":
-        if head[1:2] == b"\xe1" and head[4:] == b"Exif\0\0":
-            return True
+        length = int.from_bytes(head[2:4], "big")
+        if head[1:2] == b"\xe1":
+            if head[4:] == b"Exif\0\0":
+                return True
+            if head[4:] == b"http:/" and b"tiff:Orientation" in jpeg[place : place + 2 + length]:
+                return True
         filling = head[1:2] == b"\xff"
-        place += 1 if filling else 2 + int.from_bytes(head[2:4], "big")
+        place += 1 if filling else 2 + length
     return False
 
 
-def _decode_pillow(data: bytes, channels: int) -> tuple[np.ndarray, int]:
+@contextmanager
+def _limited(max_pixels: int) -> Iterator[None]:
+    """Let Pillow refuse what is far above the limit, such as the images inside an icon.
+
+    Its warnings are for developers.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels  # an error from twice as many on
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            converted = _convert(image, channels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _decode_pillow(
+    data: bytes, channels: int, value_range: Range | None, max_pixels: int
+) -> tuple[np.ndarray, int]:
+    formats = _with_plugin(data)
+    try:
+        with _limited(max_pixels), Image.open(io.BytesIO(data), formats=formats) as image:
+            check_pixels(image.height, image.width, max_pixels)
+            if value_range is not None and _is_cut_to_eight_bits(image):
+                reason = f"{image.mode} of 16 bits is read at 8: data.value_range cannot be applied"
+                raise DecodeError(reason, "not read")
+            image.load()  # before the orientation: a TIFF is turned by Pillow
+            orientation = _said(image)
+            converted = _convert(image, channels, value_range)
+    except (DecodeError, DeepError) as error:
+        raise DecodeError(str(error), error.cause) from None
+    except Image.DecompressionBombError:
+        raise _too_large(f"more than {2 * max_pixels} pixels", max_pixels) from None
+    except UnidentifiedImageError:
+        raise DecodeError(*refusal(data)) from None
+    except MemoryError:
+        raise DecodeError("asks for more memory than there is", "too large") from None
     except Exception as error:  # Pillow's plugins raise almost everything on damaged input
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image, or of an unknown format"
-            raise DecodeError(reason, "not an image") from None
         raise DecodeError(" ".join(str(error).split()) or type(error).__name__) from None
     array = np.array(converted)
     return array.reshape(*array.shape[:2], channels), orientation
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grayscale; Pillow's own conversion would clip it to white.
-        deep = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(np.rint(deep / 257), 0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        deep = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        deep = deep * 255 if deep.max(initial=0) <= 1 else deep
-        image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))
+def _with_plugin(data: bytes) -> tuple[str, ...]:
+    """Return the formats to open; where a format needs a plugin, which is installed, with it."""
+    plugin = PLUGINS.get(sniffed(data[:HEAD]))
+    if plugin is None:
+        return readable()
+    try:
+        module = __import__(plugin[2])
+        getattr(module, "register_heif_opener", lambda: None)()
+    except ImportError:
+        return readable()  # which the refusal then names
+    return (plugin[0],)
+
+
+def check_pixels(height: int, width: int, max_pixels: int) -> None:
+    """Raise if an image has more pixels than are allowed.
+
+    Raises:
+        DecodeError: of the cause "too large".
+    """
+    if height * width > max_pixels:
+        raise _too_large(f"{height} x {width} pixels", max_pixels)
+
+
+def _too_large(what: str, max_pixels: int) -> DecodeError:
+    return DecodeError(f"{what}, above data.max_pixels={max_pixels}", "too large")
+
+
+def _convert(image: Image.Image, channels: int, value_range: Range | None) -> Image.Image:
+    if is_deep(image):
+        pixels, opaque = levels(image, value_range)
+        image = Image.fromarray(pixels)
+        if opaque is not None:
+            image.putalpha(Image.fromarray(opaque))
+    elif image.mode not in _CONVERTED:
+        reason = f"is of mode {image.mode}, which is not read; convert it to RGB"
+        raise DecodeError(reason, "not read")
     if channels != 4 and image.has_transparency_data:
         opaque = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque).convert("RGB")
     return image.convert(_PILLOW_MODES[channels])
+
+
+def _is_cut_to_eight_bits(image: Image.Image) -> bool:
+    """Return whether Pillow reads the high bytes only, as it does of colors of 16 bits."""
+    tiles = str(getattr(image, "tile", ""))
+    return not is_deep(image) and (";16" in tiles or "; 16" in tiles)

@@ -7,20 +7,22 @@ A field is chosen by name (`data.fields=[caption,clip]`). `caption` is the sampl
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError, DataError
+from vistok.data.arrays import array_of
 from vistok.data.decode import DecodeError
+from vistok.data.names import shown
 from vistok.data.sources import Source
 
 RESERVED = ("image", "key", "label", "index", "valid", "skipped")  # keys of every batch
+
+_LONGEST_TEXT = 1 << 20  # bytes
 
 _LOOKED_AT = 100  # samples in which a field is looked for, to learn what it is
 
@@ -47,28 +49,28 @@ class Field:
 
     def __init__(self, name: str, source: Source):
         self.name = name
+        broken = ""
         for index in range(min(len(source), _LOOKED_AT)):
             for extension in candidates(name):
                 data = source.read_other(index, extension)
-                if data is not None:
-                    self.extension = extension
-                    is_text = not extension.endswith(("npy", "safetensors"))
-                    self.like = None if is_text else self._first(data, source, index)
+                if data is None:
+                    continue
+                self.extension, self.like = extension, None
+                try:
+                    if extension.endswith(("npy", "safetensors")):
+                        self.like = torch.zeros_like(_array(data, extension))
                     return
-        there = ", ".join(f".{extension}" for extension in source.others)
+                except ValueError as error:
+                    broken = broken or f"{shown(bytes(source.keys[index]))}.{extension} {error}"
+        if broken:
+            raise DataError(f"data.fields={name}: {source.name}: {broken}")
+        there = ", ".join(f".{shown(extension)}" for extension in source.others)
         raise DataError(
             f"data.fields={name}: {source.name} has no member"
             f" {' or '.join(f'.{e}' for e in candidates(name))}"
             + (f"; it has {there}" if there else "")
             + "; data.fields=[] reads none"
         )
-
-    def _first(self, data: bytes, source: Source, index: int) -> Tensor:
-        try:
-            return torch.zeros_like(_array(data, self.extension))
-        except ValueError as error:
-            key = source.keys[index].decode(errors="replace")
-            raise DataError(f"{source.name}: {key}.{self.extension}: {error}") from None
 
     def read(self, source: Source, index: int) -> Any:
         """Return the field of one sample: str, or a tensor.
@@ -79,6 +81,11 @@ class Field:
         data = source.read_other(index, self.extension)
         if data is None:
             raise DecodeError(f"has no member .{self.extension}", f"no {self.name}")
+        if self.like is None and len(data) > _LONGEST_TEXT:
+            raise DecodeError(
+                f".{self.extension} has {len(data)} bytes; a text has {_LONGEST_TEXT} at most",
+                f"damaged {self.name}",
+            )
         try:
             if self.like is None:
                 return data.decode()
@@ -123,16 +130,20 @@ def check_names(names: Any) -> tuple[str, ...]:
 def _array(data: bytes, extension: str) -> Tensor:
     """Read an array from bytes; a ValueError says in a few words why that fails."""
     if extension.endswith("npy"):
+        array = array_of(data)
+        if array.dtype.kind not in "biufc":
+            raise ValueError("is not a readable array of numbers")
         try:
-            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-        except (ValueError, TypeError, EOFError, OSError):
-            raise ValueError("is not a readable array of numbers") from None
+            # Torch knows its own byte order alone, and arrays that it may write to.
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+        except TypeError:
+            raise ValueError(f"is an array of {array.dtype}, which torch does not have") from None
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = list(load(data).values())
-    except SafetensorError:
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError):
         raise ValueError("is not a readable safetensors file") from None
     if len(tensors) != 1:
         raise ValueError(f"contains {len(tensors)} tensors; expected one")

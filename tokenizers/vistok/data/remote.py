@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import json
 import logging
 import os
 import threading
@@ -23,9 +22,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vistok.core.errors import DataError
 from vistok.core.files import cache_dir
 from vistok.data.index import ShardIndex, scan
+from vistok.data.manifest import entries
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,8 @@ class RemoteShard:
                 with open(begun, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                         return "does not match the checksum in its manifest"
+            elif index is not None and not _belongs(index, begun):
+                return "does not match its index"
             return None
 
         try:
@@ -201,6 +205,17 @@ class RemoteShard:
         return manifest.get(self.name, {})
 
 
+def _belongs(index: ShardIndex, tar: Path) -> bool:
+    """Return whether an index, if need be without a proof of its own, is that of a tar."""
+    if index.proof:
+        return index.belongs_to(tar)
+    found = scan(tar)
+    return all(
+        np.array_equal(getattr(index, name), getattr(found, name))
+        for name in ("keys", "offsets", "sizes", "labels")
+    )
+
+
 _manifests: dict[str, dict[str, dict[str, Any]]] = {}  # by address, once in each process
 
 _reading_manifest = threading.Lock()
@@ -212,11 +227,9 @@ def read_manifest(url: str, cache: ShardCache) -> dict[str, dict[str, Any]]:
         if url not in _manifests:
             data = _read(url, cache)
             try:
-                splits = json.loads(data)["splits"].values() if data is not None else []
-                shards = [shard for split in splits for shard in split["shards"]]
-                _manifests[url] = {shard["name"]: shard for shard in shards}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                log.warning("%s is not a vistok manifest; shards are not checked against it", url)
+                _manifests[url] = {} if data is None else entries(data)
+            except ValueError as error:
+                log.warning("%s %s; shards are not checked against it", url, error)
                 _manifests[url] = {}
         return _manifests[url]
 

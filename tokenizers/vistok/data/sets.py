@@ -12,19 +12,19 @@ import numpy as np
 
 from vistok.core import ranks as distributed
 from vistok.core.errors import ConfigError, DataError
+from vistok.core.terminal import counted
 from vistok.data.dataset import ImageDataset
+from vistok.data.decode import MAX_PIXELS
+from vistok.data.deep import Range
 from vistok.data.fields import Field, candidates
+from vistok.data.folders import FolderSource
 from vistok.data.held_out import fingerprint, hold_out
+from vistok.data.names import shown
 from vistok.data.order import MixtureOrder, Order, RenumberedOrder, ResampledOrder, SampleOrder
 from vistok.data.photographs import sample_shards
+from vistok.data.places import expand_shards
 from vistok.data.remote import ShardCache
-from vistok.data.sources import (
-    FolderSource,
-    MixedSource,
-    ShardSource,
-    Source,
-    expand_shards,
-)
+from vistok.data.sources import MixedSource, ShardSource, Source
 from vistok.data.transforms import Transform
 
 
@@ -52,6 +52,9 @@ class ImageSets:
         bucket_transforms: of training images of each shape; none for one shape.
         val_transform: of validation images.
         cache: of remote shards.
+        value_range: black and white of images of more than 8 bits; None for those of their types.
+        max_pixels: of an image.
+        hold_out_rule: 2; 1 for that of runs from before, where samples of one key stay together.
     """
 
     kind: str
@@ -71,6 +74,9 @@ class ImageSets:
     bucket_transforms: Sequence[Transform]
     val_transform: Transform
     cache: ShardCache
+    value_range: Range | None = None
+    max_pixels: int = MAX_PIXELS
+    hold_out_rule: int = 2
 
     # ------------------------------------------------------------------ sources
 
@@ -110,7 +116,15 @@ class ImageSets:
             return None
         source = self.train_source
         parts = source.sources.values() if isinstance(source, MixedSource) else [source]
-        return np.concatenate([hold_out(part, self.val_fraction) for part in parts])
+        return np.concatenate(
+            [hold_out(part, self.val_fraction, rule=self.hold_out_rule) for part in parts]
+        )
+
+    def hold_out_as_before(self) -> None:
+        """Hold out as runs did that know only the first rule; looks at the images again."""
+        self.hold_out_rule = 1
+        for name in ("_held_out", "train", "val", "_order", "fingerprint"):
+            self.__dict__.pop(name, None)
 
     @property
     def has_files(self) -> bool:
@@ -129,6 +143,24 @@ class ImageSets:
         return source if self._held_out is None else f"{source}-{len(self.train)}"
 
     # ------------------------------------------------------------------ sets
+
+    def left_out(self) -> list[tuple[str, str]]:
+        """Return (name, reason) of what is in the sources and cannot be used, each once."""
+        found = list(self.train.source.left_out)
+        if self._held_out is None:
+            found += self.val.source.left_out
+        return list(dict.fromkeys(found))
+
+    def describe_left_out(self) -> str:
+        """Return a line on what is left out; empty if nothing is."""
+        found, further = self.left_out(), getattr(self.train.source, "further_images", {})
+        said = [f"{name} {reason}" for name, reason in found[:3]]
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        lines = [f"left out {counted(len(found), 'member')}: {', '.join(said)}{more}"] * bool(found)
+        kinds = ", ".join(f"{count} .{shown(extension)}" for extension, count in further.items())
+        if kinds:
+            lines.append(f"images that come after the first of a sample are not used: {kinds}")
+        return "; ".join(lines)
 
     @property
     def opened(self) -> bool:
@@ -151,6 +183,8 @@ class ImageSets:
             scaled=self.scaled_decode,
             fields=[Field(name, source) for name in self.field_names],
             buckets=self._buckets_of(shapes) if self.bucket_transforms else None,
+            value_range=self.value_range,
+            max_pixels=self.max_pixels,
         )
 
     def _buckets_of(self, shapes: np.ndarray) -> tuple[Sequence[Transform], np.ndarray]:
@@ -177,6 +211,8 @@ class ImageSets:
             self.seed,
             substitute=False,
             fields=[Field(name, source) for name in self.field_names],
+            value_range=self.value_range,
+            max_pixels=self.max_pixels,
         )
 
     # ------------------------------------------------------------------ order

@@ -19,8 +19,10 @@ from typing import Any
 
 from vistok.core.errors import DataError
 from vistok.core.files import replacing
-from vistok.data.decode import IMAGE_EXTENSIONS
+from vistok.data.formats import IMAGE_EXTENSIONS
 from vistok.data.index import Row, ShardIndex, sidecar
+from vistok.data.names import shown
+from vistok.data.tar import TarReader
 
 _KEY = re.compile(r"[A-Za-z0-9_/-]{1,90}")
 
@@ -64,7 +66,7 @@ class ShardInfo:
             tar.stat().st_size,
             sha256(tar),
             sha256(sidecar(tar)),
-            [index.keys[i].decode() for i in (0, -1)],
+            [shown(index.keys[i]) for i in (0, -1)],
             [int(min(map(min, sides))), int(max(map(max, sides)))],
             index.others.tolist(),
         )
@@ -113,6 +115,7 @@ class ShardFile:
         label: int | None = None,
         size: tuple[int, int] = (0, 0),
         others: Mapping[str, bytes] | None = None,
+        name: bytes = b"",
     ) -> None:
         """Append one sample: `<key>.<extension>`, with a label `<key>.cls`, and the others.
 
@@ -123,6 +126,7 @@ class ShardFile:
             label: class number.
             size: (height, width) of the image, if known.
             others: further members by their extension, such as `txt` (a caption) and `npy`.
+            name: what the image was called before, of any bytes; the index keeps it.
 
         Raises:
             DataError: for a key or an extension that other readers would misread.
@@ -147,7 +151,7 @@ class ShardFile:
             extension: (self._member(f"{key}.{extension}", data), len(data))
             for extension, data in sorted((others or {}).items())
         }
-        self._rows.append(Row(key.encode(), offset, len(image), number, *size, places))
+        self._rows.append(Row(key.encode(), offset, len(image), number, *size, places, name))
 
     def _member(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode 0644, no names
@@ -174,7 +178,10 @@ class ShardFile:
         if not self._rows:
             raise DataError(f"{self.path} would contain no samples")
         self._tar.close()
-        index = ShardIndex.of(self._rows, self._file.tell(), self.plan)
+        self._file.flush()
+        written = TarReader(Path(self._file.name))
+        written.members()
+        index = ShardIndex.of(self._rows, self._file.tell(), self.plan, proof=written.proof)
         self.path.unlink(missing_ok=True)
         index.save(sidecar(self.path))
 
@@ -238,6 +245,29 @@ class ShardWriter:
             self.roll()
         elif self._open is not None:
             self._open.__exit__(*exception)
+
+
+def write_names(folder: Path, shards: Sequence[str]) -> Path:
+    r"""Write `names.tsv`: shard, key, and what the image was called before it was packed.
+
+    Tabs, line ends, backslashes and bytes that are not UTF-8 in names are written as Python does,
+    such as `\t` and `\xe9`.
+
+    Args:
+        folder: where the shards are.
+        shards: their names; their indexes know the rest.
+    """
+    path = folder / "names.tsv"
+    with replacing(path) as file:
+        file.write(b"shard\tkey\tname\n")
+        for shard in shards:
+            index = ShardIndex.load(sidecar(folder / shard))
+            if index is None:
+                raise DataError(f"{sidecar(folder / shard)}: no index next to the shard")
+            for key, name in zip(index.keys.tolist(), index.names.tolist(), strict=True):
+                said = shown(name.replace(b"\\", b"\\\\"))
+                file.write(f"{shard}\t{shown(key)}\t{said}\n".encode())
+    return path
 
 
 def write_manifest(

@@ -7,7 +7,6 @@ the same shards, but as streams from their beginnings.
 
 from __future__ import annotations
 
-import glob
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -18,10 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
-from vistok.core.errors import ConfigError, DataError
-from vistok.data.decode import IMAGE_EXTENSIONS
+from vistok.core.errors import DataError
+from vistok.data.formats import IMAGE_EXTENSIONS
 from vistok.data.index import ShardIndex, index_of
-from vistok.data.remote import RemoteShard, ShardCache
+from vistok.data.names import key_text, shown
+from vistok.data.remote import RemoteShard
 
 _MAX_OPEN = 64  # shards kept open by one process
 
@@ -37,6 +37,7 @@ class Source(Protocol):
         shard_sizes: `(S,)` int64, samples per shard, in order; their sum is N.
         others: extensions of further members, where they are known beforehand.
         classes: names of the labels, where they are known.
+        left_out: names of images and labels that are there and cannot be used, and why.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Source(Protocol):
     shard_sizes: np.ndarray
     classes: list[str]
     others: Sequence[str]
+    left_out: list[tuple[str, str]]
 
     def __len__(self) -> int: ...
 
@@ -74,6 +76,10 @@ class Source(Protocol):
         """Return the size of what `read_other` would return, without reading it."""
         ...
 
+    def original(self, index: int) -> bytes:
+        """Return what a sample's image was called before it was packed, as far as is known."""
+        ...
+
     def locate(self, index: int) -> str:
         """Say in which file a sample is, for messages."""
         ...
@@ -90,6 +96,7 @@ class ShardSource:
 
     Attributes:
         others: the extensions of all further members that there are, named or not.
+        further_images: images that come after the first one of a sample, by extension: how many.
 
     Raises:
         DataError: if a shard is missing, no tar, cut short, or holds no images.
@@ -104,12 +111,15 @@ class ShardSource:
         missing = [path for path in paths if isinstance(path, Path) and not path.exists()]
         if missing:
             raise DataError(
-                f"{key}: no such shard {missing[0]}"
+                f"{key}: no such shard {shown(missing[0])}"
                 + (f" ({len(missing)} of {len(paths)} are missing)" if len(paths) > 1 else "")
             )
         with ThreadPoolExecutor(8) as pool:
-            indexes = list(pool.map(_index, paths))
-        self.name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} ... {paths[-1].name}"
+            found = list(pool.map(_index, paths))
+        indexes = [index for index, _ in found]
+        self._stamps = [stamp for _, stamp in found]
+        first, last = shown(str(paths[0])), shown(paths[-1].name)
+        self.name = first if len(paths) == 1 else f"{first} ... {last}"
         self.paths = list(paths)
         self.classes: list[str] = []
         self.keys = np.concatenate([index.keys for index in indexes])
@@ -127,6 +137,13 @@ class ShardSource:
             if others is None or extension in others
             if (places := [_places(index, extension) for index in indexes])
         }
+        self._names = [index.names for index in indexes]
+        self.left_out = [
+            (f"{shown(path.name)}: {shown(name)}", key_text(reason))
+            for path, index in zip(paths, indexes, strict=True)
+            for name, reason in zip(index.left_out.tolist(), index.reasons.tolist(), strict=True)
+        ]
+        self.further_images = _further_images(indexes)
         self._ends = np.cumsum(self.shard_sizes).tolist()
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -136,7 +153,7 @@ class ShardSource:
     def read(self, index: int) -> tuple[str, bytes, int | None]:
         """Return key, image bytes and label of a sample; see `Source.read`."""
         data = self._bytes(index, int(self._offsets[index]), int(self.sizes[index]))
-        return self.keys[index].decode(), data, self.label(index)
+        return key_text(self.keys[index]), data, self.label(index)
 
     def label(self, index: int) -> int | None:
         """Return the number of the sample's class, if it has one."""
@@ -158,21 +175,49 @@ class ShardSource:
 
     def _bytes(self, index: int, offset: int, size: int) -> bytes:
         shard = bisect_right(self._ends, index)
+        path = shown(str(self.paths[shard]))
         try:
-            data = os.pread(self._file(shard), size, offset)
+            descriptor = self._file(shard)
+            if self._stamps[shard] not in (None, _stamp(os.fstat(descriptor))):
+                self._check_changed(shard, descriptor)
+            data = os.pread(descriptor, size, offset)
         except FileNotFoundError:
             raise DataError(
-                f"{self.paths[shard]} has disappeared since the run began; put it back and resume"
+                f"{path} has disappeared since the run began; put it back and resume"
             ) from None
         except OSError as error:
-            raise DataError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
         if len(data) < size:
-            raise DataError(f"{self.paths[shard]} became shorter while it was being read")
+            raise DataError(f"{path} became shorter while it was being read")
         return data
+
+    def _check_changed(self, shard: int, descriptor: int) -> None:
+        """Raise if a shard that was written since it was indexed holds other samples now."""
+        path, now = self.paths[shard], os.fstat(descriptor)
+        stamp = self._stamps[shard]
+        assert isinstance(path, Path) and stamp is not None
+        if now.st_size < stamp[0]:
+            raise DataError(f"{shown(path)} became shorter while it was being read")
+        index = index_of(path)
+        part = slice(self._ends[shard] - int(self.shard_sizes[shard]), self._ends[shard])
+        mine = (self.keys, self._offsets, self.sizes, self._labels)
+        theirs = (index.keys, index.offsets, index.sizes, index.labels)
+        if not all(np.array_equal(a[part], b) for a, b in zip(mine, theirs, strict=True)):
+            raise DataError(
+                f"{shown(path)} was written anew while it was being read, and holds other samples"
+                " now; restore it and resume, or start a new run"
+            )
+        self._stamps[shard] = _stamp(now)
+
+    def original(self, index: int) -> bytes:
+        """Return what a sample's image was called before it was packed; its key if unknown."""
+        shard = bisect_right(self._ends, index)
+        inside = index - self._ends[shard] + int(self.shard_sizes[shard])
+        return bytes(self._names[shard][inside]) or bytes(self.keys[index])
 
     def locate(self, index: int) -> str:
         """Say in which tar a sample is."""
-        return self.paths[bisect_right(self._ends, index)].name
+        return shown(self.paths[bisect_right(self._ends, index)].name)
 
     def _file(self, shard: int) -> int:
         """Return a file descriptor of a shard, which forked workers may share (`pread`)."""
@@ -198,8 +243,28 @@ class ShardSource:
         return {**self.__dict__, "_files": OrderedDict()}  # descriptors end with their process
 
 
-def _index(path: Path | RemoteShard) -> ShardIndex:
-    return index_of(path) if isinstance(path, Path) else path.index()
+def _index(path: Path | RemoteShard) -> tuple[ShardIndex, tuple[int, int] | None]:
+    """Return the index of a shard, and what changes when it is written; None for remote ones."""
+    if not isinstance(path, Path):
+        return path.index(), None
+    try:
+        stamp = _stamp(path.stat())  # before: a write in between shows when it is read
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    return index_of(path), stamp
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _further_images(indexes: Sequence[ShardIndex]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for index in indexes:
+        for extension, offsets in zip(index.others.tolist(), index.other_offsets, strict=True):
+            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                counts[extension] = counts.get(extension, 0) + int((offsets >= 0).sum())
+    return counts
 
 
 def _places(index: ShardIndex, extension: str) -> tuple[np.ndarray, np.ndarray]:
@@ -208,109 +273,6 @@ def _places(index: ShardIndex, extension: str) -> tuple[np.ndarray, np.ndarray]:
     if not len(found):
         return np.full(len(index), -1, dtype=np.int64), np.zeros(len(index), dtype=np.int64)
     return index.other_offsets[found[0]], index.other_sizes[found[0]]
-
-
-class FileSource:
-    """Image files, and next to each any further files of its name (`a.jpg`, `a.txt`, `a.npy`).
-
-    Args:
-        name: what the user called them.
-        root: folder that the names start from.
-        names: paths of the files, within `root` or absolute; they are the keys.
-        sizes: bytes of each.
-        labels: class number of each, -1 for none.
-        classes: names of the labels.
-    """
-
-    others: Sequence[str] = ()  # not looked for; a file has what it has
-
-    def __init__(
-        self,
-        name: str,
-        root: Path,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        labels: Sequence[int],
-        classes: list[str],
-    ):
-        self.name, self.root, self.classes = name, root, classes
-        self.keys = np.array([os.fsencode(name) for name in names])
-        self.sizes = np.array(sizes, dtype=np.int64)
-        self.shard_sizes = np.array([len(names)], dtype=np.int64)
-        self.shapes = np.zeros((len(names), 2), dtype=np.int32)
-        self._labels = np.array(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def read(self, index: int) -> tuple[str, bytes, int | None]:
-        """Return key, image bytes and label of a sample; see `Source.read`."""
-        path = self._path(index)
-        return os.fsdecode(self.keys[index]), path.read_bytes(), self.label(index)
-
-    def label(self, index: int) -> int | None:
-        """Return the number of the sample's class, if it has one."""
-        label = int(self._labels[index])
-        return None if label < 0 else label
-
-    def read_other(self, index: int, extension: str) -> bytes | None:
-        """Return the bytes of a file next to the image; see `Source.read_other`."""
-        try:
-            return self._path(index).with_suffix(f".{extension}").read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def other_size(self, index: int, extension: str) -> int | None:
-        """Return the bytes of a file next to the image; None if there is none."""
-        try:
-            return self._path(index).with_suffix(f".{extension}").stat().st_size
-        except FileNotFoundError:
-            return None
-
-    def _path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self.keys[index])
-
-    def locate(self, index: int) -> str:
-        """Say in which folder a sample is."""
-        return self.name
-
-
-class FolderSource(FileSource):
-    """Image files anywhere under a folder, in the order of their names.
-
-    The key is the path within the folder. If every image lies in a subfolder, the first level of
-    subfolders are the classes, numbered by name.
-
-    Args:
-        folder: where to look; names that begin with a dot are left alone.
-        key: the configuration key it came from, for messages.
-        classes: class names to number by, such as those of the training images; None finds them.
-
-    Raises:
-        DataError: if there is no such folder, or no image in it.
-    """
-
-    def __init__(
-        self, folder: str | Path, key: str = "data.train", classes: list[str] | None = None
-    ):
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            found = "is a file, not a folder" if root.exists() else "no such folder"
-            hint = "; for shards use data=shards" if root.suffix == ".tar" else ""
-            raise DataError(f"{key}={folder}: {found}{hint}")
-        found = sorted(_images_under(root))
-        if not found:
-            raise DataError(
-                f"{key}={folder}: no images in this folder; expected files that end in .jpg, .png,"
-                " .webp, ..., in it or its subfolders"
-            )
-        names, sizes = zip(*found, strict=True)
-        tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
-        if classes is None and None not in tops:
-            classes = sorted({top for top in tops if top is not None})
-        numbers = {name: number for number, name in enumerate(classes or [])}
-        labels = [numbers.get(top or "", -1) for top in tops]
-        super().__init__(str(folder), root, names, sizes, labels, classes or [])
 
 
 class MixedSource:
@@ -332,6 +294,11 @@ class MixedSource:
         self.shapes = np.concatenate([part.shapes for part in parts])
         self.shard_sizes = np.concatenate([part.shard_sizes for part in parts])
         self.others: Sequence[str] = sorted({other for part in parts for other in part.others})
+        self.left_out = [
+            (f"{name}: {left}", reason)
+            for name, part in sources.items()
+            for left, reason in part.left_out
+        ]
         self._ends = np.cumsum([len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
@@ -363,66 +330,12 @@ class MixedSource:
         _, source, inside = self._at(index)
         return source.other_size(inside, extension)
 
+    def original(self, index: int) -> bytes:
+        """Return what a sample's image was called before it was packed, as far as is known."""
+        name, source, inside = self._at(index)
+        return f"{name}/".encode() + source.original(inside)
+
     def locate(self, index: int) -> str:
         """Say in which file of its source a sample is."""
         _, source, inside = self._at(index)
         return source.locate(inside)
-
-
-def _images_under(root: Path) -> list[tuple[str, int]]:
-    """Return (path within root, bytes) of all images, unordered; follow links, not in circles."""
-    found, folders, seen = [], [(root, "")], set()
-    while folders:
-        folder, prefix = folders.pop()
-        if (real := os.path.realpath(folder)) in seen:
-            continue
-        seen.add(real)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append((Path(entry.path), f"{prefix}{entry.name}/"))
-                elif entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and entry.is_file():
-                    found.append((prefix + entry.name, entry.stat().st_size))
-    return found
-
-
-def expand_shards(
-    pattern: str | Sequence[str], key: str = "data.train", cache: ShardCache | None = None
-) -> list[Path | RemoteShard]:
-    """Expand the shards that a user names: braces, globs, addresses, lists of these.
-
-    Args:
-        pattern: such as `train-{000000..000127}.tar`, `sets/*.tar` or `https://host/x.tar`.
-        key: the configuration key, for messages.
-        cache: where remote shards are kept; None for one with the default settings.
-
-    Raises:
-        ConfigError: if the braces make no sense.
-        DataError: if a pattern matches nothing, or is a folder, or no address that can be read.
-    """
-    from webdataset.shardlists import expand_urls
-
-    places: list[Path | RemoteShard] = []
-    for text in [pattern] if isinstance(pattern, str) else pattern:
-        try:
-            expanded = expand_urls(os.path.expanduser(str(text)))
-        except ValueError as error:
-            raise ConfigError(f"{key}={text}: the braces do not match ({error})") from None
-        for name in expanded:
-            if name.startswith("pipe:"):
-                raise DataError(f"{key}={name}: commands are not run; give the address itself")
-            if "://" in name:
-                places.append(RemoteShard(name, cache or ShardCache()))
-                continue
-            matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-            if not matches:
-                raise DataError(f"{key}={name}: matches no file")
-            places += [Path(match) for match in matches]
-    if not places:
-        raise ConfigError(f"{key} is an empty list; name at least one shard")
-    for path in places:
-        if isinstance(path, Path) and path.is_dir():
-            raise DataError(f"{key}={path} is a folder; name its shards, such as {path}/*.tar")
-    return places

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vistok.core.errors import ConfigError, nearest
 from vistok.core.torch_internals import resize_bicubic_into
 from vistok.data.crops import CROPS, Cut, Size, random_box, text
-from vistok.data.decode import Reduction
+from vistok.data.decode import MAX_PIXELS, DecodeError, Reduction
 
 # How much larger than needed an image must come out of a scaled decode, for the resize that
 # follows to hide how it was made.
@@ -187,10 +187,26 @@ class Transform:
         self.write(image, rng, out)
         return out.numpy()
 
-    def write(self, image: np.ndarray, rng: np.random.Generator, out: Tensor) -> None:
-        """Do as `__call__`, and write to `out` `(h, w, C)` uint8, contiguous."""
+    def write(
+        self,
+        image: np.ndarray,
+        rng: np.random.Generator,
+        out: Tensor,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """Do as `__call__`, and write to `out` `(h, w, C)` uint8, contiguous.
+
+        Raises:
+            DecodeError: as `__call__`; or if the image is so long and thin that it would have more
+                than `max_pixels` on the way to the crop.
+        """
         more = (self.scale,) if self.crop == "random_resized" else ()
         cut = CROPS[self.crop]((image.shape[0], image.shape[1]), self.size, rng, *more)
+        height, (tall, wide) = cut.box[2] >> cut.halvings, cut.resized
+        if max(height * wide, tall * self.size[1]) > max_pixels:
+            shape, most = f"{image.shape[0]} x {image.shape[1]}", f"data.max_pixels={max_pixels}"
+            reason = f"{shape} pixels become {tall} x {wide} for the crop, above {most}"
+            raise DecodeError(reason, "too large")
         augment, mirrored = self.augment, False
         if augment[:1] == ("hflip",):  # half way through the resize it is cheaper
             augment, mirrored = augment[1:], rng.random() < 0.5

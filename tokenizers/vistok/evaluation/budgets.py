@@ -2,76 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
-from vistok.evaluation.codecs import codec_curves
-from vistok.evaluation.evaluator import Evaluator
-from vistok.evaluation.pictures import grid, save_png
-from vistok.evaluation.plots import Panel, Series, draw
+from vistok.evaluation.codecs import COUNTED, TITLES
+from vistok.evaluation.plots import Panel, Series
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.tokenizer import Tokenizer
-
-
-def evaluate_budgets(
-    tokenizer: Tokenizer,
-    data: Any,
-    out: Path,
-    budgets: Sequence[int],
-    sampling: dict[str, Any],
-    codec_images: int,
-    num_pictures: int,
-    picture_scale: int,
-) -> dict[str, Any]:
-    """Measure a tokenizer at each budget; write `curve.png` and `budgets.png`.
-
-    Bytes of a budget are its ids packed into whole bytes, without a header or entropy coding.
-    JPEG and WebP get the same bytes, and two to sixteen times the largest of them, for their
-    compressed data alone: their headers would not fit.
-
-    Args:
-        tokenizer: a flexible one, in eval mode.
-        data: a DataModule that is set up.
-        out: folder to write to.
-        budgets: numbers of tokens, as `checked_budgets` gives them.
-        sampling: further arguments of `detokenize`.
-        codec_images: validation images to measure the codecs on, at most; 0 for none.
-        num_pictures: rows of `budgets.png`; 0 for no picture.
-        picture_scale: its integer enlargement.
-
-    Returns:
-        `budgets`: metrics of each, with `bytes`; `codecs`: see `codec_curves`.
-    """
-    evaluators = [Evaluator(tokenizer, num_tokens=k, sampling=sampling) for k in budgets]
-    for batch in data.val_dataloader():
-        for evaluator in evaluators:
-            evaluator.update(batch["image"], batch["valid"], tokenizer.conditions_of(batch))
-    rows = [evaluator.compute() for evaluator in evaluators]
-    for row in rows:
-        row["bytes"] = math.ceil(row["bits_per_image"] / 8 - 1e-9)
-    results: dict[str, Any] = {"budgets": rows, "codecs": {}}
-    if codec_images and tokenizer.channels in (1, 3):
-        images = data.val_images(codec_images).cpu()
-        limits = [int(row["bytes"]) for row in rows]
-        limits += [limits[-1] * factor for factor in (2, 4, 8, 16)]
-        results["codecs"] = codec_curves(images, sorted(set(limits)))
-        results["codec_images"] = len(images)
-    draw(panels(results), out / "curve.png")
-    if num_pictures:
-        samples = data.val_samples(num_pictures)
-        images, conditions = samples["image"], tokenizer.conditions_of(samples)
-        painters = [Evaluator(tokenizer, {}, num_tokens=k, sampling=sampling) for k in budgets]
-        columns = [images.cpu()]
-        columns += [painter.update(images, None, conditions).cpu() for painter in painters]
-        save_png(grid(torch.stack(columns, dim=1)), out / "budgets.png", picture_scale)
-    return results
 
 
 def checked_budgets(tokenizer: Tokenizer, budgets: Any) -> list[int]:
@@ -92,24 +34,24 @@ def checked_budgets(tokenizer: Tokenizer, budgets: Any) -> list[int]:
     return sorted(set(wanted))
 
 
-def panels(results: dict[str, Any]) -> list[Panel]:
+def panels(results: Mapping[str, Any]) -> list[Panel]:
     """Return PSNR against tokens, and against bytes with the codecs."""
     rows = results["budgets"]
     psnr = [row["psnr"] for row in rows]
     by_bytes = [Series("tokenizer", [row["bytes"] for row in rows], psnr)]
     for name, points in results["codecs"].items():
         if points:
-            label = {"jpeg": "JPEG", "webp": "WebP"}[name]
             x = [p["payload_bytes"] for p in points]
-            by_bytes.append(Series(f"{label} without headers", x, [p["psnr"] for p in points]))
+            label = f"{TITLES[name]} {COUNTED['payload']}"
+            by_bytes.append(Series(label, x, [p["psnr"] for p in points]))
     return [
         Panel("tokens", "PSNR (dB)", [Series("tokenizer", [r["num_tokens"] for r in rows], psnr)]),
         Panel("bytes", "PSNR (dB)", by_bytes),
     ]
 
 
-def print_budgets(results: dict[str, Any], out: Path) -> None:
-    """A row for each budget, with what the codecs reach in its bytes."""
+def print_budgets(results: Mapping[str, Any], out: Path) -> None:
+    """Print a row for each budget, with the PSNR that the codecs reach in its bytes."""
     codecs = results["codecs"]
     table = Table(title=f"{out}/curve.png", title_justify="left")
     for name in ("tokens", "bytes", "psnr", "ssim", "codebook_usage", *codecs):

@@ -1,18 +1,21 @@
-"""JPEG and WebP at the same number of bytes."""
+"""JPEG, WebP, AVIF and JPEG XL at the same number of bytes."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
+from vistok.core.errors import ConfigError, nearest
 from vistok.metrics.image import PSNR
 
 
@@ -21,8 +24,9 @@ class Coded:
     """An image that went through a codec.
 
     Attributes:
-        payload: bytes of the compressed picture alone: of a JPEG its scan (its Huffman tables
-            are the standard ones), of a WebP its VP8 data behind the frame's header.
+        payload: bytes of the compressed picture alone, without headers: of a JPEG its scan (its
+            Huffman tables are the standard ones), of a WebP its VP8 data behind the frame's
+            header, of an AVIF its AV1 data, of a JPEG XL the codestream behind its signature.
         file: bytes of the whole file.
         picture: the decoded image `(C, H, W)` uint8.
     """
@@ -35,6 +39,9 @@ class Coded:
 #: Sides are divided by one of these before coding. At a few dozen bytes a small picture, enlarged
 #: again, is far better than a whole one at the lowest quality, which may not even fit.
 SHRINKS = (1, 2, 4, 8, 16)
+
+#: What counts as the bytes of a coded image, in words.
+COUNTED = {"payload": "without headers", "file": "with headers"}
 
 
 def jpeg(image: Tensor, quality: int, shrink: int = 1) -> Coded:
@@ -54,6 +61,29 @@ def webp(image: Tensor, quality: int, shrink: int = 1) -> Coded:
     start = data.index(b"VP8 ")
     size = int.from_bytes(data[start + 4 : start + 8], "little")
     return Coded(size - 10, len(data), picture)  # 10: frame tag, start code, width and height
+
+
+def avif(image: Tensor, quality: int, shrink: int = 1) -> Coded:
+    """AVIF, 4:2:0, at the encoder's default speed; quality 0 to 100."""
+    data, picture = _through(
+        image, shrink, format="AVIF", quality=quality, subsampling="4:2:0", max_threads=1
+    )
+    position, payload = 0, 0
+    while position < len(data):  # boxes of ISO/IEC 14496-12
+        size = int.from_bytes(data[position : position + 4], "big") or len(data) - position
+        if data[position + 4 : position + 8] == b"mdat":
+            payload += size - 8
+        position += max(size, 8)
+    return Coded(payload, len(data), picture)
+
+
+def jxl(image: Tensor, quality: int, shrink: int = 1) -> Coded:
+    """JPEG XL, lossy, of the package pillow-jxl-plugin; quality 1 to 99."""
+    import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+    quality = min(max(1, quality), 99)
+    data, picture = _through(image, shrink, format="JXL", quality=quality, lossless=False)
+    return Coded(len(data) - 2, len(data), picture)  # 2: the signature of a bare codestream
 
 
 def _through(image: Tensor, shrink: int, **options: object) -> tuple[bytes, Tensor]:
@@ -77,60 +107,120 @@ def _through(image: Tensor, shrink: int, **options: object) -> tuple[bytes, Tens
 CODECS: dict[str, tuple[Callable[[Tensor, int, int], Coded], int]] = {
     "jpeg": (jpeg, 95),
     "webp": (webp, 100),
+    "avif": (avif, 100),
+    "jxl": (jxl, 99),
 }
 
+#: How people write them.
+TITLES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jxl": "JPEG XL"}
 
-def best_within(code: Callable[[int], Coded], highest: int, max_bytes: int) -> Coded | None:
-    """The result of the highest quality whose payload fits, by bisection; None if none does."""
+
+def available() -> dict[str, bool]:
+    """Return which codecs this environment has."""
+    return {
+        "jpeg": True,
+        "webp": bool(features.check("webp")),
+        "avif": bool(features.check("avif")),
+        "jxl": importlib.util.find_spec("pillow_jxl") is not None,
+    }
+
+
+def checked_codecs(names: Any) -> list[str]:
+    """Return `eval.codecs`; those of "all" that this environment has.
+
+    Raises:
+        ConfigError: for a name that is not a codec, or one that is not installed.
+    """
+    here = available()
+    if names == "all":
+        return [name for name in CODECS if here[name]]
+    wanted = [] if names is None else names if isinstance(names, list) else [names]
+    for name in wanted:
+        if name not in CODECS:
+            raise ConfigError(
+                f"eval.codecs: no codec {name}{nearest(str(name), CODECS)}; there are: "
+                f"{', '.join(CODECS)}"
+            )
+        if not here[name]:
+            hint = "; pip install pillow-jxl-plugin" if name == "jxl" else ""
+            raise ConfigError(f"eval.codecs: Pillow has no {TITLES[name]} here{hint}")
+    return list(wanted)
+
+
+def best_within(
+    code: Callable[[int], Coded], highest: int, max_bytes: int, counted: str = "payload"
+) -> Coded | None:
+    """The result of the highest quality that fits, by bisection; None if none does.
+
+    Args:
+        code: from quality to a coded image.
+        highest: quality.
+        max_bytes: it must fit into.
+        counted: `payload` or `file`: what has to fit.
+    """
     best, low, high = None, 0, highest
     while low <= high:
         middle = (low + high) // 2
         result = code(middle)
-        if result.payload <= max_bytes:
+        if getattr(result, counted) <= max_bytes:
             best, low = result, middle + 1
         else:
             high = middle - 1
     return best
 
 
-def codec_curves(images: Tensor, max_bytes: list[int]) -> dict[str, list[dict[str, float]]]:
-    """PSNR of each codec at a number of bytes.
+def mean_psnr(originals: Tensor, pictures: Tensor) -> dict[str, float]:
+    """Return the PSNR of the pictures `(B, C, H, W)` uint8: the mean of the images' own, in dB."""
+    values = PSNR().per_image(originals, pictures)
+    return {"psnr": float(values.mean())}
 
-    For every image and size in `SHRINKS` the quality is searched so that the payload just fits;
+
+def codec_curves(
+    images: Tensor,
+    max_bytes: Iterable[int],
+    codecs: Iterable[str] = ("jpeg", "webp"),
+    counted: str = "payload",
+    measure: Callable[[Tensor, Tensor], Mapping[str, Any]] = mean_psnr,
+    advance: Callable[[int], None] = lambda images: None,
+) -> dict[str, list[dict[str, float]]]:
+    """Return metrics of each codec at a number of bytes.
+
+    For every image and size in `SHRINKS` the quality is searched so that the result just fits;
     the size that gives the highest PSNR counts.
 
     Args:
         images: `(B, C, H, W)` uint8, C 1 or 3.
         max_bytes: limits; one that some image exceeds even at the lowest quality is left out.
+        codecs: their names.
+        counted: `payload` (bytes without headers) or `file` (with headers) has to fit.
+        measure: from originals and pictures, both `(B, C, H, W)` uint8, to numbers.
+        advance: told of each image that is done.
 
     Returns:
-        For each codec a list of `max_bytes`, `psnr` (dB, mean of the images), and mean
-        `payload_bytes` and `file_bytes`.
+        For each codec a list of `max_bytes`, mean `payload_bytes` and `file_bytes`, and what
+        `measure` returns.
     """
-    curves = {}
-    for name, (codec, highest) in CODECS.items():
-        coders = [
-            [cache(partial(_coded, codec, image, shrink)) for shrink in SHRINKS] for image in images
-        ]
+    limits, curves = sorted(set(max_bytes)), {}
+    for name in codecs:
+        codec, highest = CODECS[name]
+        found: dict[int, list[Coded | None]] = {limit: [] for limit in limits}
+        for image in images:  # an image's codings are forgotten before the next one's
+            sizes = [cache(partial(_coded, codec, image, shrink)) for shrink in SHRINKS]
+            for limit in limits:
+                found[limit].append(_best_size(image, sizes, highest, limit, counted))
+            advance(1)
         curves[name] = []
-        for limit in max_bytes:
-            found = [
-                _best_size(image, sizes, highest, limit)
-                for image, sizes in zip(images, coders, strict=True)
-            ]
-            coded = [c for c in found if c is not None]
+        for limit, results in found.items():
+            coded = [c for c in results if c is not None]
             if not coded or len(coded) < len(images):
                 continue
+            point = {
+                "max_bytes": limit,
+                "payload_bytes": math.fsum(c.payload for c in coded) / len(coded),
+                "file_bytes": math.fsum(c.file for c in coded) / len(coded),
+            }
             pictures = torch.stack([c.picture for c in coded])
-            psnr = PSNR().per_image(images.float() / 255, pictures.float() / 255)
-            curves[name].append(
-                {
-                    "max_bytes": limit,
-                    "psnr": float(psnr.mean()),
-                    "payload_bytes": math.fsum(c.payload for c in coded) / len(coded),
-                    "file_bytes": math.fsum(c.file for c in coded) / len(coded),
-                }
-            )
+            curves[name].append(point | dict(measure(images, pictures)))
     return curves
 
 
@@ -141,9 +231,15 @@ def _coded(
 
 
 def _best_size(
-    image: Tensor, sizes: Sequence[Callable[[int], Coded]], highest: int, max_bytes: int
+    image: Tensor,
+    sizes: Sequence[Callable[[int], Coded]],
+    highest: int,
+    max_bytes: int,
+    counted: str,
 ) -> Coded | None:
-    fitting = [c for c in (best_within(s, highest, max_bytes) for s in sizes) if c is not None]
+    found = (best_within(coder, highest, max_bytes, counted) for coder in sizes)
     return min(
-        fitting, key=lambda c: float((c.picture.float() - image).square().mean()), default=None
+        (coded for coded in found if coded is not None),
+        key=lambda c: float((c.picture.float() - image).square().mean()),
+        default=None,
     )

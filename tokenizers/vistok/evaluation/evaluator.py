@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.ranks import world_size
+from vistok.evaluation.measure import flat
 from vistok.metrics.image import PSNR, SSIM, ImageMetric, to_uint8
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage
@@ -101,7 +102,9 @@ class Evaluator:
         rank: encoding and decoding, without reading).
         """
         height, width = self.tokenizer.image_size
-        results = {name: metric.compute().item() for name, metric in self.metrics.items()}
+        results: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            results.update(flat(name, metric.compute()))
         usage = {name: value.item() for name, value in self.usage.compute().items()}
         tokens = sum(int(h.sum()) for h in self.usage.histograms()) / len(self.usage.codebook_sizes)
         budget = self.num_tokens or self.tokenizer.num_tokens

@@ -8,26 +8,31 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 import vistok
+from vistok.checkpoints.exports import write_checksums
 from vistok.checkpoints.find import find_checkpoint, run_folder
 from vistok.checkpoints.load import load
 from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
-from vistok.core.files import read_json
-from vistok.core.registry import resolve
+from vistok.export import hub
+from vistok.export.card import card
+from vistok.export.codebooks import codebook_dims, codebook_tensors
+from vistok.export.vocabulary import vocabulary
 from vistok.models.tokenizer import Tokenizer
 
-#: Larger implicit codebooks are not written out; `config.json` says how to compute them.
-LARGEST_TABLE = 2**20
 
-
-def export_run(run: Path, out: Path, weights: str = "ema", overwrite: bool = False) -> Path:
+def export_run(
+    run: Path,
+    out: Path,
+    weights: str = "ema",
+    overwrite: bool = False,
+    license: str | None = None,
+    push: str | None = None,
+) -> Path:
     """Export a run.
 
     Args:
@@ -35,6 +40,8 @@ def export_run(run: Path, out: Path, weights: str = "ema", overwrite: bool = Fal
         out: folder to write; it appears whole or not at all.
         weights: "ema" or "last".
         overwrite: replace an export that is there.
+        license: of the weights, for the card and config.json; such as "apache-2.0".
+        push: owner/name on the Hugging Face Hub to upload it to.
 
     Returns:
         `out`.
@@ -43,15 +50,19 @@ def export_run(run: Path, out: Path, weights: str = "ema", overwrite: bool = Fal
         ConfigError: if `out` is there already and `overwrite` is off, or is not an export.
     """
     check_out(out, overwrite)
+    if push is not None:
+        hub.check_name(push)
     source = find_checkpoint(run)
     tokenizer = load(run, weights=weights)
-    place_export(tokenizer, read_config(source), out, run_metrics(source))
+    place_export(tokenizer, read_config(source), out, run_metrics(source), license)
+    sizes = zip(tokenizer.quantizer.codebook_sizes, codebook_dims(tokenizer), strict=True)
     print(
         f"exported {source} to {out}\n"
-        f"  {tokenizer.num_tokens} tokens per image, codebooks "
-        f"{' '.join(str(tuple(t.shape)) for t in tokenizer.codebooks())}\n"
+        f"  {tokenizer.num_tokens} tokens per image, codebooks {' '.join(map(str, sizes))}\n"
         f'  python: vistok.load("{out}")'
     )
+    if push is not None:
+        print(f"  pushed to {hub.push(out, push)}")
     return out
 
 
@@ -69,7 +80,11 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def place_export(
-    tokenizer: Tokenizer, config: dict[str, Any], out: Path, metrics: dict[str, Any]
+    tokenizer: Tokenizer,
+    config: dict[str, Any],
+    out: Path,
+    metrics: dict[str, Any],
+    license: str | None = None,
 ) -> None:
     """Write an export next to `out`, then put it there, in place of one that is there already.
 
@@ -79,7 +94,7 @@ def place_export(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_export(tokenizer, config, temporary, metrics)
+        write_export(tokenizer, config, temporary, metrics, license)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -90,7 +105,11 @@ def place_export(
 
 
 def write_export(
-    tokenizer: Tokenizer, config: dict[str, Any], folder: Path, metrics: dict[str, Any]
+    tokenizer: Tokenizer,
+    config: dict[str, Any],
+    folder: Path,
+    metrics: dict[str, Any],
+    license: str | None = None,
 ) -> None:
     """Write the files of an export into `folder`.
 
@@ -99,40 +118,40 @@ def write_export(
         config: the run's resolved config.
         folder: created.
         metrics: for the card.
+        license: of the weights, such as "apache-2.0"; None if none was chosen.
     """
     folder.mkdir(parents=True)
-    state = {name: value.contiguous().clone() for name, value in tokenizer.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(codebook_tensors(tokenizer), folder / "codebook.safetensors", {"format": "pt"})
-    description = describe(tokenizer, config)
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    description = describe(tokenizer, config, license)
+    cut = preprocessing(tokenizer, description["io"]["crop"])
+    texts = {
+        "config.json": description,
+        "vocabulary.json": vocabulary(tokenizer),
+        "preprocess.json": cut,
+        # The name by which transformers looks for it, once `vistok.hf` is imported.
+        "preprocessor_config.json": {"image_processor_type": "VistokImageProcessor", **cut},
+    }
+    for name, content in texts.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "README.md").write_text(card(description, metrics))
+    state = {name: value.contiguous().clone() for name, value in tokenizer.state_dict().items()}
+    tables = codebook_tensors(tokenizer)
+    for name, tensors in (("model.safetensors", state), ("codebook.safetensors", tables)):
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        # safetensors makes files for their owner alone; these are to be as the umask has it.
+        os.chmod(folder / name, (folder / "config.json").stat().st_mode & 0o777)
+    write_checksums(folder)
 
 
-@torch.no_grad()
-def codebook_tensors(tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Return the tables in which a downstream model looks ids up.
-
-    `codebook.q` `(K_q, d_q)` for every index slot q: the vectors that distances are measured
-    between (of unit length for cosine codebooks). With one slot also `decoder_input` `(K, D)`:
-    row i is the vector that the decoder gets for id i.
-    """
-    tables = tokenizer.codebooks()
-    tensors = {f"codebook.{q}": t.contiguous().clone() for q, t in enumerate(tables)}
-    sizes = tokenizer.quantizer.codebook_sizes
-    # Codes that only mean something together (multi-scale) have no such table.
-    if len(sizes) == 1 and sizes[0] <= LARGEST_TABLE and tokenizer.quantizer.per_token:
-        ids = torch.arange(sizes[0], device=tokenizer.device)[None, :, None]
-        tensors["decoder_input"] = tokenizer.quantizer.decode(ids)[0].contiguous().clone()
-    return tensors
-
-
-def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    tokenizer: Tokenizer, config: dict[str, Any], license: str | None = None
+) -> dict[str, Any]:
     """Return `config.json`: the tokenizer's config, and the contract of its inputs and outputs."""
     sizes = tokenizer.quantizer.codebook_sizes
     return {
         "format": FORMAT,
+        "model_type": "vistok",  # what `import vistok.hf` registers with transformers
         "vistok": vistok.__version__,
+        "license": license,
         "tokenizer": config["tokenizer"],
         "quantizer": config["quantizer"],
         "io": {
@@ -146,62 +165,66 @@ def describe(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
             "token_order": tokenizer.token_order,
             "ids": "int64 (B, N, Q), each slot counting from 0",
             "codebook_sizes": list(sizes),
-            "codebook_dims": [t.shape[1] for t in tokenizer.codebooks()],
+            "codebook_dims": codebook_dims(tokenizer),
             # id of slot q in one joint vocabulary = offset[q] + id
             "joint_vocabulary_offsets": [sum(sizes[:q]) for q in range(len(sizes))],
             "bits_per_image": tokenizer.bits_per_image,
         },
         "data": {key: config["data"].get(key) for key in ("image_size", "channels", "val_crop")},
+        # of imported weights: whose they are, and their license
+        **({"released": config["released"]} if config.get("released") else {}),
     }
 
 
+def preprocessing(tokenizer: Tokenizer, crop: str) -> dict[str, Any]:
+    """Return `preprocess.json`: how images become what the tokenizer takes."""
+    return {
+        "format": 1,
+        "image_size": list(tokenizer.image_size),
+        "channels": tokenizer.channels,
+        "orientation": "EXIF orientation is applied",
+        "transparency": "blended over white" if tokenizer.channels != 4 else "kept",
+        "crop": crop,
+        "resize": _RESIZES.get(crop, "bicubic, antialiased"),
+        "range": "uint8, or float in [0, 1]",
+    }
+
+
+_CENTRE = "of that the middle, its offset rounded"
+
+#: What the crop policies of evaluation do; `vistok.data.crops` has them all.
+_RESIZES = {
+    "adm_center": "averaged over 2 x 2 pixels while twice the target still fits, then bicubic, "
+    f"antialiased, until the short side fits, the long one rounded; {_CENTRE} down",
+    "tv_center": "bicubic, antialiased, until the short side fits, the long one rounded down; "
+    f"{_CENTRE}",
+    "none": "none: images must have the size",
+}
+
+
 def run_metrics(checkpoint: Path) -> dict[str, Any]:
-    """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`."""
+    """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`.
+
+    Numbers, and of an evaluation also `protocol`, `protocol_hash` and `data`, which they belong to.
+    A damaged file is passed over: a table in a card is no reason to refuse an export.
+    """
     run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):
-        if values := read_json(path):  # a damaged one stops no export
-            return {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            print(f"{path}: not readable; the card is written without it")
+            continue
+        kept: dict[str, Any] = {
+            key: value
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        if isinstance(values.get("protocol"), dict):
+            kept |= {key: values.get(key) for key in ("protocol", "protocol_hash", "data")}
+        return kept
     return {}
-
-
-def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """Return the `README.md` of an export."""
-    io = description["io"]
-    name = resolve(description["tokenizer"]["_target_"]).__name__
-    quantizer = resolve(description["quantizer"]["_target_"]).__name__
-    rows = [
-        f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |"
-        for k, v in metrics.items()
-    ]
-    table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not evaluated yet."
-    size = " x ".join(map(str, io["image_size"]))
-    sizes = zip(io["codebook_sizes"], io["codebook_dims"], strict=True)
-    books = [f"{count} codes of dimension {dim}" for count, dim in sizes]
-    return f"""# {name} with {quantizer}
-
-A discrete visual tokenizer, exported by vistok {description["vistok"]}.
-
-| | |
-|---|---|
-| images | {size} pixels, {io["channels"]} channels, {io["image_range"]}, crop `{io["crop"]}` |
-| tokens | {io["num_tokens"]} per image, {len(books)} ids each, order: {io["token_order"]} |
-| codebooks | {", ".join(books)} |
-| size | {io["bits_per_image"]:.0f} bits per image |
-
-## Measured
-
-{table}
-
-## Use
-
-```python
-import vistok
-
-tok = vistok.load("path/to/this/folder")
-ids = tok.tokenize(images)      # (B, C, H, W) uint8 or float in [0, 1] -> (B, N, Q) int64
-rec = tok.detokenize(ids)       # float in [0, 1]
-```
-
-`codebook.safetensors` needs safetensors alone: `codebook.q` is the table of index slot q;
-`decoder_input`, where ids have one slot, holds the vector that the decoder gets for each id.
-"""

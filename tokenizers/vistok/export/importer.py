@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import pickle
-from argparse import Namespace
+import re
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from vistok.checkpoints.load import load_weights
 from vistok.core.errors import CheckpointError
 from vistok.core.registry import resolve
-from vistok.core.released_weights import Published
 from vistok.export.exporter import check_out, place_export
+from vistok.export.recognize import family_of, recognize
+from vistok.export.released_files import read_released
 from vistok.models.build import build_tokenizer
 
-_FRESH = ("quantizer.stats.", "quantizer.usage.", "quantizer.initialized", "encoder.latent_means")
+#: What a released file does not have, for only training needs it.
+_FRESH = re.compile(
+    r"quantizer\.(.*\.)?(stats\..*|usage\..*|initialized|steps)|encoder\.latent_means"
+)
 
 
 def import_weights(
     source: str,
     weights: Path,
     out: Path,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write released weights as an export, which `vistok.load`, `stage.*` and `init_from` take.
 
     Args:
-        source: whose they are: the name of a registered importer, such as "titok".
-        weights: a `.safetensors` file, or one of `torch.save`, which is read without running code;
-            of a training checkpoint the averaged weights are taken, if it has some.
+        source: whose they are: the name of a registered importer, such as "titok"; or "auto", to
+            recognize it by names and shapes.
+        weights: a `.safetensors` file, one of `torch.save`, which is read without running code, or
+            a folder of Hugging Face; of a training checkpoint the averaged weights are taken, if it
+            has some.
         out: folder to write; it appears whole or not at all.
-        image_size: side in pixels, for weights that take any; None for the published one.
+        image_size: side in pixels or (height, width), for weights that take any; None for the
+            published one.
         overwrite: replace an export that is there.
 
     Returns:
@@ -45,14 +47,17 @@ def import_weights(
         ConfigError: for a source that is not known, or an `out` that is there already.
         CheckpointError: if the file cannot be read, or holds other weights.
     """
-    convert = resolve(source, kind="importer", key="source")
+    if source != "auto":
+        resolve(source, kind="importer", key="source")
     check_out(out, overwrite)
-    published = _read(weights, source)
+    published = read_released(weights, source)
     try:
-        released = convert(published, image_size)
+        if source == "auto":
+            source = recognize(published)
+        released = resolve(source, kind="importer", key="source")(published, image_size)
         published.finish()
     except CheckpointError as error:
-        raise CheckpointError(f"{weights}: {error}") from error
+        raise CheckpointError(f"{weights}: {error}{_hint(weights, source)}") from error
     config = {
         "tokenizer": released.tokenizer,
         "quantizer": released.quantizer,
@@ -61,13 +66,15 @@ def import_weights(
             "channels": released.tokenizer["channels"],
             "val_crop": "adm_center",
         },
+        "released": {"source": source, "license": released.license},
     }
     tokenizer = build_tokenizer(config).eval()
-    fresh = {k: v for k, v in tokenizer.state_dict().items() if k.startswith(_FRESH)}
+    fresh = {k: v for k, v in tokenizer.state_dict().items() if _FRESH.fullmatch(k)}
     load_weights(tokenizer, fresh | released.state, str(weights))
-    place_export(tokenizer, config, out, metrics={})
+    license = None if released.license == "unknown" else released.license
+    place_export(tokenizer, config, out, {}, license)
     print(
-        f"imported {weights} to {out}\n"
+        f"imported {weights} to {out} (source={source}, license: {released.license})\n"
         f"  {type(tokenizer).__name__}, {tokenizer.num_tokens} tokens per image of "
         f"{tokenizer.image_size[0]}x{tokenizer.image_size[1]}\n"
         f'  python: vistok.load("{out}")'
@@ -75,26 +82,7 @@ def import_weights(
     return out
 
 
-def _read(path: Path, source: str) -> Published:
-    if not path.is_file():
-        raise CheckpointError(f"weights={path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-            return Published(load_file(path), metadata, source)
-        with torch.serialization.safe_globals([Namespace]):  # a training checkpoint's arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"weights={path}: refused; it contains more than tensors and plain values, or is "
-            "damaged"
-        ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"weights={path}: cannot be read ({reason})") from error
-    if isinstance(content, dict):
-        content = content.get("ema", content.get("model", content))
-    if isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values()):
-        return Published(content, source=source)
-    raise CheckpointError(f"weights={path}: not a plain state_dict of names and tensors")
+def _hint(weights: Path, source: str) -> str:
+    """Return which family a file is of, if it is another than `source`."""
+    family = None if source == "auto" else family_of(read_released(weights))
+    return f"; it looks like source={family}" if family not in (None, source) else ""

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError, nearest
 from vistok.core.registry import build, check_arguments, register, registered, resolve
+from vistok.core.sample_random import aside
 from vistok.core.signatures import check_values
-from vistok.core.values import Index, NonNegative
+from vistok.core.values import Index, NonNegative, Share
+from vistok.losses.gradients import adaptive_scale, carried, leaf_of
 from vistok.models.term import MakeOptimizer, Player, Step, Term, check_taps
 from vistok.models.tokenizer import Tokenizer
 
@@ -26,14 +28,27 @@ class Entry:
     Attributes:
         weight: of the term in the sum.
         of: name of the prediction that it compares.
-        start_samples: position in the data from which it counts.
-        ramp_samples: samples over which its weight rises from 0, linearly; 0 for at once.
+        start_samples: position in the data from which it counts; 0 for what `start` says.
+        ramp_samples: samples over which its weight rises from 0, linearly; 0 for what `ramp` says.
+        start: the same as a share of the run, until `resolved` says how many samples these are.
+        ramp: the same as a share of the run.
+        adaptive: whether the weight is times the ratio of the other terms' gradient to the term's
+            own at the decoder's last layer; see `adaptive_scale`.
     """
 
     weight: NonNegative
     of: str = "image"
     start_samples: Index = 0
     ramp_samples: Index = 0
+    start: Share = 0.0
+    ramp: Share = 0.0
+    adaptive: bool = False
+
+    def resolved(self, total_samples: int) -> Entry:
+        """Return it with shares in samples of a run of `total_samples`."""
+        start = self.start_samples or round(self.start * total_samples)
+        ramp = self.ramp_samples or round(self.ramp * total_samples)
+        return replace(self, start_samples=start, ramp_samples=ramp, start=0.0, ramp=0.0)
 
     def counts(self, samples_seen: int) -> bool:
         """Return whether the term has started."""
@@ -48,12 +63,28 @@ class Entry:
         return self.weight * min(1.0, (samples_seen - self.start_samples) / self.ramp_samples)
 
 
+def resolve_terms(terms: Mapping[str, Any], total_samples: int) -> None:
+    """Turn the shares in the config of an objective's terms into samples, in place."""
+    for options in terms.values():
+        if isinstance(options, dict):
+            for name in ("start", "ramp", "warmup"):
+                if share := options.get(name):
+                    given = options.get(f"{name}_samples")
+                    options[f"{name}_samples"] = given or round(share * total_samples)
+                    options[name] = 0.0
+
+
 class Objective(nn.Module):
     """Weighted sum of named terms; the quantizer's own losses are entries of the same table.
 
     Every loss of a quantizer comes with a weight in the quantizer's config, so that exchanging the
     quantizer exchanges them too; an entry with `_target_: quantizer_loss` under the loss's name
     overrides it, with a start and a ramp. A loss without a weight is an error, never a silent drop.
+
+    Attributes:
+        measuring: whether the next forwards measure the gradients of the terms.
+        notes: numbers of the last forward besides the losses: `weight/NAME` of adaptive terms, and
+            `gradient/NAME` where they were measured.
 
     Args:
         terms: name to term or player.
@@ -68,6 +99,8 @@ class Objective(nn.Module):
         quantizer: Mapping[str, Entry],
     ) -> None:
         super().__init__()
+        self.measuring = False
+        self.notes: dict[str, Tensor] = {}
         self.order = list(terms)
         self.terms = nn.ModuleDict({k: v for k, v in terms.items() if isinstance(v, Term)})
         self.players = {k: v for k, v in terms.items() if isinstance(v, Player)}
@@ -80,26 +113,86 @@ class Objective(nn.Module):
         members = [*self.terms.values(), *self.players.values()]
         return tuple(sorted({name for member in members for name in member.taps}))  # type: ignore
 
+    def resolve(self, total_samples: int) -> None:
+        """Turn shares of the run into samples, once it is known how many there will be."""
+        for table in (self.entries, self.quantizer):
+            table.update({name: entry.resolved(total_samples) for name, entry in table.items()})
+        for player in self.players.values():
+            player.warmup_samples = player.warmup_samples or round(player.warmup * total_samples)
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return all losses unweighted under their names, and their weighted sum as "total"."""
         losses: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
+        weights: dict[str, Any] = {}
+        self.notes = {}
+        adaptive = [
+            name
+            for name, entry in self.entries.items()
+            if entry.adaptive and entry.weight_at(step.samples_seen) and torch.is_grad_enabled()
+        ]
         for name in self.order:
             entry = self.entries[name]
             member = self.players.get(name) or self.terms[name]
-            losses[name] = self._loss(member, entry, replace(step, of=entry.of))
+            seen = replace(step, of=entry.of)
+            losses[name] = self._loss(member, entry, seen, bool(adaptive))
             weights[name] = entry.weight_at(step.samples_seen)
         for name, loss in step.output.quantizer.losses.items():
             if name not in self.quantizer:
                 raise ConfigError(f"the quantizer's loss '{name}' has no weight")
             losses[name] = loss
             weights[name] = self.quantizer[name].weight_at(step.samples_seen)
+        if adaptive:
+            layer = step.tokenizer.decoder.last_layer
+            assert layer is not None, "checked when it was built"
+            others = sum(w * losses[name] for name, w in weights.items() if name not in adaptive)
+            for name in adaptive:
+                scale = adaptive_scale(others, losses[name], layer)  # type: ignore[arg-type]
+                self.notes[f"weight/{name}"] = weights[name] = weights[name] * scale
+        if self.measuring and torch.is_grad_enabled():
+            self._measure(step, weights)
         total = sum(weights[name] * loss for name, loss in losses.items())
         return {**losses, "total": total}  # type: ignore[dict-item]
 
-    def _loss(self, member: Any, entry: Entry, step: Step) -> Tensor:
+    def _measure(self, step: Step, weights: Mapping[str, Any]) -> None:
+        """Note the norm of each weighted term's gradient at what it reads of the tokenizer.
+
+        That is its prediction, and features that are tapped; the quantizer's losses have neither.
+        Terms compute once more, aside from the graph of the step, which FSDP and compiled models
+        let nobody walk in part. The norm is of this rank's batch.
+        """
+        for name, player in self.players.items():
+            if player.gradient is not None:
+                norm = player.gradient.float().norm()
+                self.notes[f"gradient/{name}"] = norm * weights[name]
+        predictions = step.output.predictions.items()
+        read = {k: replace(v, value=leaf_of(v.value)) for k, v in predictions}
+        features = {k: leaf_of(v) for k, v in step.output.features.items()}
+        output = replace(step.output, predictions=read, features=features)
+        leaves = [*(prediction.value for prediction in read.values()), *features.values()]
+        with aside():
+            for name, term in self.terms.items():
+                entry = self.entries[name]
+                if not entry.counts(step.samples_seen):
+                    continue
+                loss = term(replace(step, output=output, of=entry.of))
+                if not loss.requires_grad:
+                    continue
+                found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                norms = [g.float().norm() for g in found if g is not None]
+                if norms:
+                    norm = torch.stack(norms).norm()
+                    self.notes[f"gradient/{name}"] = norm * weights[name]
+
+    def _loss(self, member: Any, entry: Entry, step: Step, carry: bool) -> Tensor:
+        """Return the loss of a term; with `carry` its graph is walked to the prediction now."""
         if entry.counts(step.samples_seen):
-            return member(step)
+            if not (carry and isinstance(member, Term) and _reads_the_prediction_alone(member)):
+                return member(step)
+            predictions, value = step.output.predictions, step.prediction.value
+            leaf = leaf_of(value)
+            own = {**predictions, step.of: replace(step.prediction, value=leaf)}
+            seen = replace(step, output=replace(step.output, predictions=own))
+            return carried(member(seen), leaf, value)[0]
         if isinstance(member, Player):
             if step.samples_seen >= entry.start_samples - member.warmup_samples:
                 member.watch(step)
@@ -108,6 +201,11 @@ class Objective(nn.Module):
         return step.images.new_zeros(())
 
     # ------------------------------------------------------------------ the players
+
+    def start(self) -> None:
+        """Give the players the weights that a fresh run begins with."""
+        for player in self.players.values():
+            player.start()
 
     def equip(self, make_optimizer: MakeOptimizer) -> None:
         """Give every player its optimizer."""
@@ -120,6 +218,16 @@ class Objective(nn.Module):
         for player in self.players.values():
             scalars |= player.learn(share, context)
         return scalars
+
+    def gather(self) -> list[Tensor]:
+        """End the players' gradients of a step; return their norms, of those that have any."""
+        norms = [player.gather() for player in self.players.values()]
+        return [norm for norm in norms if norm is not None]
+
+    def discard(self) -> None:
+        """Let the players forget the step under way."""
+        for player in self.players.values():
+            player.discard()
 
     def step(self, factor: float) -> None:
         """Move the players, with `factor` times their learning rates."""
@@ -151,7 +259,11 @@ class QuantizerLoss(Term):
         raise AssertionError("the objective reads the quantizer's losses itself")
 
 
-_COMMON = ("weight", "of", "start_samples", "ramp_samples")
+_COMMON = ("weight", "of", "start_samples", "ramp_samples", "start", "ramp", "adaptive")
+
+
+def _reads_the_prediction_alone(term: Term) -> bool:
+    return bool(term.accepts) and not (term.taps or any(p.requires_grad for p in term.parameters()))
 
 
 def build_objective(
@@ -160,8 +272,8 @@ def build_objective(
     """Build the objective of a run.
 
     Args:
-        config: `terms`: name to `_target_`, `weight`, `of`, `start_samples`, `ramp_samples`, and
-            the term's own arguments; null for an entry that is not wanted.
+        config: `terms`: name to `_target_`, the fields of `Entry`, and the term's own arguments;
+            null for an entry that is not wanted.
         tokenizer: what is trained; every term is checked against its heads and taps.
         key: where the config lies in the run's, for messages.
 
@@ -235,6 +347,18 @@ def _check_fit(member: Term | Player, entry: Entry, tokenizer: Tokenizer, key: s
             f"{key}: {type(member).__name__} compares {' or '.join(member.accepts)}, but {decoder} "
             f"predicts {entry.of} as {heads[entry.of]}; terms for these are: {', '.join(fitting)}"
         )
+    if entry.adaptive:
+        layer = tokenizer.decoder.last_layer
+        if not member.accepts:
+            raise ConfigError(
+                f"{key}.adaptive=true: {type(member).__name__} compares no prediction"
+            )
+        if layer is None or not layer.requires_grad:
+            found = "none" if layer is None else "one that is frozen"
+            raise ConfigError(
+                f"{key}.adaptive=true: reads gradients at the decoder's last layer, but {decoder} "
+                f"has {found}; use a fixed weight"
+            )
     try:
         check_taps(tokenizer, member.taps)
     except ArgumentError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vistok.core.ranks import all_reduce_mean_with_grad
 from vistok.core.registry import register
 from vistok.core.signatures import check_values
-from vistok.core.values import NonNegative
+from vistok.core.values import NonNegative, Positive
+from vistok.models.logit_laplace import EDGE, LOG_SCALES, to_logits
 from vistok.models.term import Step, Term
 
 
@@ -73,3 +76,51 @@ class L1Loss(_Pointwise):
     def forward(self, step: Step) -> Tensor:
         """Return a float32 scalar."""
         return step.prediction.mean(self.errors(step).abs())
+
+
+@register("huber")
+class HuberLoss(_Pointwise):
+    """Squared error of small differences, absolute error of large ones.
+
+    e^2 / 2 for |e| up to delta, delta (|e| - delta / 2) beyond.
+
+    Args:
+        delta: where one becomes the other, in units of [-1, 1].
+    """
+
+    def __init__(self, delta: Positive = 0.1) -> None:
+        super().__init__()
+        check_values(HuberLoss, locals())
+        self.delta = delta
+
+    def forward(self, step: Step) -> Tensor:
+        """Return a float32 scalar."""
+        size = self.errors(step).abs()
+        inner = size.clamp(max=self.delta)
+        return step.prediction.mean(inner * (size - inner / 2))
+
+
+@register("logit_laplace")
+class LogitLaplaceLoss(Term):
+    """Negative log-likelihood of pixels under logit-Laplace distributions, in nats per value.
+
+    |logit(p) - m| / b + ln b + ln(2 p (1 - p)) for a value p of [0, 1] squeezed into [0.1, 0.9], at
+    the location m and the scale b that the decoder predicts; ln b is held within -7 and 7. It can
+    be negative. Needs a `logit_laplace_decoder`, whose prediction is `of: distribution`.
+
+    Papers: DALL-E, Ramesh et al. 2021, https://arxiv.org/abs/2102.12092; ViT-VQGAN, Yu et al. 2022,
+    https://arxiv.org/abs/2110.04627.
+    """
+
+    accepts = ("logit_laplace",)
+
+    def forward(self, step: Step) -> Tensor:
+        """Return a float32 scalar."""
+        prediction = step.prediction
+        location, log_scale = prediction.value.float().chunk(2, dim=1)
+        log_scale = log_scale.clamp(*LOG_SCALES)
+        target = prediction.target.float()
+        share = (1 - 2 * EDGE) * (target + 1) / 2 + EDGE
+        distance = (to_logits(target) - location).abs() * torch.exp(-log_scale)
+        density = math.log(2) + share.log() + (1 - share).log()
+        return prediction.mean(distance + log_scale + density)

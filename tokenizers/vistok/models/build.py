@@ -72,17 +72,12 @@ def starts_from_data(config: Mapping[str, Any]) -> bool:
     With `init=random` they stay as they are constructed.
 
     Args:
-        config: resolved; runs of before the key was there all start from data.
+        config: resolved; runs from before the key existed all start from data.
 
     Raises:
-        ConfigError: if `init` is no such word, or the tokenizer has something to measure.
+        ConfigError: if `init` is another word.
     """
     init = config.get("init", "data")
     if init not in ("data", "random"):
         raise ConfigError(f"init={as_written(init)}: must be data or random")
-    if init == "random" and config["tokenizer"].get("autoencoder"):
-        raise ConfigError(
-            "init=random: the latents of tokenizer.autoencoder are scaled by training images; "
-            "must be data"
-        )
     return init == "data"

@@ -1,25 +1,29 @@
-"""The convolutional encoder and decoder of VQGAN."""
+"""The convolutional encoder and decoder of VQGAN and of the grid tokenizers that followed it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.core.errors import ArgumentError
 from vistok.core.geometry import grid_of
 from vistok.core.registry import register
 from vistok.core.signatures import check_values
 from vistok.core.taps import NO_TAPS, Tap, Taps
-from vistok.core.values import Count, ImageSize, Sizes
+from vistok.core.values import Count, ImageSize, Index, Sizes, filled_list
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.conv import (
     AdaptiveGroupNorm,
     DepthToSpace,
     Downsample,
+    OutputSkipBlock,
     ResBlock,
     SpatialAttention,
     Upsample,
@@ -33,6 +37,30 @@ from vistok.nn.data_init import (
     start_conv_,
     start_upsampling_,
 )
+
+Block = Literal["biased", "unbiased", "output_skip"]
+Side = Literal[1, 3]
+Levels = bool | Annotated[Sequence[int], filled_list(Index, "a list of levels, 0 or more")]
+
+
+class _Layers:
+    """Makes the layers of one CNN, all with norms of so many groups."""
+
+    def __init__(self, block: Block, groups: int | None) -> None:
+        kinds: dict[str, Callable[..., nn.Module]] = {
+            "biased": ResBlock,
+            "unbiased": partial(ResBlock, bias=False),
+            "output_skip": OutputSkipBlock,
+        }
+        self.block: Callable[[int, int], nn.Module] = partial(kinds[block], groups=groups)
+        self.attention = partial(SpatialAttention, groups=groups)
+
+    def middle(self, width: int, count: int, attention: bool) -> list[nn.Module]:
+        """Return the layers at the lowest resolution."""
+        layers = [self.block(width, width)]
+        if attention:
+            layers.append(self.attention(width))
+        return [*layers, *(self.block(width, width) for _ in range(count - 1))]
 
 
 @register("cnn_encoder")
@@ -52,10 +80,22 @@ class CNNEncoder(Encoder):
             Work on few large cells costs less than on many small ones: 2 is about three
             times as fast and what the CPU-sized presets use.
         attention: self-attention in the middle block and at the last level.
-        level_attention: with it, also at the last level (VQGAN), and not in the middle block alone
-            (latent diffusion, Rombach et al. 2022, https://arxiv.org/abs/2112.10752).
-        latent_dim: D, the width of the latents, to which a 3x3 convolution leads; None for the
+        level_attention: with it, also at the last level (VQGAN), or at those of a list, 0 the
+            finest, and not in the middle block alone (latent diffusion, Rombach et al. 2022,
+            https://arxiv.org/abs/2112.10752).
+        latent_dim: D, the width of the latents, to which a convolution leads; None for the
             channels of the last level, and none.
+        block: "biased" residual blocks (VQGAN); "unbiased": their convolutions, and the first one,
+            have no bias (Open-MAGVIT2); "output_skip": and their shortcuts are of what they return
+            (MaskBit), see `OutputSkipBlock`.
+        middle_blocks: residual blocks behind the last level; attention follows the first.
+        padding: of the strided convolutions: at one "corner" (VQGAN), or on all sides, "centered".
+        output_kernel: side of the convolution to the latents.
+        latent_kernel: side of one more convolution, from latents to latents (VQGAN's `quant_conv`);
+            None for none.
+        unit_range: the weights know images in [0, 1].
+        norm_groups: groups of all norms, 32 in published networks; None for up to 32 that divide
+            the channels into two or more each.
     """
 
     def __init__(
@@ -67,49 +107,72 @@ class CNNEncoder(Encoder):
         num_res_blocks: Count = 2,
         stem: Count = 1,
         attention: bool = True,
-        level_attention: bool = True,
+        level_attention: Levels = True,
         latent_dim: Count | None = None,
+        block: Block = "biased",
+        middle_blocks: Count = 2,
+        padding: Literal["corner", "centered"] = "corner",
+        output_kernel: Side = 3,
+        latent_kernel: Side | None = None,
+        unit_range: bool = False,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
+        check_values(CNNEncoder, locals())
+        make = _Layers(block, norm_groups)
+        self.unit_range = unit_range
         factor = stem * 2 ** (len(channel_multipliers) - 1)
         grid = grid_of(image_size, factor)
         self.grid: tuple[int, int] = grid  # type: ignore[assignment]
         self.num_tokens = grid[0] * grid[1]
         self.stem = stem
-        self.conv_in = nn.Conv2d(channels * stem * stem, base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(
+            channels * stem * stem, base_channels, 3, padding=1, bias=block == "biased"
+        )
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         layers: list[nn.Module] = []
         width = base_channels
-        for level, multiplier in enumerate(channel_multipliers):
-            last = level == len(channel_multipliers) - 1
+        last = len(channel_multipliers) - 1
+        attends = _attending(attention, level_attention, last)
+        for level in range(last + 1):
             for _ in range(num_res_blocks):
-                layers.append(ResBlock(width, base_channels * multiplier))
-                width = base_channels * multiplier
-                if last and attention and level_attention:
-                    layers.append(SpatialAttention(width))
+                layers.append(make.block(width, self.widths[level]))
+                width = self.widths[level]
+                if level in attends:
+                    layers.append(make.attention(width))
             self.ends[len(layers) - 1] = level
-            if not last:
-                layers.append(Downsample(width))
-        layers.append(ResBlock(width, width))
-        if attention:
-            layers.append(SpatialAttention(width))
-        layers.append(ResBlock(width, width))
-        self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width)
+            if level < last:
+                layers.append(Downsample(width, padding == "centered"))
+        self.layers = nn.Sequential(*layers, *make.middle(width, middle_blocks, attention))
+        self.norm_out = group_norm(width, groups=norm_groups)
         self.dim = width if latent_dim is None else latent_dim
-        self.conv_out = None if latent_dim is None else nn.Conv2d(width, latent_dim, 3, padding=1)
+        self.conv_out = None if latent_dim is None else _conv(width, latent_dim, output_kernel)
+        self.latent_conv = (
+            None if latent_kernel is None else _conv(self.dim, self.dim, latent_kernel)
+        )
 
     def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
-        x = self.conv_in(_fold(images, self.stem))
+        x = self.conv_in(self._folded(images))
         for number, layer in enumerate(self.layers):
             x = layer(x)
             if number in self.ends:
                 offer_level(taps, self.ends[number], x)
         x = F.silu(self.norm_out(x))
         x = x if self.conv_out is None else self.conv_out(x)
+        x = x if self.latent_conv is None else self.latent_conv(x)
         return x.flatten(2).transpose(1, 2)
+
+    def at(self, image_size: tuple[int, int]) -> CNNEncoder:
+        """Return the same encoder, weights and all, for images of another size."""
+        other = copy.copy(self)
+        other.grid = grid_of(image_size, self.stem * 2 ** (len(self.widths) - 1))
+        other.num_tokens = other.grid[0] * other.grid[1]
+        return other
+
+    def _folded(self, images: Tensor) -> Tensor:
+        return _fold((images + 1) / 2 if self.unit_range else images, self.stem)
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the levels."""
@@ -119,7 +182,7 @@ class CNNEncoder(Encoder):
     def initialize(self, images: Tensor) -> None:
         """Start as a map that keeps the principal components; see `linear_start`."""
         few = images[: max(8, 2**18 // images[0, 0].numel())]
-        x = _fold(few, self.stem)
+        x = self._folded(few)
         start_conv_(self.conv_in, x)
         x = self.conv_in(x)
         for layer in self.layers:
@@ -128,7 +191,26 @@ class CNNEncoder(Encoder):
                 start_conv_(layer.conv, x)
             x = layer(x)
         if self.conv_out is not None:
-            start_conv_(self.conv_out, F.silu(self.norm_out(x)))
+            x = F.silu(self.norm_out(x))
+            start_conv_(self.conv_out, x)
+            x = self.conv_out(x)
+        if self.latent_conv is not None:
+            start_conv_(self.latent_conv, x)
+
+
+def _conv(channels_in: int, channels_out: int, side: int) -> nn.Conv2d:
+    """Return a convolution that keeps the size of its maps."""
+    return nn.Conv2d(channels_in, channels_out, side, padding=side // 2)
+
+
+def _attending(attention: bool, level_attention: Levels, last: int) -> set[int]:
+    """Return the levels with attention."""
+    if not attention or level_attention is False:
+        return set()
+    levels = {last} if level_attention is True else set(level_attention)
+    if max(levels) > last:
+        raise ArgumentError(f"level_attention={sorted(levels)}: the levels are 0 to {last}")
+    return levels
 
 
 def level_taps(widths: Sequence[int], coarsest: tuple[int, int]) -> dict[str, Tap]:
@@ -180,6 +262,12 @@ class CNNDecoder(Decoder):
         adaptive_norm: begin each level with a norm that is set by the latents; see
             `AdaptiveGroupNorm` (GigaTok).
         level_attention: the encoder's.
+        block: the encoder's; the first convolution has a bias in any case.
+        middle_blocks: the encoder's.
+        latent_kernel: the encoder's (VQGAN's `post_quant_conv`).
+        unbiased_deviation: the deviations of adaptive norms have n - 1 in the denominator.
+        unit_range: the encoder's.
+        norm_groups: the encoder's.
     """
 
     def __init__(
@@ -194,7 +282,13 @@ class CNNDecoder(Decoder):
         attention: bool = True,
         upsample: Literal["nearest", "depth_to_space"] = "nearest",
         adaptive_norm: bool = False,
-        level_attention: bool = True,
+        level_attention: Levels = True,
+        block: Block = "biased",
+        middle_blocks: Count = 2,
+        latent_kernel: Side | None = None,
+        unbiased_deviation: bool = False,
+        unit_range: bool = False,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         check_values(CNNDecoder, locals())
@@ -203,25 +297,33 @@ class CNNDecoder(Decoder):
         self.stem = stem
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.ends: dict[int, int] = {}  # levels by the indices of their last layers
-        width = self.widths[-1]
+        self.unit_range = unit_range
+        make, last, width = (
+            _Layers(block, norm_groups),
+            len(channel_multipliers) - 1,
+            self.widths[-1],
+        )
+        attends = _attending(attention, level_attention, last)
+        self.latent_conv = (
+            None if latent_kernel is None else _conv(latent_dim, latent_dim, latent_kernel)
+        )
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
-        layers: list[nn.Module] = [ResBlock(width, width)]
-        if attention:
-            layers.append(SpatialAttention(width))
-        layers.append(ResBlock(width, width))
-        for level in reversed(range(len(channel_multipliers))):
+        layers = make.middle(width, middle_blocks, attention)
+        for level in reversed(range(last + 1)):
             if adaptive_norm:
-                layers.append(AdaptiveGroupNorm(width, latent_dim))
+                layers.append(
+                    AdaptiveGroupNorm(width, latent_dim, norm_groups, int(unbiased_deviation))
+                )
             for _ in range(num_res_blocks):
-                layers.append(ResBlock(width, self.widths[level]))
+                layers.append(make.block(width, self.widths[level]))
                 width = self.widths[level]
-                if attention and level_attention and level == len(channel_multipliers) - 1:
-                    layers.append(SpatialAttention(width))
+                if level in attends:
+                    layers.append(make.attention(width))
             self.ends[len(layers) - 1] = level
             if level:
                 layers.append((Upsample if upsample == "nearest" else DepthToSpace)(width))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, groups=norm_groups)
         self.conv_out = nn.Conv2d(width, channels * stem * stem, 3, padding=1)
 
     def reconstruct(
@@ -234,17 +336,27 @@ class CNNDecoder(Decoder):
         """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]
-        return F.pixel_shuffle(self.conv_out(self.features(quantized, taps)), self.stem)
+        x = F.pixel_shuffle(self.conv_out(self.features(quantized, taps)), self.stem)
+        return 2 * x - 1 if self.unit_range else x
 
     def features(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Return what the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
         latents = quantized.transpose(1, 2).unflatten(2, self.grid)
-        x = self.conv_in(latents)
+        x = self.conv_in(self._mixed(latents))
         for number, layer in enumerate(self.layers):
             x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
             if number in self.ends:
                 offer_level(taps, self.ends[number], x)
         return F.silu(self.norm_out(x))
+
+    def _mixed(self, latents: Tensor) -> Tensor:
+        return latents if self.latent_conv is None else self.latent_conv(latents)
+
+    def at(self, image_size: tuple[int, int]) -> CNNDecoder:
+        """Return the same decoder, weights and all, for images of another size."""
+        other = copy.copy(self)
+        other.grid = grid_of(image_size, self.stem * 2 ** (len(self.widths) - 1))
+        return other
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the levels."""
@@ -258,8 +370,11 @@ class CNNDecoder(Decoder):
         """
         few = max(8, 2**18 // images[0, 0].numel())
         latents = quantized[:few].transpose(1, 2).unflatten(2, self.grid)
-        start_conv_(self.conv_in, latents)
-        x = self.conv_in(latents)
+        if self.latent_conv is not None:
+            start_conv_(self.latent_conv, latents)
+        x = self._mixed(latents)
+        start_conv_(self.conv_in, x)
+        x = self.conv_in(x)
         for layer in self.layers:
             start_block_(layer, x)
             if isinstance(layer, (Upsample, DepthToSpace)):
@@ -271,7 +386,8 @@ class CNNDecoder(Decoder):
         for chunk, latents in chunks(images[:64], quantized[:64], most=8):
             count = _ROWS * len(chunk) // min(64, len(images))
             rows.append(pixels(self.features(latents), 3, count=count))
-            targets.append(pixels(F.pixel_unshuffle(chunk, self.stem), count=count))
+            wanted = (chunk + 1) / 2 if self.unit_range else chunk
+            targets.append(pixels(F.pixel_unshuffle(wanted, self.stem), count=count))
         weight, bias = least_squares(torch.cat(rows), torch.cat(targets))
         self.conv_out.weight.copy_(weight.view_as(self.conv_out.weight))
         assert self.conv_out.bias is not None

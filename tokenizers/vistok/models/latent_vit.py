@@ -105,7 +105,7 @@ class LatentTransformerEncoder(Encoder):
         self.patch_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
         points = spread_points(num_latent_tokens, self.patch_grid, nested)
         self.latent_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
-        # What a latent says about its own place is no news: its mean over images is taken off.
+        # A latent says nothing new about its own place: its mean over images is taken off.
         self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)
         self.mask: Tensor | None

@@ -40,6 +40,7 @@ class Pretrained(nn.Module):
 
     Attributes:
         model: the network, without its classifier.
+        key: that two networks share if they compute the same.
 
     Args:
         name: of a model in timm, or "packaged_lite0".
@@ -59,7 +60,8 @@ class Pretrained(nn.Module):
         if weights is not None and not Path(weights).is_file():
             raise ArgumentError(f"weights={weights}: no such file")
         self.name = name
-        self.model = _packaged(weights) if name == PACKAGED else _create(name, weights, input_size)
+        self.key = ("pretrained", name, str(weights), input_size)
+        self.model = packaged(weights) if name == PACKAGED else create(name, weights, input_size)
         taken: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         mean, std = (torch.tensor(taken[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
         self.register_buffer("mean", 2 * mean - 1, persistent=False)
@@ -157,7 +159,20 @@ def feature_map(model: nn.Module, images: Tensor) -> Tensor:
     raise ValueError(f"found {what}, which is not a grid of features")
 
 
-def _create(name: str, weights: str | Path | None, input_size: int | None) -> nn.Module:
+def create(
+    name: str, weights: str | Path | None, input_size: int | None, classes: bool = False
+) -> nn.Module:
+    """Return a timm model with its weights.
+
+    Args:
+        name: in timm.
+        weights: a local file; None for the hub's cache or the network.
+        input_size: side of the images in pixels, for networks that must know it.
+        classes: keep the classifier.
+
+    Raises:
+        ArgumentError: if there is no such model, or its weights are not at hand.
+    """
     import timm
 
     if not timm.is_model(name):
@@ -166,11 +181,11 @@ def _create(name: str, weights: str | Path | None, input_size: int | None) -> nn
     try:
         if weights is None:
             _reach(name)
-            return _seeded(name, input_size, pretrained=True)
+            return _seeded(name, input_size, classes, pretrained=True)
         overlay = {"file": str(weights)}
-        model = _seeded(name, input_size, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = _seeded(name, input_size, classes, pretrained=True, pretrained_cfg_overlay=overlay)
         # timm passes over names that do not fit: what still is as it was drawn was not loaded.
-        drawn = _seeded(name, input_size, pretrained=False)
+        drawn = _seeded(name, input_size, classes, pretrained=False)
         for (key, value), other in zip(model.named_parameters(), drawn.parameters(), strict=True):
             if value.ndim > 1 and value.any() and torch.equal(value, other):
                 raise ValueError(f"it holds no '{key}'")
@@ -201,28 +216,54 @@ def _reach(name: str) -> None:
         HfApi().model_info(repository, timeout=5)
 
 
-def _seeded(name: str, input_size: int | None, **options: Any) -> nn.Module:
-    """Return a model without its classifier, built without touching the random numbers of a run."""
+def hub_file(name: str) -> Path | None:
+    """Return the file in the hub's cache that timm takes a model's weights from, if it has one."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    known = timm.get_pretrained_cfg(name)
+    for file in ("model.safetensors", "pytorch_model.bin") if known and known.hf_hub_id else ():
+        found = try_to_load_from_cache(known.hf_hub_id, file)  # type: ignore[union-attr]
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _seeded(name: str, input_size: int | None, classes: bool, **options: Any) -> nn.Module:
+    """Return a model, built without touching the random numbers of a run."""
     import timm
 
+    if not classes:
+        options["num_classes"] = 0
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(_SEED)
         try:
-            return timm.create_model(name, num_classes=0, img_size=input_size, **options)
+            return timm.create_model(name, img_size=input_size, **options)
         except TypeError:  # convolutional models take any size
             torch.manual_seed(_SEED)
-            return timm.create_model(name, num_classes=0, **options)
+            return timm.create_model(name, **options)
 
 
-def _packaged(weights: str | Path | None) -> nn.Module:
+def packaged(weights: str | Path | None, classes: bool = False) -> nn.Module:
+    """Return "packaged_lite0" with its weights, from a file or the installed package.
+
+    Args:
+        weights: the file; None for the package's.
+        classes: keep the classifier.
+
+    Raises:
+        ArgumentError: if the file is not at hand, damaged, or another network's.
+    """
     file = Path(weights) if weights is not None else packaged_weights()
-    model = _seeded("tf_efficientnet_lite0", None, pretrained=False)
+    model = _seeded("tf_efficientnet_lite0", None, classes, pretrained=False)
     names, state = _packaged_names(model), {}
+    if classes:
+        names["_fc"] = "classifier"
     try:
         for key, value in torch.load(file, map_location="cpu", weights_only=True).items():
             layer, _, kind = key.rpartition(".")
-            if layer != "_fc":  # the classifier
+            if classes or layer != "_fc":
                 state[f"{names.get(layer, layer)}.{kind}"] = value
         model.load_state_dict(state)
     except Exception as error:  # other files make torch.load raise almost anything

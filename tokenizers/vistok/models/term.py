@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,28 @@ class Step:
     tokenizer: Tokenizer
     samples_seen: int = 0
     of: str = "image"
+    _shared: dict[Hashable, tuple[Tensor, Any]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def once(self, what: Hashable, tensor: Tensor, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` makes of a tensor; in one step the same is computed once.
+
+        Terms that look at the same picture through the same network share its forward so. It ends
+        with the step. Of a leaf that takes a gradient nothing is shared: it is a copy whose graph
+        somebody walks term by term, and a graph can be walked once.
+
+        Args:
+            what: is computed, for example a network's key and the name of its output.
+            tensor: of which; told apart by identity.
+            compute: computes it.
+        """
+        if tensor.is_leaf and tensor.requires_grad:
+            return compute()
+        key = (what, id(tensor), torch.is_grad_enabled())
+        if key not in self._shared:
+            self._shared[key] = (tensor, compute())  # kept along, so that no other takes its id
+        return self._shared[key][1]
 
     @property
     def prediction(self) -> Prediction:
@@ -81,11 +103,19 @@ class Player(ABC):
         accepts: as of a term.
         taps: as of a term.
         warmup_samples: how long it learns before the tokenizer's loss reads it.
+        warmup: the same as a share of the run, where `warmup_samples` is 0.
+        gradient: of the last `__call__`, with respect to the prediction; None if there is none.
     """
 
     accepts: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
     warmup_samples: int = 0
+    warmup: float = 0.0
+    gradient: Tensor | None = None
+
+    def start(self) -> None:
+        """Take the weights that a fresh run begins with, if they are not random."""
+        return None
 
     @abstractmethod
     def equip(self, make_optimizer: MakeOptimizer) -> None:
@@ -108,8 +138,21 @@ class Player(ABC):
             context: to compute in (autocast).
 
         Returns:
-            Detached scalars to log as `loss/NAME`; none if no batch was kept.
+            Detached scalars to log as `loss/NAME`, or as they are if the name has a slash; none if
+            no batch was kept.
         """
+
+    def gather(self) -> Tensor | None:
+        """End the gradients of a step: average them over the ranks, bound them.
+
+        Returns:
+            Their norm before it was bounded, the same on every rank; None without gradients.
+        """
+        return None
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget what the step under way has gathered, for the step is skipped."""
 
     @abstractmethod
     def step(self, factor: float) -> None:

@@ -19,12 +19,13 @@ from vistok.models.arguments import as_lengths, as_plain, as_tensor, in_words, i
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
+from vistok.models.preprocessing import Preprocessing
 from vistok.nn.data_init import Say, chunks, quiet
 from vistok.quantizers.base import Quantizer
 
 
 @register("tokenizer")
-class Tokenizer(nn.Module):
+class Tokenizer(Preprocessing, nn.Module):
     """Images to integers and back.
 
     Subclasses add what their paper adds; the parts are given, never built inside.
@@ -150,13 +151,17 @@ class Tokenizer(nn.Module):
             self.get_submodule(name).eval()
         return self
 
+    calibrates = False  # whether `calibrate` measures something, with `init=random` too
+
+    def calibrate(self, images: Tensor, say: Say = quiet) -> None:
+        """Measure on training images what no loss teaches; arguments as of `initialize`."""
+
     @torch.no_grad()
     def initialize(self, images: Tensor, say: Say = quiet, keep: Sequence[str] = ()) -> None:
         """Set what learns faster from a good start, before the first step.
 
-        In the order of the data's way: the encoder from images, the quantizer (projections and
-        codebook) from latents, the decoder from quantized latents. Images go through in chunks, and
-        encoder and decoder look at no more of them than they need, so memory is bounded.
+        After `calibrate` the encoder from images, the quantizer from latents, the decoder from
+        quantized latents; in chunks and from no more images than they need, to bound the memory.
 
         Args:
             images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
@@ -165,6 +170,7 @@ class Tokenizer(nn.Module):
         """
         was_training = self.training
         self.eval()
+        self.calibrate(images, say)
         few = self._signals(images[: self.init_images])
         if "encoder" not in keep:
             say(f"encoder, from {counted(len(few), 'image')}")

@@ -32,8 +32,12 @@ AttentionKind = Literal["dense", "flex"]
 _BLOCKS = WeakTensorKeyDictionary()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool = False
+) -> Tensor:
     """Scaled dot-product attention over `(B, heads, L, d)`; `mask` True = visible.
+
+    With `causal`, in place of a mask, each place sees itself and those before it.
 
     PyTorch's fused kernel, except in training on a CPU whose products take bf16, where its
     backward pass takes up to three times as long as the plain products (measured at 385 tokens,
@@ -43,8 +47,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         fused = q.device.type != "cpu" and not torch.compiler.is_compiling()
         return _flex_attention(fused)(q, k, v, block_mask=mask)
     if q.device.type == "cpu" and torch.is_grad_enabled() and _multiplies_bf16(q.dtype):
+        if causal:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         return _attend_plainly(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def _multiplies_bf16(dtype: torch.dtype) -> bool:

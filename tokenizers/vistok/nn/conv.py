@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.core.errors import ArgumentError
 
-def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
-    """GroupNorm of up to 32 groups that divide `channels`."""
-    groups = next(
-        g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 2) or g == 1
-    )
+
+def group_norm(channels: int, affine: bool = True, groups: int | None = None) -> nn.GroupNorm:
+    """GroupNorm of `groups`; by default up to 32 that divide `channels` into two or more each."""
+    if groups is None:
+        groups = next(
+            g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 2) or g == 1
+        )
+    if channels % groups:
+        raise ArgumentError(f"norm_groups={groups}: must divide {channels}, a number of channels")
     return nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
 
 
@@ -24,11 +29,21 @@ class AdaptiveGroupNorm(nn.Module):
     Args:
         channels: C of the map that is normalised.
         latent_channels: D of the latents.
+        groups: of the norm, see `group_norm`.
+        correction: 1 for deviations with n - 1 in the denominator (Open-MAGVIT2), 0 for n; a single
+            cell has a deviation of 0 either way.
     """
 
-    def __init__(self, channels: int, latent_channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        latent_channels: int,
+        groups: int | None = None,
+        correction: int = 0,
+    ) -> None:
         super().__init__()
-        self.norm = group_norm(channels, affine=False)
+        self.correction = correction
+        self.norm = group_norm(channels, affine=False, groups=groups)
         self.scale = nn.Linear(latent_channels, channels)
         self.shift = nn.Linear(latent_channels, channels)
         for parameter in self.parameters():
@@ -39,7 +54,8 @@ class AdaptiveGroupNorm(nn.Module):
         """Map `(B, C, H, W)` to `(B, C, H, W)`, given latents `(B, D, h, w)`."""
         flat = latents.flatten(2).float()
         # Of no images torch would warn.
-        variances = flat.var(dim=2, correction=0) if len(flat) else flat.mean(dim=2)
+        correction = min(self.correction, flat.shape[2] - 1)
+        variances = flat.var(dim=2, correction=correction) if len(flat) else flat.mean(dim=2)
         deviations = (variances + 1e-6).sqrt()  # the root of a variance of zero has no gradient
         scale = self.scale(deviations.to(latents.dtype))[..., None, None]
         shift = self.shift(flat.mean(dim=2).to(latents.dtype))[..., None, None]
@@ -52,18 +68,22 @@ class ResBlock(nn.Module):
     Args:
         channels_in: C of the input.
         channels_out: C of the output.
+        bias: of the convolutions.
+        groups: of the norms, see `group_norm`.
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, bias: bool = True, groups: int | None = None
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.norm1 = group_norm(channels_in, groups=groups)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
+        self.norm2 = group_norm(channels_out, groups=groups)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=bias)
         self.skip = (
             nn.Identity()
             if channels_in == channels_out
-            else nn.Conv2d(channels_in, channels_out, 1)
+            else nn.Conv2d(channels_in, channels_out, 1, bias=bias)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,10 +103,11 @@ class OutputSkipBlock(ResBlock):
     Args:
         channels_in: C of the input.
         channels_out: C of the output.
+        groups: of the norms, see `group_norm`.
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out)
+    def __init__(self, channels_in: int, channels_out: int, groups: int | None = None) -> None:
+        super().__init__(channels_in, channels_out, groups=groups)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.keeps_channels = channels_in == channels_out
@@ -104,11 +125,12 @@ class SpatialAttention(nn.Module):
 
     Args:
         channels: C, in and out.
+        groups: of the norm, see `group_norm`.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int | None = None) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups=groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -122,15 +144,21 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the size by a strided 3x3 convolution, padded at the right and the bottom."""
+    """Halve the size by a strided 3x3 convolution.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C, in and out.
+        centered: pad on all four sides; else at the right and the bottom alone.
+    """
+
+    def __init__(self, channels: int, centered: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=int(centered))
+        self.centered = centered
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C, H/2, W/2)`."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.centered else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -34,7 +34,7 @@ def start_conv_(conv: nn.Conv2d, maps: Tensor, reference: float = _REFERENCE) ->
 
     Turned at random, so that every channel says a little of everything, and the channels that a
     group norm takes together are on one scale. A constant is added to one half of the channels
-    and taken off the other: beside it, a norm over the image leaves brightness and contrast as
+    and taken off the other: next to it, a norm over the image leaves brightness and contrast as
     they are, nearly, instead of wiping them out.
 
     Args:
@@ -88,7 +88,8 @@ def start_block_(block: nn.Module, maps: Tensor) -> None:
     if isinstance(block, ResBlock):
         for parameter in block.conv2.parameters():
             nn.init.zeros_(parameter)
-        if isinstance(block.skip, nn.Conv2d):
+        # A skip from the block's own output has nothing of its input to hand on.
+        if isinstance(block.skip, nn.Conv2d) and block.skip.in_channels == maps.shape[1]:
             start_conv_(block.skip, maps)
     elif isinstance(block, SpatialAttention):
         for parameter in block.proj.parameters():
@@ -122,8 +123,8 @@ def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor, taps: int) -> None:
         first = 0 if taps > 1 else side // 2
         part = conv.weight[:, :, first : first + taps, first : first + taps]
         part.copy_(weight.view_as(part))
-    assert conv.bias is not None
-    conv.bias.copy_(bias)
+    if conv.bias is not None:
+        conv.bias.copy_(bias)
 
 
 def chunks(images: Tensor, *others: Tensor, most: int = 32) -> Iterator[Any]:

@@ -123,6 +123,18 @@ class Quantizer(nn.Module, ABC):
         """Length of the index sequence of `num_tokens` latents; longer for multi-scale only."""
         return num_tokens
 
+    def scales_of(self, num_tokens: int, grid: Grid | None = None) -> list[Grid] | None:
+        """Return the grids whose ids follow one another in a code, coarse to fine; else None."""
+        return None
+
+    def digits(self) -> list[list[float]] | None:
+        """Return the values that each channel of an implicit code takes; None for tables.
+
+        An id is a number whose digits choose them: the first channel's is the least significant,
+        and has as many values as the first list.
+        """
+        return None
+
     def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
         """The mask over index tokens `(B, num_index_tokens(N))` of one over latents `(B, N)`."""
         return mask
@@ -176,6 +188,15 @@ class Quantizer(nn.Module, ABC):
             Detached scalars to log.
         """
         return {}
+
+    def discard_step(self) -> None:
+        """Forget what the forwards since the last `after_step` have gathered: the step is skipped.
+
+        Calls `discard` of every part that has it; a quantizer that gathers in itself has one.
+        """
+        for part in self.modules():
+            if hasattr(part, "discard"):
+                part.discard()  # type: ignore[operator]
 
     @property
     def against_collapse(self) -> str:

@@ -103,6 +103,10 @@ class BinaryLatents(Quantizer):
         digits = bits.unflatten(-1, (self.num_indices, self.bits))
         return pack_digits(digits, binary_radices(self.bits, bits.device))
 
+    def digits(self) -> list[list[float]]:
+        """Return 0 and 1 for each bit."""
+        return [[0.0, 1.0]] * self.bits
+
     def codebooks(self) -> list[Tensor]:
         """The same table `(2^bits, bits)` of 0s and 1s for each slot."""
         ids = torch.arange(self.codebook_sizes[0], device=self.steps.device)

@@ -171,6 +171,13 @@ class CodebookStats(nn.Module):
         self.observed = False
         return True
 
+    def discard(self) -> None:
+        """Forget what was observed since the last update."""
+        self.step_counts.zero_()
+        if self.step_sums is not None:
+            self.step_sums.zero_()
+        self.observed = False
+
     def means_into(self, codes: Tensor) -> None:
         """Write the codes `(K, d)` that the averages stand for, with Laplace smoothing."""
         total = self.counts.sum()

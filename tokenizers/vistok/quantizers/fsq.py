@@ -172,6 +172,13 @@ class FSQ(Quantizer):
         """The grid is fixed: only the latents can spread."""
         return "fewer or smaller quantizer.levels, or a lower optimizer.lr"
 
+    def digits(self) -> list[list[float]]:
+        """Return the values of each channel's levels."""
+        most = torch.arange(int(self.levels.max()), device=self.levels.device)
+        values = self._values(most[:, None].minimum(self.levels - 1))
+        counts = self.levels.tolist()
+        return [values[:count, j].tolist() for j, count in enumerate(counts)]
+
     def codebooks(self) -> list[Tensor]:
         """The same table `(prod(levels), len(levels))` in [-1, 1] for each slot."""
         ids = torch.arange(self.codebook_sizes[0], device=self.levels.device)
@@ -194,7 +201,7 @@ class FSQ(Quantizer):
     def _tiled(self, codes: Tensor) -> tuple[Tensor, Iterable[Tensor]]:
         """Codes as `(rows, tile, c)`, and the constants of `tiles` as `(tile, c)`.
 
-        A handful of channels is too short a row to compute with: beside constants that are
+        A handful of channels is too short a row to compute with: next to constants that are
         repeated for 64 tokens the same arithmetic takes half the time on a CPU.
         """
         rows = codes.numel() // len(self.levels)

@@ -141,6 +141,10 @@ class LFQ(Quantizer):
         """Its entropy term is what spreads the use of codes."""
         return "a higher quantizer.entropy_weight, fewer codes or a lower optimizer.lr"
 
+    def digits(self) -> list[list[float]]:
+        """Return the two values of each bit."""
+        return [[-float(self.scale), float(self.scale)]] * self.bits
+
     def codebooks(self) -> list[Tensor]:
         """The same table `(2^bits, bits)` for each slot; a token concatenates its rows."""
         device = self.usage.counts.device

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ Places = Annotated[
     Sequence[int],
     filled_list(Count, "[rows, columns], for example [8,16]", (1, 2)),
 ]
+
+Ties = Literal["earlier", "later"]
 
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -73,6 +75,9 @@ class MultiScale(Composite):
         num_phi: number of shared convolutions; scale s takes the one nearest to its place from
             first to last. 0 for none.
         phi_ratio: ρ in [0, 1].
+        phi_ties: which convolution serves a scale that is as near to two, as the third and the
+            eighth of ten scales are to four convolutions: the "earlier" or, as in the released
+            code, the "later".
         commitment_weight: β, weight of the commitment loss.
         codebook_weight: weight of the codebook loss.
         scale_dropout: probability that a training sample keeps n scales, n uniform on
@@ -89,6 +94,7 @@ class MultiScale(Composite):
         grid: Places | None = None,
         num_phi: Index = 4,
         phi_ratio: Share = 0.5,
+        phi_ties: Ties = "earlier",
         commitment_weight: NonNegative = 0.25,
         codebook_weight: NonNegative = 1.0,
         scale_dropout: Share = 0.0,
@@ -107,6 +113,7 @@ class MultiScale(Composite):
         self.scales = scales
         self.grid = None if grid is None else tuple(grid)
         self.phi_ratio = phi_ratio
+        self.phi_ties = phi_ties
         self.scale_dropout = scale_dropout
         self.min_scales = min_scales
         self.phi = nn.ModuleList(
@@ -187,7 +194,7 @@ class MultiScale(Composite):
             layer = F.interpolate(layer, size=grid, mode="bicubic")
         if self.phi:
             place = number / max(len(self.scales) - 1, 1)
-            phi = self.phi[_nearest_tick(place, len(self.phi))]
+            phi = self.phi[_nearest_tick(place, len(self.phi), self.phi_ties == "later")]
             layer = (1 - self.phi_ratio) * layer + self.phi_ratio * phi(layer)
         return layer
 
@@ -239,6 +246,10 @@ class MultiScale(Composite):
     def num_index_tokens(self, num_tokens: int, grid: Grid | None = None) -> int:
         """L: the sizes of all scales added up."""
         return self._length(self._grid(num_tokens, grid))
+
+    def scales_of(self, num_tokens: int, grid: Grid | None = None) -> list[Grid]:
+        """Return the grid of every scale; the last is that of the latents."""
+        return self._sizes(self._grid(num_tokens, grid))
 
     def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
         """An index token counts if any latent under it does; `(B, L)`."""
@@ -294,10 +305,11 @@ class MultiScaleVQ(MultiScale):
         dim: width D of the latents.
         codebook_size: number of codes K.
         codebook_dim: width d of the codes; None for D.
-        scales: as in `MultiScale`, like the seven that follow.
+        scales: as in `MultiScale`, like the eight that follow.
         grid: [rows, columns] or [N] in place of the encoder's grid; None for that one.
         num_phi: number of shared convolutions.
         phi_ratio: share of the convolution in the sum.
+        phi_ties: "later" as released.
         commitment_weight: β.
         codebook_weight: weight of the codebook loss.
         scale_dropout: probability that a training sample keeps its first scales only.
@@ -315,6 +327,7 @@ class MultiScaleVQ(MultiScale):
         grid: Places | None = None,
         num_phi: Index = 4,
         phi_ratio: Share = 0.5,
+        phi_ties: Ties = "earlier",
         commitment_weight: NonNegative = 0.25,
         codebook_weight: NonNegative = 1.0,
         scale_dropout: Share = 0.0,
@@ -336,6 +349,7 @@ class MultiScaleVQ(MultiScale):
             grid=grid,
             num_phi=num_phi,
             phi_ratio=phi_ratio,
+            phi_ties=phi_ties,
             commitment_weight=commitment_weight,
             codebook_weight=codebook_weight,
             scale_dropout=scale_dropout,
@@ -375,10 +389,17 @@ def _map_loss(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
     return token_mean((a - b).square().mean(dim=1).flatten(1), keep)
 
 
-def _nearest_tick(place: float, num_ticks: int) -> int:
-    """Return which of the shared convolutions serves a place in [0, 1] among the scales."""
+def _nearest_tick(place: float, num_ticks: int, later: bool = False) -> int:
+    """Return which of the shared convolutions serves a place in [0, 1] among the scales.
+
+    Args:
+        place: of the scale.
+        num_ticks: number of convolutions.
+        later: of two that are equally near, the later.
+    """
     if num_ticks == 1:
         return 0
     first = 1 / (3 * num_ticks)
     ticks = [first + i * (1 - 2 * first) / (num_ticks - 1) for i in range(num_ticks)]
-    return min(range(num_ticks), key=lambda i: abs(ticks[i] - place))
+    shift = 1e-9 if later else 0.0  # far above the rounding of these numbers
+    return min(range(num_ticks), key=lambda i: abs(ticks[i] - place - shift))

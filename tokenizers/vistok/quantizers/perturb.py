@@ -139,6 +139,10 @@ class Perturb(Quantizer):
     def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         return self.inner.project_out(self.inner._lookup(indices, grid))
 
+    def digits(self) -> list[list[float]] | None:
+        """Return those of the inner quantizer."""
+        return self.inner.digits()
+
     def codebooks(self) -> list[Tensor]:
         """Those of the inner quantizer."""
         return self.inner.codebooks()
@@ -166,6 +170,10 @@ class Perturb(Quantizer):
         self.steps.add_(int(self._trained))
         self._trained = False
         return self.inner.after_step(optimizers)
+
+    def discard(self) -> None:
+        """Let the schedule stay."""
+        self._trained = False
 
 
 @torch.no_grad()

@@ -102,6 +102,10 @@ class Product(Composite):
         """That of the books, which agree."""
         return self.books[0].num_index_tokens(num_tokens, grid)
 
+    def scales_of(self, num_tokens: int, grid: Grid | None = None) -> list[Grid] | None:
+        """Return those of the books, which agree."""
+        return self.books[0].scales_of(num_tokens, grid)
+
     def index_mask(self, mask: Tensor, grid: Grid | None = None) -> Tensor:
         """That of the books, which agree."""
         return self.books[0].index_mask(mask, grid)

@@ -87,7 +87,7 @@ def sampled_codes(
     for block, first, scores in _score_blocks(queries / temperature, codebook, scaled):
         number = -(-first // _COLUMNS) * 2  # of the block of codes, twice
         new_top = torch.maximum(top[block], scores.amax(dim=1))
-        # exp(−60) is nothing beside a sum of at least 1, and farther down floats are denormal,
+        # exp(−60) is nothing next to a sum of at least 1, and farther down floats are denormal,
         # with which everything takes many times as long.
         weights = scores.sub_(new_top[:, None]).clamp_(min=-60).exp_()
         weight, code = _row_sample(weights, draws[block, number])

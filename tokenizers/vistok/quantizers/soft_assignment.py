@@ -168,7 +168,7 @@ def _logit_blocks(
         torch.addmm(bias, z[block], codebook.t(), beta=beta, alpha=scale, out=logits)
         if noise is not None:
             _add_gumbel(logits, scratch, noise[block, None], words)
-        # exp(−60) is nothing beside a sum of at least 1, but below exp(−87) floats are denormal,
+        # exp(−60) is nothing next to a sum of at least 1, but below exp(−87) floats are denormal,
         # and arithmetic on those is many times slower.
         logits.clamp_(min=logits.amax(dim=1, keepdim=True) - 60)
         yield block, logits, scratch

@@ -140,6 +140,10 @@ class TokenBridge(Quantizer):
             self.std.copy_(old.lerp(variance, 1 - self.decay).sqrt())
         return {}
 
+    def discard(self) -> None:
+        """Forget the latents of the step."""
+        self._moments = []
+
     def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         # Clamping is implicit: beyond the last midpoint everything has the last level.
         midpoints = (self.levels[1:] + self.levels[:-1]) / 2

@@ -10,7 +10,9 @@ import torch
 
 from vistok.core.console import say
 from vistok.evaluation.evaluator import Evaluator
+from vistok.evaluation.pairs import Pairs
 from vistok.evaluation.pictures import comparison, save_png, scale_for
+from vistok.evaluation.trained import pictures_of
 from vistok.metrics.image import PSNR
 from vistok.quantizers.usage import collapse_advice
 
@@ -51,6 +53,27 @@ class ReconstructionGrid(L.Callback):
             save_png(sheet, path, scale, caption)
         except OSError as error:  # a picture is not worth a run
             say(f"[yellow]{path}: could not be written: {error.strerror or error}[/yellow]")
+
+
+class LastPictures(L.Callback):
+    """Keeps what the validated weights make of some images at the end of a run, for its page.
+
+    Args:
+        num_images: how many images; 0 for no page.
+
+    Attributes:
+        pairs: the pictures; none before the last validation.
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self.pairs: list[Pairs] = []
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Take the pictures, on all ranks, if no more validation will come."""
+        last = trainer.global_step >= trainer.max_steps or trainer.state.fn == "validate"
+        if last and self.num_images and not trainer.sanity_checking:
+            self.pairs = pictures_of(module.tokenizer, module.data, self.num_images)
 
 
 class CodebookWatch(L.Callback):

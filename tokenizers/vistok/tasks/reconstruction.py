@@ -16,15 +16,18 @@ from vistok.core.errors import ConfigError
 from vistok.core.geometry import as_pair
 from vistok.core.memory import fits_in_memory
 from vistok.core.registry import register
+from vistok.core.terminal import typed
 from vistok.data.build import build_data
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
+from vistok.evaluation.run import evaluate
+from vistok.evaluation.trained import write_trained
 from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer, starts_from_data
 from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
-from vistok.tasks.callbacks import CodebookWatch, ReconstructionGrid
+from vistok.tasks.callbacks import CodebookWatch, LastPictures, ReconstructionGrid
 from vistok.tasks.sources import parts_of, resolve_source, start_from
 from vistok.tasks.stages import prepare_stage, resolve_stage
 from vistok.training.task import Task
@@ -58,6 +61,11 @@ class Reconstruction(Task):
         """The tokenizer."""
         return self.tokenizer
 
+    @property
+    def data(self) -> VistokDataModule:  # type: ignore[override]
+        """The DataModule."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     @classmethod
     def resolve(cls, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         """Return the config with what its stage, or the run that it starts from, calls for."""
@@ -70,15 +78,18 @@ class Reconstruction(Task):
     def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
         """Take the weights of `init_from`, else start from data, else leave the random ones."""
         source, parts = self.config["init_from"], parts_of(self.config)
+        tokenizer, from_data = self.tokenizer.to(device), starts_from_data(self.config)
         if source:
-            moved = start_from(self.tokenizer, str(source), parts)
+            moved = start_from(tokenizer, str(source), parts)
             _say_start(f"{', '.join(parts) or 'all weights'} of {source}", "weights")
             if moved:
                 _say_start(f"{', '.join(moved)} interpolated", "weights")
-        if starts_from_data(self.config) and (parts or not source):
-            tokenizer = self.tokenizer.to(device)
+        if (parts or not source) and (from_data or tokenizer.calibrates):
             images = data.init_batches(self._init_images())
-            tokenizer.initialize(images, _say_start, keep=parts)
+            if from_data:
+                tokenizer.initialize(images, _say_start, keep=parts)
+            else:
+                tokenizer.calibrate(images, _say_start)
         if self.ema is not None:
             self.ema.reset()
 
@@ -97,7 +108,7 @@ class Reconstruction(Task):
         with self.drawing(len(images)):
             conditions = self.tokenizer.conditions_of(batch)
             output = self._step_function(images, self.objective.taps, **conditions)
-        losses = self.objective(Step(images, output, self.tokenizer, self.step_began_at))
+            losses = self.objective(Step(images, output, self.tokenizer, self.step_began_at))
         metrics = output.quantizer.metrics
         return losses, {f"quantizer/{name}": value for name, value in metrics.items()}
 
@@ -107,6 +118,10 @@ class Reconstruction(Task):
             return {}
         numbers = self.tokenizer.quantizer.after_step([self.trainer.optimizers[0]])
         return {f"quantizer/{name}": value for name, value in numbers.items()}
+
+    def discard_step(self) -> None:
+        """Forget the codebook statistics of the step."""
+        self.tokenizer.quantizer.discard_step()
 
     # ------------------------------------------------------------------ validation
 
@@ -133,12 +148,14 @@ class Reconstruction(Task):
     # ------------------------------------------------------------------ for people
 
     def callbacks(self, folder: Path) -> list[L.Callback]:
-        """Return the watch over the codebook, and pictures."""
+        """Return the watch over the codebook, pictures, and those for the run's page."""
         options = self.config["callbacks"]
         self._watch = CodebookWatch(options["codebook_window"])
         pictures = folder / "pictures"
         grid = ReconstructionGrid(pictures, options["num_pictures"], options["picture_scale"])
-        return [self._watch, grid]
+        self._folder = folder
+        self._last = LastPictures(options["num_pictures"] if options.get("report", True) else 0)
+        return [self._watch, grid, self._last]
 
     def description(self) -> str:
         """Return a line that says what is trained."""
@@ -148,6 +165,16 @@ class Reconstruction(Task):
             f"{type(t).__name__} with {type(t.quantizer).__name__}, {parameters:.2f} M "
             f"parameters, {t.num_tokens} tokens = {t.bits_per_image:.0f} bits per image"
         )
+
+    @classmethod
+    def evaluate(cls, config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
+        """Judge a tokenizer; see `vistok.evaluation.run.evaluate`."""
+        return evaluate(config, data_overrides)
+
+    def next_commands(self, folder: Path) -> list[str]:
+        """Return what to type after the run in this folder."""
+        export = f"{typed('export')} run={folder} out=exported/my_tokenizer"
+        return [*super().next_commands(folder), export]
 
     def headline(self) -> str:
         """Return PSNR and the use of the codebook."""
@@ -173,7 +200,28 @@ class Reconstruction(Task):
         options = baseline_options(self.config.get("baseline"))
         if options:  # on every rank: they begin with the same codes and share the images
             summary.update(kmeans_baseline(self.data, self.tokenizer, **options))
+        if self._last.pairs:
+            self._write_report(str(trainer.precision))
         return summary
+
+    @rank_zero_only
+    def _write_report(self, precision: str) -> None:
+        """Write `report.html`; a run whose numbers are there does not fail for its page."""
+        words = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(precision, "float32")
+        weights = "last" if self.ema is None else "ema"
+        try:
+            page = write_trained(
+                self._folder,
+                self.tokenizer,
+                self.data,
+                self.results,
+                self._last.pairs,
+                weights,
+                words,
+            )
+            say(f"report: {page}")
+        except OSError as error:
+            say(f"[yellow]report.html could not be written: {error.strerror}[/yellow]")
 
 
 @rank_zero_only

@@ -23,7 +23,8 @@ import numpy as np
 
 from vistok.core.files import replacing
 from vistok.core.terminal import counted
-from vistok.data.decode import IMAGE_EXTENSIONS, decode
+from vistok.data.decode import decode
+from vistok.data.formats import IMAGE_EXTENSIONS
 from vistok.data.order import SampleRandom
 from vistok.tools.words import Option, Tool, flag, processes, seconds, whole
 
@@ -172,7 +173,7 @@ def plain_loader(options: Options) -> Iterable[Any]:
     from torch.utils.data import DataLoader
     from webdataset.compat import WebDataset
 
-    from vistok.data.sources import expand_shards
+    from vistok.data.places import expand_shards
 
     transform = _torchvision(options.image_size) or _pillow(options.image_size)
 

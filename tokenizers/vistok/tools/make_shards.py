@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,33 @@ import numpy as np
 
 from vistok.core.errors import DataError, VistokError
 from vistok.core.terminal import counted, typed
-from vistok.data.decode import DecodeError, decode, image_extension
+from vistok.data.decode import DecodeError, decode
+from vistok.data.deep import Range
+from vistok.data.formats import image_extension
 from vistok.data.held_out import hold_out
 from vistok.data.index import ShardIndex, sidecar
-from vistok.data.inputs import SPOOL, Columns, Tables, end_with_parent, open_input
-from vistok.data.shards import ShardFile, ShardInfo, member_bytes, tar_bytes, write_manifest
+from vistok.data.inputs import NONE, SPOOL, Columns, Tables, end_with_parent, open_input
+from vistok.data.names import shown
+from vistok.data.shards import (
+    ShardFile,
+    ShardInfo,
+    member_bytes,
+    tar_bytes,
+    write_manifest,
+    write_names,
+)
 from vistok.data.sources import Source
-from vistok.tools.words import Option, Tool, flag, fraction, names, processes, size, whole
+from vistok.tools.words import (
+    VALUE_RANGE,
+    Option,
+    Tool,
+    flag,
+    fraction,
+    names,
+    processes,
+    size,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,7 @@ class Options:
     val_fraction: float
     members: tuple[str, ...] | None
     workers: int
+    value_range: Range | None
 
 
 @dataclass(frozen=True)
@@ -64,8 +86,8 @@ class Made:
     bad: list[tuple[str, str]]  # name in the source, reason
 
 
-def make_shards(options: Options) -> dict[str, list[Made]]:
-    """Write the shards and the manifest; return the results of each split.
+def make_shards(options: Options) -> tuple[dict[str, list[Made]], list[tuple[str, str]]]:
+    """Write the shards and the manifest; return the results of each split, and what is left out.
 
     Raises:
         DataError: if there are no images, none decodes, `out` holds something else, or another
@@ -74,6 +96,24 @@ def make_shards(options: Options) -> dict[str, list[Made]]:
     """
     out = Path(options.out)
     source = open_input(options.source, options.columns, options.members)
+    try:
+        return _make_shards(out, source, options)
+    except BrokenProcessPool:
+        raise DataError(
+            f"out={shown(out)}: a process ended (killed from outside, or too little memory: fewer"
+            " workers= need less); the same command continues"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"out={shown(out)}: {error.strerror}"
+            + (f": {shown(str(error.filename))}" if error.filename else "")
+            + "; the same command continues"
+        ) from None
+
+
+def _make_shards(
+    out: Path, source: Source | Tables, options: Options
+) -> tuple[dict[str, list[Made]], list[tuple[str, str]]]:
     with _alone_in(out):
         if isinstance(source, Tables):
             source = source.unpack(out, options.workers)
@@ -82,7 +122,7 @@ def make_shards(options: Options) -> dict[str, list[Made]]:
         _check_out(out, jobs)
         workers = max(1, min(options.workers, len(jobs)))
         with ProcessPoolExecutor(
-            workers, initializer=_start_worker, initargs=(source, members)
+            workers, initializer=_start_worker, initargs=(source, members, options.value_range)
         ) as pool:
             from rich.progress import track
 
@@ -97,17 +137,21 @@ def make_shards(options: Options) -> dict[str, list[Made]]:
                 f"{options.source}: found {counted(len(source), 'image')}, but none that decodes; "
                 f"{name}: {reason}"
             )
+        bad = [item for result in made for item in result.bad] + source.left_out
+        write_names(out, [result.shard.name for result in made if result.shard])
         write_manifest(
             out,
             {name: [r.shard for r in results if r.shard] for name, results in splits.items()},
-            classes=source.classes,
+            classes=[shown(name) for name in source.classes],
             arguments={
                 key: getattr(options, key)
                 for key in ("shard_size", "shuffle", "seed", "val_fraction")
             },
-            left_out=sorted(name for result in made for name, _ in result.bad),
+            left_out=sorted(
+                name for each in splits.values() for made in each for name, _ in made.bad
+            ),
         )
-    return splits
+    return splits, bad
 
 
 @contextmanager
@@ -202,11 +246,13 @@ _source: Source  # of this worker, and the members it takes along
 
 _members: tuple[str, ...]
 
+_value_range: Range | None
 
-def _start_worker(source: Source, members: tuple[str, ...]) -> None:
+
+def _start_worker(source: Source, members: tuple[str, ...], value_range: Range | None) -> None:
     """Take the source once, not with every job."""
-    global _source, _members
-    _source, _members = source, members
+    global _source, _members, _value_range
+    _source, _members, _value_range = source, members, value_range
     end_with_parent()
 
 
@@ -232,7 +278,7 @@ def _make(job: Job) -> Made:
             for key, number in job.images:
                 try:
                     name, data, label = _source.read(number)
-                    height, width = decode(data).shape[:2]
+                    height, width = decode(data, value_range=_value_range).shape[:2]
                     others = {e: o for e in _members if (o := _source.read_other(number, e))}
                 except DecodeError as error:
                     bad.append((_name(number), str(error)))
@@ -240,7 +286,8 @@ def _make(job: Job) -> Made:
                     bad.append((_name(number), error.strerror or str(error)))
                 else:
                     extension = image_extension(data, name)
-                    shard.add(key, data, extension, label, (height, width), others)
+                    original = _source.original(number)
+                    shard.add(key, data, extension, label, (height, width), others, original)
     except DataError:
         if len(bad) < len(job.images):
             raise
@@ -249,19 +296,18 @@ def _make(job: Job) -> Made:
 
 
 def _name(number: int) -> str:
-    return os.fsdecode(bytes(_source.keys[number]))
+    return shown(bytes(_source.keys[number]))
 
 
 def _column(text: str) -> str | None:
-    return text or None
+    return NONE if text.lower() in ("null", "none") else text or None
 
 
-def _report(options: Options, splits: dict[str, list[Made]]) -> None:
+def _report(options: Options, splits: dict[str, list[Made]], bad: list[tuple[str, str]]) -> None:
     from rich.console import Console
 
     train = typed("train")
     console = Console(highlight=False, soft_wrap=True)
-    bad = [item for results in splits.values() for result in results for item in result.bad]
     places = {}
     for split, results in splits.items():
         shards = [result.shard for result in results if result.shard]
@@ -297,7 +343,7 @@ def _run(place: str | None, values: dict[str, Any]) -> None:
     columns = Columns(*(values.pop(name) for name in ("image", "label", "caption")))
     options = Options(source=place or "", columns=columns, **values)
     try:
-        _report(options, make_shards(options))
+        _report(options, *make_shards(options))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues") from None
 
@@ -332,8 +378,9 @@ TOOL = Tool(
             names,
         ),
         "image": Option("column of a table with the images; empty: by its usual names", _column),
-        "label": Option("column of a table with the labels; likewise", _column),
-        "caption": Option("column of a table with the captions; likewise", _column),
+        "label": Option("column of a table with the labels; likewise; null: none", _column),
+        "caption": Option("column of a table with the captions; likewise; null: none", _column),
+        "value_range": VALUE_RANGE,
         "workers": Option("number of processes; empty: one per core", processes),
     },
     closing="Every image is decoded once; those that do not decode are reported and left out. The "

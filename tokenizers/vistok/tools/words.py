@@ -39,7 +39,8 @@ class Tool:
     Args:
         name: as it is typed, for example "make-shards".
         about: the first line of `--help`.
-        place: the positional argument in `--help`; in brackets if it may be left out.
+        place: the positional argument in `--help`; in brackets if it may be left out, with dots
+            at its end if there may be several, which `run` then gets as a list.
         place_is: the same in words, for example "source of images".
         place_about: a paragraph on it for `--help`.
         kinds: kinds of places and what they are, for `--help`.
@@ -56,7 +57,7 @@ class Tool:
     place_is: str
     place_about: str
     options: Mapping[str, Option]
-    run: Callable[[str | None, dict[str, Any]], int | None]
+    run: Callable[[Any, dict[str, Any]], int | None]
     kinds: Mapping[str, str] = field(default_factory=dict)
     closing: str = ""
     examples: Sequence[str] = ()
@@ -69,8 +70,8 @@ class Tool:
             return 0 if asked else 2
         return self.run(*self.read(words)) or 0
 
-    def read(self, words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-        """Return the place and the values of all options.
+    def read(self, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+        """Return the place (or a list of them) and the values of all options.
 
         Raises:
             ConfigError: naming the word that is wrong.
@@ -85,10 +86,13 @@ class Tool:
             elif name != "debug":  # which the command line itself reads
                 known = [*self.options, "debug"]
                 raise ConfigError(f"{name}=: no such option{nearest(name, known)}; see --help")
-        if len(places) > 1 or not (places or self._place_is_optional):
+        several = self.place.rstrip("]").endswith("...")
+        if (len(places) > 1 and not several) or not (places or self._place_is_optional):
             found = " ".join(places) or "none"
             raise ConfigError(f"expected one {self.place_is}, found {found}; see --help")
         values = {name: _value(name, option, texts) for name, option in self.options.items()}
+        if several:
+            return places, values
         return (places[0] if places else None), values
 
     def help(self) -> str:
@@ -166,6 +170,27 @@ def _number(text: str, wanted: str, allowed: Callable[[float], bool]) -> float:
     if not allowed(value):
         raise ValueError(wanted)
     return value
+
+
+def value_range(text: str) -> tuple[float, float] | None:
+    """Read two numbers between commas, the first one smaller; None for an empty text."""
+    if not text:
+        return None
+    low, _, high = text.strip("[]() ").partition(",")
+    try:
+        pair = float(low), float(high)
+    except ValueError:
+        pair = 0.0, 0.0
+    if not -float("inf") < pair[0] < pair[1] < float("inf"):
+        raise ValueError("two numbers, the values that are black and white, for example 0,1")
+    return pair
+
+
+VALUE_RANGE = Option(
+    "LOW,HIGH: values that are black and white in images of more than 8 bits, as in training "
+    "(data.value_range); empty: those of their types, which floats do not have",
+    value_range,
+)
 
 
 def size(text: str) -> int:

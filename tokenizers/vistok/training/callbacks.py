@@ -49,6 +49,47 @@ class DataWatch(L.Callback):
         self.begun, self.waited = time.perf_counter(), module.data.wait_seconds
 
 
+class StepClock(L.Callback):
+    """Measures each optimizer step, and validations apart.
+
+    Attributes:
+        steps: (samples seen at its end, seconds) of each.
+        validation_seconds: of the last validation.
+        wait_share: share of the steps' time that was spent waiting for data.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, float]] = []
+        self.validation_seconds = 0.0
+        self.wait_share = 0.0
+        self._mark = self._waited = 0.0
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Start the clock."""
+        self._step, self._waited = trainer.global_step, module.data.wait_seconds
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        """Take the time of a step."""
+        if trainer.global_step == self._step:
+            return
+        self._step, now = trainer.global_step, time.perf_counter()
+        self.steps.append((module.data.samples_seen, now - self._mark))
+        spent = sum(seconds for _, seconds in self.steps)
+        self.wait_share = min(1.0, (module.data.wait_seconds - self._waited) / max(spent, 1e-9))
+        self._mark = now
+
+    def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Start the other clock."""
+        self._mark = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Stop it."""
+        now = time.perf_counter()
+        self.validation_seconds, self._mark = now - self._mark, now
+
+
 class RandomState(L.Callback):
     """Saves the random state of every rank and restores it right before the next training step.
 

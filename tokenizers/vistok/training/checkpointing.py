@@ -155,7 +155,8 @@ class Checkpoints(Checkpoint):
             return
         self.writer.settle()
         self._step = trainer.global_step
-        if self._step % self.every == 0:
+        # While steps are skipped the state may be what makes them so, and the last one is not.
+        if self._step % self.every == 0 and module.guard.proven:
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsFile):
                     logger.log_early(trainer)

@@ -19,15 +19,16 @@ from vistok.checkpoints.migrate import in_todays_form
 from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.resume import finished_steps
 from vistok.core import ranks
-from vistok.core.command_words import launched_from_outside
 from vistok.core.console import say
 from vistok.core.errors import CheckpointError, ConfigError, Preempted, VistokError
 from vistok.core.run_folders import leads
 from vistok.core.schema import check_run
 from vistok.core.terminal import typed
 from vistok.core.values import is_whole
-from vistok.data.datamodule import VistokDataModule
+from vistok.core.words import launched_from_outside
+from vistok.data.places import absolute
 from vistok.training.checkpointing import Checkpoints, CheckpointWriter
+from vistok.training.data import TrainingData
 from vistok.training.lightning_internals import watch_children_by
 from vistok.training.optimizers import learning_rate
 from vistok.training.peers import ChildWatch, end_with_parent
@@ -44,6 +45,7 @@ def train(
     folder: Path,
     resume: Path | None = None,
     words: Sequence[str] | None = None,
+    watch: Sequence[L.Callback] = (),
 ) -> dict[str, Any]:
     """Train a task.
 
@@ -53,6 +55,7 @@ def train(
         folder: the run folder to write to.
         resume: checkpoint file to continue from.
         words: `key=value` that the config was composed with; None if it is that of `resume`.
+        watch: further callbacks.
 
     Returns:
         What `summary.json` holds.
@@ -69,7 +72,7 @@ def train(
     try:
         # A scheduler may ask at any time, and again while the last checkpoint is being written.
         with products, stop.listening(*PREEMPTION_SIGNALS):
-            return _train(task_type, config, folder, resume, words, stop)
+            return _train(task_type, config, folder, resume, words, stop, watch)
     finally:
         finished.set()
 
@@ -81,10 +84,12 @@ def _train(
     resume: Path | None,
     words: Sequence[str] | None,
     stop: StopAfterStep,
+    watch: Sequence[L.Callback],
 ) -> dict[str, Any]:
     started = time.time()
     quiet_libraries()
     config = in_todays_form(config)
+    config["data"] = absolute(config["data"])  # for a resume in another working folder
     source = config.get("init_from")
     if resume is None or words is not None:
         if resume is not None and source:  # which may be gone by now
@@ -125,17 +130,20 @@ def _train(
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
     watch_children_by(lambda children: ChildWatch(children).start())
-    trainer = build_trainer(config, folder, first_step, stop, checkpoints, task.callbacks(folder))
+    own = [*task.callbacks(folder), *watch]
+    trainer = build_trainer(config, folder, first_step, stop, checkpoints, own)
     if task.objective.players and trainer.precision == "16-mixed":
         names = ", ".join(task.objective.players)
         raise ConfigError(
             f"trainer.precision=16: does not work with loss.terms.{names}; use bf16 or 32"
         )
     set_batches(config, data, trainer)
+    task.settle(trainer, data)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
     announce(task, data, trainer, folder, resume)
     if resume is None:
         task.start_weights(data, trainer.strategy.root_device)
+        task.objective.start()
     begin = BeginRun(config, folder, resume)
     trainer.callbacks.insert(0, begin)  # pyright: ignore[reportAttributeAccessIssue]
     if config["compile"]:
@@ -165,19 +173,19 @@ def _train(
             raise KeyboardInterrupt
         raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
     if task.validated_step != trainer.global_step:
-        trainer.validate(task, datamodule=data, verbose=False)
-    summary = task.summary(trainer)
+        trainer.validate(task, datamodule=data, verbose=False)  # type: ignore[arg-type]
+    summary = task.summary(trainer) | task.guard.summary() | task.health.summary()
     summary |= {"steps": trainer.global_step, "samples_seen": data.samples_seen}
     if resume is not None:
         summary["resumed_at_step"] = first_step
     summary["seconds"] = round(time.time() - started, 1)  # of this call
     summary["seconds_of_all_calls"] = round(begin.seconds_before + time.time() - started, 1)
     summary["skipped_images"] = len(set().union(*ranks.gather(list(data.skipped))))
-    finish(summary, data, folder, task.exported)
+    finish(summary, task, data, folder)
     return summary
 
 
-def take(task: Task, data: VistokDataModule, content: dict[str, Any], resume: Path) -> None:
+def take(task: Task, data: TrainingData, content: dict[str, Any], resume: Path) -> None:
     """Give a task and its data what a checkpoint holds, so that what does not fit shows at once.
 
     Raises:
@@ -193,7 +201,7 @@ def take(task: Task, data: VistokDataModule, content: dict[str, Any], resume: Pa
                     raise CheckpointError(
                         f"{resume}: the average of '{name}' is missing or another"
                     )
-        state = content["VistokDataModule"]
+        state = content[type(data).__qualname__]
         samples = state["samples_seen"]
         if not is_whole(samples) or samples < 0:
             raise CheckpointError(f"{resume}: samples_seen={samples}: must be 0 or more")
@@ -217,9 +225,7 @@ def damaged_if_unexpected(resume: Path | None) -> Iterator[None]:
         ) from error
 
 
-def fit(
-    trainer: L.Trainer, task: Task, data: VistokDataModule, resume: Path | None, begin: BeginRun
-) -> None:
+def fit(trainer: L.Trainer, task: Task, data: Any, resume: Path | None, begin: BeginRun) -> None:
     """Train to the end, or until a signal ends the run.
 
     Raises:

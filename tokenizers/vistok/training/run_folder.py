@@ -25,10 +25,10 @@ from vistok.core.console import say
 from vistok.core.errors import CheckpointError
 from vistok.core.files import replacing
 from vistok.core.run_folders import leads, remove_run
-from vistok.core.terminal import counted, show, typed
+from vistok.core.terminal import counted, show
 from vistok.core.values import is_number
-from vistok.data.datamodule import VistokDataModule
 from vistok.training.callbacks import RandomState, random_state, set_random_state
+from vistok.training.data import TrainingData
 from vistok.training.lightning_internals import children_of
 from vistok.training.peers import Peers
 from vistok.training.task import Task
@@ -166,32 +166,30 @@ def git_commit() -> str | None:
 @rank_zero_only
 def announce(
     task: Task,
-    data: VistokDataModule,
+    data: TrainingData,
     trainer: L.Trainer,
     folder: Path,
     resume: Path | None,
 ) -> None:
     """Say in a few lines what this run is."""
     verb = f"resuming {resume}" if resume is not None else "training"
-    height, width = data.image_size
     say(
         f"{verb}: {task.description()}\n"
-        f"data: {data.num_train} training and {data.num_val} validation images of "
-        f"{height}x{width} px\n"
+        f"data: {data.in_words()}\n"
         f"trainer: {in_words(trainer, data.batch_size)}\n"
         f"run folder: {folder}"
     )
 
 
 @rank_zero_only
-def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path, exported: bool) -> None:
+def finish(summary: dict[str, Any], task: Task, data: TrainingData, folder: Path) -> None:
     """Write `summary.json` and print it.
 
     Args:
         summary: what the run reached.
+        task: that was trained.
         data: that it was measured on.
         folder: of the run.
-        exported: whether what was trained can be evaluated and exported.
     """
     described = data.describe()
     with replacing(folder / "summary.json") as file:
@@ -200,8 +198,9 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path, export
     table.add_column("result")
     table.add_column("value", justify="right")
     table.add_column("measured on")
-    measured = summary.get("val_images", data.num_val)
-    sets = {"val_": f"{measured} images of {short(described['val'])}"}
+    measured = summary.get("val_images", described["num_val"])
+    place = described["val"] or described["train"]  # of which a part is held out
+    sets = {"val_": f"{measured} images of {short(place)}"}
     sets["baseline_"] = sets["val_"]
     sets["codebook_usage"] = sets["perplexity"] = "the last steps of training"
     sets["seconds"] = "this call"
@@ -214,12 +213,8 @@ def finish(summary: dict[str, Any], data: VistokDataModule, folder: Path, export
     say(table)
     if report := data.skipped_report():
         say(f"[yellow]{report}[/yellow]")
-    if exported:
-        say(
-            f"pictures: {folder}/pictures\n"
-            f"next: {typed('eval')} run={folder}\n"
-            f"      {typed('export')} run={folder} out=exported/my_tokenizer"
-        )
+    if commands := "\n      ".join(task.next_commands(folder)):
+        say(f"pictures: {folder}/pictures\nnext: {commands}")
 
 
 def short(name: str) -> str:

@@ -6,6 +6,7 @@ without knowing which one it is.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,12 +17,16 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vistok.core.errors import VistokError
+from vistok.core.console import say
+from vistok.core.errors import ConfigError
 from vistok.core.ranks import all_reduce_sum, average_gradients, world_size
 from vistok.core.sample_random import drawing
-from vistok.data.datamodule import VistokDataModule
-from vistok.losses.objective import Objective
+from vistok.core.terminal import typed
+from vistok.losses.objective import Objective, resolve_terms
+from vistok.training.data import TrainingData
 from vistok.training.ema import EMA
+from vistok.training.guard import ADVICE, Guard
+from vistok.training.health import Health
 from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
 from vistok.training.memory import keep_freed_memory
 from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate
@@ -51,7 +56,6 @@ class Task(L.LightningModule, ABC):
     model: nn.Module
     objective: Objective
     monitor: tuple[str, str]
-    exported = True  # whether `vistok eval` and `vistok export` take its runs
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -61,6 +65,9 @@ class Task(L.LightningModule, ABC):
         self.ema: EMA | None = None
         self.results: dict[str, float] = {}
         self.validated_step = -1
+        self.guard = Guard(config["callbacks"].get("max_skipped_steps", 20))
+        self.health = Health(config["callbacks"])
+        self._skip = False  # the step under way
         self._numbers: dict[str, Tensor] = {}  # of the step under way, summed over its batches
         self._first = 0  # position in the data at which it began
         self._lr_schedule: Schedule | None = None
@@ -76,6 +83,29 @@ class Task(L.LightningModule, ABC):
         forward = self.model.forward
         self._step_function = torch.compile(forward) if self.config["compile"] else forward
 
+    def settle(self, trainer: L.Trainer, data: TrainingData) -> None:
+        """Settle what depends on the trainer: shares of the run become samples.
+
+        In the config, too, so that a run that is continued for longer keeps its schedules.
+
+        Raises:
+            ConfigError: for an adaptive weight where gradients at one layer cannot be had.
+        """
+        adaptive = [name for name, entry in self.objective.entries.items() if entry.adaptive]
+        for key, why in (
+            ("compile=true", self.config["compile"]),
+            ("trainer.strategy=fsdp2", self.config["trainer"]["strategy"] == "fsdp2"),
+        ):
+            if adaptive and why:
+                raise ConfigError(
+                    f"loss.terms.{adaptive[0]}.adaptive=true: walks a part of the graph, which "
+                    f"does not work with {key}; use a fixed weight"
+                )
+        per_step = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        total = self.schedule["total_samples"] or trainer.max_steps * per_step
+        self.objective.resolve(int(total))
+        resolve_terms((self.config.get("loss") or {}).get("terms") or {}, int(total))
+
     # ------------------------------------------------------------------ what a task says
 
     @classmethod
@@ -89,7 +119,7 @@ class Task(L.LightningModule, ABC):
         return config
 
     @abstractmethod
-    def build_data(self) -> VistokDataModule:
+    def build_data(self) -> TrainingData:
         """Return the run's data, not set up yet."""
 
     @abstractmethod
@@ -97,7 +127,7 @@ class Task(L.LightningModule, ABC):
         """Return a batch's losses with their "total", and further numbers to log."""
 
     @abstractmethod
-    def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
+    def start_weights(self, data: TrainingData, device: torch.device) -> None:
         """Give the model the weights that a fresh run starts with."""
 
     @abstractmethod
@@ -116,9 +146,27 @@ class Task(L.LightningModule, ABC):
     def summary(self, trainer: L.Trainer) -> dict[str, Any]:
         """Return what `summary.json` says of the finished run; every rank must call it."""
 
+    @classmethod
+    @abstractmethod
+    def evaluate(cls, config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
+        """Judge a finished run, for `eval.py`; return what `metrics.json` holds.
+
+        Args:
+            config: resolved `configs/eval.yaml`.
+            data_overrides: `data=...` and `data.*=...`.
+        """
+
+    def next_commands(self, folder: Path) -> list[str]:
+        """Return what to type after the run in this folder."""
+        return [f"{typed('eval')} run={folder}"]
+
     def after_step(self) -> dict[str, Tensor]:
         """Do what happens once per optimizer step, before the average moves; return numbers."""
         return {}
+
+    def discard_step(self) -> None:
+        """Forget what a step that is skipped has gathered for `after_step`."""
+        return None
 
     # ------------------------------------------------------------------ training
 
@@ -141,11 +189,12 @@ class Task(L.LightningModule, ABC):
         size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
         if not self._numbers:  # the first batch of a step
             self._first = self.data.samples_seen
+        self.objective.measuring = self.health.measures(self.global_step + 1)
         losses, numbers = self.compute(batch)
-        self._check_finite(losses)
+        self.objective.measuring = False
         for name, value in losses.items():
             self._add(f"loss/{name}", value)
-        for name, value in numbers.items():
+        for name, value in {**numbers, **self.objective.notes}.items():
             self._add(name, value)
         # Consumed, not fetched: the position moves when the step has used the batch.
         self.data.advance(size * self.trainer.world_size)
@@ -158,7 +207,7 @@ class Task(L.LightningModule, ABC):
         share = 1 / self.trainer.accumulate_grad_batches
         context = self.trainer.precision_plugin.train_step_context()
         for name, value in self.objective.learn(share, context).items():
-            self._add(f"loss/{name}", value)
+            self._add(name if "/" in name else f"loss/{name}", value)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Keep `log_every_n_steps` in time: Lightning's count gains one in some resumes."""
@@ -176,12 +225,39 @@ class Task(L.LightningModule, ABC):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then do what happens once per step: players, the task's own, the average."""
         super().optimizer_step(*args, **kwargs)
+        self.log("skipped_steps", float(self.guard.skipped))
+        if self._skip:
+            self._forget_step()
+            return
         self.objective.step(self.lr_factor)
-        self._log_numbers()
+        self.health.take(self._log_numbers(), self)
         for name, value in self.after_step().items():
             self.log(name, value)
         if self.ema is not None:
             self.ema.update()
+
+    def _forget_step(self) -> None:
+        """Leave everything as it was before the step; go back if it was one too many."""
+        self.objective.discard()
+        self.discard_step()
+        self._log_numbers()  # as they are: NaN
+        if not self.guard.gives_up:
+            return
+        many, step = self.guard.in_a_row, self.global_step + 1
+        strategy = self.trainer.strategy
+        writer = strategy.checkpoint_io
+        if hasattr(writer, "join"):
+            writer.join()  # type: ignore[operator]
+        sharded = strategy if isinstance(strategy, ShardedStrategy) else None
+        content = self.guard.good_state(Path(self.trainer.default_root_dir), sharded)
+        strategy.load_model_state_dict(content, strict=True)
+        strategy.load_optimizer_state_dict(content)
+        self._load_own(content)
+        if self.trainer.is_global_zero:
+            say(
+                f"[yellow]step {step}: {many} steps in a row were not finite; back to the weights "
+                f"of step {content['global_step']}, with the data that follow; {ADVICE}[/yellow]"
+            )
 
     def configure_gradient_clipping(
         self,
@@ -189,13 +265,37 @@ class Task(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Bound the norm of all gradients together."""
-        if not is_sharded(self.model):
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
-        elif gradient_clip_val:
-            clip_by_norm(self.parameters(), gradient_clip_val)
+        """Bound the norm of all gradients together; judge whether the step is finite.
+
+        Without gradients an optimizer moves nothing and its moments stay as they are.
+        """
+        norm = self._clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        judged = {n: v for n, v in self._numbers.items() if n.startswith("loss/")}
+        if self.trainer.precision != "16-mixed":  # whose scaler meets overflows on purpose
+            judged["norm of the gradient"] = norm
+        for number, player_norm in enumerate(self.objective.gather()):
+            judged[f"norm of the gradient of player {number}"] = player_norm
+        self._skip = self.guard.judge(judged, self.global_step + 1)
+        if self._skip:
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            self.log("gradient/whole", norm)
+
+    def _clip(
+        self, optimizer: torch.optim.Optimizer, largest: float | None, algorithm: str | None
+    ) -> Tensor:
+        """Bound the gradients; return their norm before, or after if single values are bounded."""
+        if is_sharded(self.model):
+            return clip_by_norm(self.parameters(), largest or math.inf)
+        if largest and algorithm == "value":
+            super().configure_gradient_clipping(optimizer, largest, algorithm)
+            largest = None
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if largest:
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(own, largest, norm)
+        return norm
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over what is trainable."""
@@ -204,7 +304,7 @@ class Task(L.LightningModule, ABC):
         return build_optimizer(trained, s["lr"], s["betas"], s["weight_decay"])
 
     @property
-    def data(self) -> VistokDataModule:
+    def data(self) -> TrainingData:
         """The DataModule, which owns the position in the data."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
@@ -256,29 +356,24 @@ class Task(L.LightningModule, ABC):
         value = value.detach().float()
         self._numbers[name] = self._numbers[name] + value if name in self._numbers else value
 
-    def _log_numbers(self) -> None:
+    def _log_numbers(self) -> dict[str, Tensor]:
         """Log the step's numbers: means over its batches and over the ranks, in one reduction."""
         if not self._numbers:
-            return
+            return {}
         share = 1 / (self.trainer.accumulate_grad_batches * world_size())
         means = all_reduce_sum(torch.stack(list(self._numbers.values()))) * share
         for name, value in zip(self._numbers, means, strict=True):
             self.log(name, value, prog_bar=name == "loss/total")
-        self._numbers = {}
-
-    def _check_finite(self, losses: dict[str, Tensor]) -> None:
-        if not torch.isfinite(losses["total"]):
-            bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-            raise VistokError(
-                f"loss/{bad[0]} is {losses[bad[0]].item()} at step {self.global_step}; "
-                "lower optimizer.lr, or set trainer.precision=32"
-            )
+        logged, self._numbers = dict(zip(self._numbers, means, strict=True)), {}
+        return logged
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the averaged weights, the players and the schedule."""
+        """Add the averaged weights, the players, the schedule, and the counts of the watches."""
         checkpoint["schedule"] = self.lr_schedule.state()
+        checkpoint["guard"] = self.guard.state_dict()
+        checkpoint["health"] = self.health.state_dict()
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
         if self.objective.players:
@@ -286,12 +381,19 @@ class Task(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back, and begin with a whole step."""
+        self._load_own(checkpoint)
+        if checkpoint.get("guard"):  # not of older runs
+            self.guard.load_state_dict(checkpoint["guard"])
+            self.health.load_state_dict(checkpoint["health"])
+        begin_with_a_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def _load_own(self, checkpoint: dict[str, Any]) -> None:
+        """Take back the averaged weights and the players."""
         if self.ema is not None and checkpoint.get("ema"):
             self.ema.load_state_dict(checkpoint["ema"])
         elif self.ema is not None:  # begun without: the weights, not the random ones of before
             self.ema.reset()
         self.objective.load_players_state(checkpoint.get("players") or {})
-        begin_with_a_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_fit_start(self) -> None:
         """Bring what is not a submodule to where the model is; keep memory between steps."""

@@ -18,13 +18,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from vistok.core.errors import ConfigError, nearest
 from vistok.core.terminal import counted
 from vistok.core.torch_internals import cpu_has_bf16_units
-from vistok.data.datamodule import VistokDataModule
 from vistok.training.callbacks import (
     DataWatch,
     RandomState,
     ValidationLine,
 )
 from vistok.training.checkpointing import Checkpoints
+from vistok.training.data import TrainingData
 from vistok.training.ema import AveragedWeights
 from vistok.training.lightning_internals import leave_signals_alone
 from vistok.training.metrics_file import MetricsFile
@@ -155,7 +155,7 @@ def in_words(trainer: L.Trainer, batch_size: int) -> str:
     return f"{counted(trainer.max_steps, 'step')} of {images} on {devices} in {number}"
 
 
-def set_batches(config: dict[str, Any], data: VistokDataModule, trainer: L.Trainer) -> None:
+def set_batches(config: dict[str, Any], data: TrainingData, trainer: L.Trainer) -> None:
     """Derive batch per device and accumulation from `trainer.global_batch_size`, if it is given.
 
     Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -71,17 +69,21 @@ class FlexTok(FlexibleTokenizer):
         """The autoencoder's images of maps, if there is one."""
         return signal if self.autoencoder is None else self.autoencoder.decode(signal)
 
-    def initialize(self, images: Tensor, say: Say = quiet, keep: Sequence[str] = ()) -> None:
-        """Measure mean and deviation of the autoencoder's latents first.
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        """Whether there is an autoencoder, whose latents are measured."""
+        return self.autoencoder is not None
+
+    def calibrate(self, images: Tensor, say: Say = quiet) -> None:
+        """Measure mean and deviation of the autoencoder's latents, if there is one.
 
         Args:
             images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
-            say: told which part comes next.
-            keep: which of encoder, quantizer and decoder stay as they are.
+            say: told what is measured.
         """
-        if self.autoencoder is not None:
-            few = images[: self.init_images]
-            say(f"latents, from {counted(len(few), 'image')}")
-            few = self.to_model_range(few) if few.dtype == torch.uint8 else few.to(self.device)
-            self.autoencoder.calibrate(few)
-        super().initialize(images, say, keep)
+        if self.autoencoder is None:
+            return
+        few = images[: self.init_images]
+        say(f"latents, from {counted(len(few), 'image')}")
+        few = self.to_model_range(few) if few.dtype == torch.uint8 else few.to(self.device)
+        self.autoencoder.calibrate(few)

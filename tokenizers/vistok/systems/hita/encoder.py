@@ -111,7 +111,7 @@ class HitaEncoder(Encoder):
         points = spread_points(num_holistic_tokens, cnn.grid)
         positions = position_table(points, width, head, cnn.grid)
         self.queries = nn.Parameter(positions + 0.02 * torch.randn_like(positions))
-        # What a token says about its own place is no news: its mean over images is taken off.
+        # A token says nothing new about its own place: its mean over images is taken off.
         self.latent_means = nn.Parameter(torch.zeros(self.num_tokens, width))
         mask = torch.ones(self.num_tokens, self.num_tokens, dtype=torch.bool).tril()
         self.mask: Tensor

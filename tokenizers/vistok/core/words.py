@@ -8,22 +8,10 @@ from pathlib import Path
 
 from vistok.core.errors import ConfigError
 
-#: Keys whose value is a place on this machine; `~` is the home folder there, as in a shell.
-_PLACES = (
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-    "resume",
-    "init_from",
-    "run",
-    "out",
-    "weights",
-    "stage.proxy",
-    "stage.autoencoder",
-    "stage.weights",
-    "data.train",
-    "data.val",
-    "data.cache_dir",
-)
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Return whether a word asks for help."""
+    return any(word in ("-h", "--help", "help") for word in argv)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
@@ -45,29 +33,10 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
             if word in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
                 flags += [w for w in [next(words, None)] if w]
         elif "=" in word or word.startswith("~") or word.startswith("hydra."):
-            overrides.append(quoted(_as_place(word)))
+            overrides.append(quoted(word))
         else:
             raise ConfigError(f"{word}: expected key=value; --help shows examples")
     return overrides, folders, flags
-
-
-def _as_place(word: str) -> str:
-    """Return a word whose value is a place, so that Hydra takes it for one whatever its name is.
-
-    `~` is written out; a number, or a name with commas or brackets that is there, is put in quotes.
-    """
-    key, _, value = word.partition("=")
-    if key.lstrip("+") not in _PLACES or not value or value[0] in "'\"":
-        return word
-    if value.startswith("~"):
-        value = os.path.expanduser(value)
-        if value.startswith("~"):
-            raise ConfigError(f"{word}: there is no such home folder; write the path out")
-    special = any(sign in value for sign in ",[]{}()")
-    if value.replace(".", "").replace("_", "").isdigit() or (special and os.path.exists(value)):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{key}="{escaped}"'
-    return f"{key}={value}"
 
 
 def take_folders(argv: Sequence[str]) -> tuple[list[str], list[Path]]:

@@ -1,0 +1,1 @@
+"""Layouts of tokens that other programs read."""

@@ -1,0 +1,145 @@
+"""Read files of released weights: bare ones, folders of Hugging Face, checkpoints of Lightning."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vistok.core.errors import CheckpointError
+from vistok.core.released_weights import Published
+
+#: Where training checkpoints keep weights, the averaged ones first.
+_WEIGHTS = ("ema", "state_dict_ema", "ema_state_dict", "model", "state_dict")
+
+#: Packages whose objects checkpoints of training carry along; each is read as an empty one.
+_HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "torchmetrics.")
+
+#: Names that wrappers of parallel and compiled training put in front.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def read_released(path: Path, source: str = "") -> Published:
+    """Return the tensors of a file or folder by their published names. No code in it is run.
+
+    Args:
+        path: a `.safetensors` file, one of `torch.save`, or a folder of Hugging Face with
+            `model.safetensors` or its index. Of a training checkpoint the averaged weights are
+            taken, if it has some.
+        source: the importer's name, for errors.
+
+    Raises:
+        CheckpointError: if it cannot be read, or holds no tensors by name.
+    """
+    if path.is_dir():
+        return _read_folder(path, source)
+    if not path.is_file():
+        raise CheckpointError(f"weights={path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            return Published(load_file(path), metadata, source)
+        content = _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"weights={path}: refused; it contains more than tensors and plain values, or is "
+            "damaged"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"weights={path}: cannot be read ({reason})") from error
+    tensors = _averaged(content) if isinstance(content, dict) else None
+    if tensors is None:
+        raise CheckpointError(f"weights={path}: not a plain state_dict of names and tensors")
+    return Published(tensors, source=source)
+
+
+def _read_folder(folder: Path, source: str) -> Published:
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = [folder / "model.safetensors"]
+        if index.is_file():
+            shards = json.loads(index.read_text())["weight_map"].values()
+            # Of their names alone: what they say of other folders does not count.
+            names = [folder / Path(name).name for name in sorted(set(shards))]
+        elif not names[0].is_file():
+            names = sorted(folder.glob("*.safetensors"))
+        if len(names) != 1 and not index.is_file():
+            raise CheckpointError(
+                f"weights={folder}: found {len(names)} .safetensors files; name the one to read"
+            )
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= load_file(name)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"weights={folder}: cannot be read ({reason})") from error
+    return Published(tensors, source=source)
+
+
+class _Inert:
+    """Stands for an object of a training framework: takes anything, keeps and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+@contextmanager
+def _inert_objects(path: Path) -> Iterator[None]:
+    """Let objects of known training frameworks be read as `_Inert`."""
+    names = []
+    if _is_zip(path):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    harmless = [(_Inert, name) for name in names if name.startswith(_HARMLESS)]
+    with torch.serialization.safe_globals([Namespace, *harmless]):
+        yield
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _load_pickle(path: Path) -> Any:
+    with _inert_objects(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _averaged(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The weights of a checkpoint, averaged ones if there are some; None if it has no weights."""
+    for name in _WEIGHTS:
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    tensors = dict(content)
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        return None
+    for wrapper in _WRAPPERS * 2:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return _without_dots(tensors)
+
+
+def _without_dots(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Averages of Stable Diffusion's `LitEma` in place of the weights they are averages of.
+
+    They are in a part `model_ema`, by the names of the weights without their dots. Buffers and
+    frozen weights have no average.
+    """
+    averages = {name: value for name, value in tensors.items() if name.startswith("model_ema.")}
+    live = {name: value for name, value in tensors.items() if name not in averages}
+    return {
+        name: averages.get(f"model_ema.{name.replace('.', '')}", value)
+        for name, value in live.items()
+    }

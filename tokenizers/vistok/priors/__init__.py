@@ -1,0 +1,1 @@
+"""Priors: generators over the ids of a tokenizer."""

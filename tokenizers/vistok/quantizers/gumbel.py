@@ -1,0 +1,97 @@
+"""Vector quantization by logits of a linear layer and Gumbel-softmax."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.core.geometry import Grid
+from vistok.core.outputs import QuantizerOutput
+from vistok.core.registry import register
+from vistok.core.sample_random import uniform
+from vistok.core.signatures import check_values
+from vistok.core.values import CodebookSize, Index, NonNegative, Positive
+from vistok.quantizers.base import Quantizer, token_mean
+
+
+@register("gumbel")
+class GumbelLogits(Quantizer):
+    """Picks codes by the logits of a linear layer; codes and logits are learned apart.
+
+        l = W z + b    p = softmax((l + g) / T)    i = argmax p    ẑ = (onehot(i) + p − sg p)·E
+
+    with Gumbel noise g in training alone. The loss "prior" is KL(softmax(l) | uniform), summed over
+    codes, in nats. In contrast to `vq` with assignment=gumbel, no distance picks the code. Needs
+    memory for a few N×K matrices in training; evaluation has one.
+
+    Papers: Gumbel-softmax, https://arxiv.org/abs/1611.01144; DALL-E, https://arxiv.org/abs/2102.12092;
+    VQGAN's Gumbel variant, https://arxiv.org/abs/2012.09841.
+
+    Args:
+        dim: width D of the latents and of the codes.
+        codebook_size: number of codes K.
+        temperature: T at the first step.
+        final_temperature: T after `anneal_steps`; None for no annealing.
+        anneal_steps: optimizer steps of the annealing, which is exponential.
+        prior_weight: weight of the loss "prior", 5e-4 in VQGAN.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: CodebookSize,
+        *,
+        temperature: Positive = 1.0,
+        final_temperature: Positive | None = None,
+        anneal_steps: Index = 0,
+        prior_weight: NonNegative = 5e-4,
+    ) -> None:
+        check_values(GumbelLogits, locals())
+        super().__init__(dim, None, [codebook_size], {"prior": prior_weight})
+        self.logits = nn.Linear(dim, int(codebook_size))
+        self.embedding = nn.Parameter(torch.randn(int(codebook_size), dim))
+        self.temperature = temperature
+        self.final_temperature = temperature if final_temperature is None else final_temperature
+        self.anneal_steps = anneal_steps
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def current_temperature(self) -> Tensor:
+        """Return T of the current step, a scalar tensor."""
+        done = (self.steps / max(self.anneal_steps, 1)).clamp(max=1)
+        return self.temperature * (self.final_temperature / self.temperature) ** done
+
+    def _quantize(self, codes: Tensor, mask: Tensor | None, grid: Grid | None) -> QuantizerOutput:
+        logits, temperature = self.logits(codes), self.current_temperature()
+        noise = uniform(logits.shape, logits.device).clamp(min=1e-9)
+        noisy = (logits - torch.log(-torch.log(noise))) / temperature
+        p = torch.softmax(noisy, dim=-1)
+        ids = noisy.argmax(dim=-1)
+        soft = p @ self.embedding.detach()
+        quantized = F.embedding(ids, self.embedding) + (soft - soft.detach())
+        log_q = torch.log_softmax(logits, dim=-1)
+        divergence = (log_q.exp() * (log_q + logits.new_tensor(logits.shape[-1]).log())).sum(-1)
+        losses = {"prior": token_mean(divergence, mask)}
+        return QuantizerOutput(quantized, ids[..., None], losses, {"temperature": temperature})
+
+    @torch.no_grad()
+    def _search(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
+        return self.logits(codes).argmax(dim=-1, keepdim=True)
+
+    def _lookup(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
+        return F.embedding(indices.squeeze(-1), self.embedding)
+
+    @property
+    def against_collapse(self) -> str:
+        """Return that the prior term spreads the use of codes."""
+        return "a higher quantizer.prior_weight or quantizer.temperature, or fewer codes"
+
+    def codebooks(self) -> list[Tensor]:
+        """The table `(K, d)`."""
+        return [self.embedding.detach()]
+
+    def after_step(self, optimizers: object = ()) -> dict[str, Tensor]:
+        """Count the optimizer step for the annealing."""
+        self.steps += 1
+        return {}
