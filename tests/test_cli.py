@@ -112,7 +112,7 @@ def test_import_help_names_every_importer(cli):
     """It reads their names off the sources; the registry has them from importing those."""
     _, _, out = cli("import_weights", "--help")
     named = out.partition("Keys\n  source=")[2].partition("weights=")[0]
-    assert " ".join(named.split()).split(", ") == list(registered("importer"))
+    assert " ".join(named.split()).split(", ") == ["auto", *registered("importer")]
 
 
 def entries(out):
@@ -240,6 +240,7 @@ def started(monkeypatch, tmp_path):
     def run(config, folder, checkpoint=None, words=None):
         seen.update(config=config, folder=str(folder), words=words, argv=sys.argv[1:])
         seen.update(hydra=HydraConfig.initialized(), mark=os.environ.get("MARK"))
+        assert folder.is_dir()
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
     monkeypatch.setattr("vistok.starting._run_training", run)
@@ -268,7 +269,6 @@ def test_a_plain_run_composes_once(started, words):
     assert started["composed"] > 2 and started["hydra"]
     for part in ("config", "folder", "words"):
         assert started[part] == first[part]
-    assert os.path.isdir(first["folder"])
     # The other ranks, which start with these words, are given the same.
     assert train(first["argv"]) == 0
     assert {**started, "composed": 0} == {**first, "composed": 0}

@@ -455,8 +455,8 @@ def prepare_text(folder, rng):
         )
     else:
         path.unlink()
-        lines = b"train-000000.tar 1\nx\xe9.jpg 2\n" + b"a b.jpg\t3\n"
-        (folder / "list.txt").write_bytes(mutated(lines * 3, rng))
+        lines = b"".join(b"%d x\xe9.jpg %d\n%d a b.jpg\t3\n" % (n, n, n) for n in range(3))
+        (folder / "list.txt").write_bytes(mutated(lines, rng))
 
 
 def run_text(folder):

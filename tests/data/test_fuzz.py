@@ -7,8 +7,9 @@ import pytest
 def test_whole_inputs_are_accepted(monkeypatch, tmp_path):
     monkeypatch.setattr(fuzz, "mutated", lambda data, rng: data)
     monkeypatch.setattr(fuzz, "tar_mutated", fuzz.tar_bytes)
-    for kind in ("tars", "tables", "manifests and lists"):
-        assert fuzz.outcome(kind, 1, tmp_path)[0] == "accepted", kind
+    cases = [("tars", 1), ("tables", 1), ("manifests and lists", 0), ("manifests and lists", 4)]
+    for case in cases:
+        assert fuzz.outcome(*case, tmp_path)[0] == "accepted", case
 
 
 def test_a_slice_of_the_fuzz(tmp_path):

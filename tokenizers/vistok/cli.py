@@ -279,6 +279,13 @@ evaluate = _command(_evaluate)
 export = _command(_export)
 import_weights = _command(_import_weights)
 tokenize = _command(_by_schema("tokenize", "tokenize"))
+detokenize = _command(_by_schema("detokenize", "detokenize"))
+vocabulary = _command(_by_schema("vocabulary", "merged", "merge"))
+near_codes = _command(_by_schema("near-codes", "near_codes"))
+compare = _command(_tool("compare"))
+report = _command(_tool("report"))
+list_configs = _command(_list)
+doctor = _command(_tool("doctor"))
 make_shards = _command(_tool("make_shards"))
 check_shards = _command(_tool("check_shards"))
 bench_data = _command(_tool("bench_data"))
@@ -287,16 +294,16 @@ bench_data = _command(_tool("bench_data"))
 COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "train": train,
     "eval": evaluate,
-    "compare": _command(_tool("compare")),
-    "report": _command(_tool("report")),
+    "compare": compare,
+    "report": report,
     "export": export,
     "tokenize": tokenize,
-    "detokenize": _command(_by_schema("detokenize", "detokenize")),
-    "vocabulary": _command(_by_schema("vocabulary", "merged", "merge")),
-    "near-codes": _command(_by_schema("near-codes", "near_codes")),
+    "detokenize": detokenize,
+    "vocabulary": vocabulary,
+    "near-codes": near_codes,
     "import-weights": import_weights,
-    "list": _command(_list),
-    "doctor": _command(_tool("doctor")),
+    "list": list_configs,
+    "doctor": doctor,
     "make-shards": make_shards,
     "check-shards": check_shards,
     "bench-data": bench_data,

@@ -110,7 +110,7 @@ def eval_help() -> None:
         f"{program} run=runs/<run>": "on the validation images of that run",
         f"{program} run=runs/<run> eval=full": "more metrics, token statistics, codecs",
         f"{program} model=exported/mine data=folder data.val=FOLDER": "an export",
-        f"{program} images=FOLDER data.val=FOLDER": "what another program wrote",
+        f"{program} data.val=FOLDER images=FOLDER": "what another program wrote",
         f"{program} run=runs/<run> 'eval.num_tokens=[1,8,64]'": "curves over token budgets",
     }
     keys = {

@@ -62,11 +62,11 @@ class VistokModel(PreTrainedModel):
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return ids `(B, N, Q)` int64 of images `(B, C, H, W)`, uint8 or float in [0, 1]."""
-        return self.tokenizer.tokenize(pixel_values)  # pyright: ignore[reportCallIssue]
+        return self.tokenizer.tokenize(pixel_values)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
     def decode(self, ids: Tensor) -> Tensor:
         """Return images `(B, C, H, W)`, float in [0, 1], of ids `(B, N, Q)`."""
-        return self.tokenizer.detokenize(ids)  # pyright: ignore[reportCallIssue]
+        return self.tokenizer.detokenize(ids)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return `encode`."""

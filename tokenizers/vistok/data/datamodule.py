@@ -64,22 +64,18 @@ class VistokDataModule(L.LightningDataModule):
         val_crop: crop policy of validation.
         augment: names of `vistok.data.transforms.AUGMENTS`, for training.
         split_shards: let more workers than there are shards share them.
-        sources: of a mixture: name to `train` (a folder or shards) and `weight`, its share of
-            the samples in proportion to the others'.
+        sources: of a mixture: name to `train` (a folder or shards) and relative `weight`.
         resample: draw with replacement, instead of each sample once per epoch.
         fields: names of what is read in addition to image and label; see `vistok.data.fields`.
         max_skipped_share: stop when more of the images than this cannot be used.
-        scaled_decode: decode large JPEGs of training at 1/2, 1/4 or 1/8 of their size, where
-            they are made smaller still by the crop.
+        scaled_decode: decode large training JPEGs at 1/2, 1/4 or 1/8, if the crop shrinks more.
         crop_scale: least and largest share of the area that `random_resized` takes.
-        buckets: sizes [height, width] for training images of different shapes; each image goes
-            to the one whose shape is nearest to its own, each batch is of one.
+        buckets: sizes [height, width]; an image goes to the nearest shape, a batch is of one.
         cache_dir: where remote shards are kept; None for a folder in vistok's cache.
         cache_gb: when more lies there, what was used longest ago is removed.
         retries: further tries to fetch a remote shard.
         timeout: seconds without a byte, after which a try has failed.
-        value_range: [low, high] that are black and white in images of more than 8 bits; None for
-            those of their types (65535 of 16 bits), which floats do not have.
+        value_range: [black, white] of images of more than 8 bits; None: their types', floats none.
         max_pixels: of an image as it is stored; larger ones cannot be used.
 
     Raises:
@@ -441,21 +437,16 @@ class VistokDataModule(L.LightningDataModule):
 
     def in_words(self) -> str:
         """Describe the data in a line."""
-        counts = f"{self.num_train} training and {self.num_val} validation images"
-        return f"{counts} of {self.image_size[0]}x{self.image_size[1]} px"
+        counts, (height, width) = f"{self.num_train} training and {self.num_val}", self.image_size
+        return f"{counts} validation images of {height}x{width} px"
 
     def describe(self) -> dict[str, Any]:
         """Describe the data for a run's summary: plain values only."""
+        mine = ("num_train", "num_val", "channels", "fingerprint")
         return {
             "kind": self.kind,
-            "train": self.sets.train_source.name,
-            "val": self.val_set.source.name,
-            "num_train": self.num_train,
-            "num_val": self.num_val,
-            "shards": self.sets.num_shards,
+            **self.sets.describe(),
+            **{name: getattr(self, name) for name in mine},
             "image_size": list(self.image_size),
-            "channels": self.channels,
             "num_workers": self._workers(),
-            "fingerprint": self.fingerprint,
-            "left_out": len(self.sets.left_out()),
         }

@@ -22,7 +22,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vistok.core.console import say
 from vistok.core.errors import ConfigError, DataError, VistokError, nearest
 from vistok.core.terminal import counted
 from vistok.data.folders import FileSource, FolderSource, images_under, read_file
@@ -265,9 +264,15 @@ class Tables:
             raise DataError(f"{self.name}: has no rows")
         source = ShardSource(tars, "source", None)
         source.name, source.classes = shown(self.name), classes
+        from vistok.core.console import say
+
         if labels.kind == "texts":
+            from vistok.core.console import say
+
             say(f"labels: {counted(len(classes), 'text')}, numbered in the order of manifest.json")
         if labels.kind == "others":
+            from vistok.core.console import say
+
             say(f"labels: {fields.label} is neither numbers nor texts; kept as members label.json")
         return source
 

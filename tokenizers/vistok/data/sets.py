@@ -151,6 +151,15 @@ class ImageSets:
             found += self.val.source.left_out
         return list(dict.fromkeys(found))
 
+    def describe(self) -> dict[str, Any]:
+        """Describe the sources for a run's summary: plain values only."""
+        return {
+            "train": self.train_source.name,
+            "val": self.val.source.name,
+            "shards": self.num_shards,
+            "left_out": len(self.left_out()),
+        }
+
     def describe_left_out(self) -> str:
         """Return a line on what is left out; empty if nothing is."""
         found, further = self.left_out(), getattr(self.train.source, "further_images", {})

@@ -21,8 +21,9 @@ from vistok.core.errors import DataError
 from vistok.core.terminal import counted
 from vistok.data.crops import text as size_text
 from vistok.data.decode import DecodeError, decode
+from vistok.data.folders import FolderSource
 from vistok.data.skipped import Skip
-from vistok.data.sources import FolderSource, Source
+from vistok.data.sources import Source
 from vistok.data.transforms import Transform
 from vistok.evaluation.protocol import stem
 from vistok.metrics.image import to_uint8

@@ -23,7 +23,7 @@ from vistok.core.sample_random import drawing
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.token_module import TokenDataModule
 from vistok.evaluation.generation import conditions_for, load_decoder, pictures_of
-from vistok.evaluation.inputs import choose_device, results_folder
+from vistok.evaluation.inputs import choose_device, subject_of
 from vistok.evaluation.pictures import grid, save_png, scale_for
 from vistok.evaluation.results import write_json
 from vistok.evaluation.token_statistics import token_statistics
@@ -65,7 +65,7 @@ def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[st
     sampling = _sampling_of(run_config, options)
     place = options["tokenizer"] or data.tokenizer
     tokenizer = load_decoder(place, prior.layout.tokenizer, device) if place else None
-    out = Path(config["out"]) if config["out"] else results_folder(run)
+    out = Path(config["out"]) if config["out"] else subject_of(config).out
 
     results: dict[str, Any] = {**likelihood_of(prior, data), **statistics_of(data)}
     count = options["num_samples"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vistok.data.decode import IMAGE_EXTENSIONS
+from vistok.data.formats import IMAGE_EXTENSIONS
 
 #: Of the protocol's own layout; it is hashed with the rest.
 FORMAT = 1

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from vistok.core.registry import resolve
+from vistok.core.terminal import counted
 
 
 def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -29,7 +30,8 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
         protocol = json.dumps(metrics["protocol"], indent=2)
         count = metrics["protocol"].get("images", {}).get("count")
         table += (
-            f"\n\nOn {count} images of `{metrics['data']}`, protocol `{metrics['protocol_hash']}`:"
+            f"\n\nOn {counted(count, 'image')} of `{metrics['data']}`, protocol "
+            f"`{metrics['protocol_hash']}`:"
             f"\n\n```json\n{protocol}\n```"
         )
     size = " x ".join(map(str, io["image_size"]))

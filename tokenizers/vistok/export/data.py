@@ -9,8 +9,8 @@ from pathlib import Path
 from vistok.core.errors import ConfigError
 from vistok.data.build import build_data
 from vistok.data.fields import candidates
+from vistok.data.places import expand_shards
 from vistok.data.sets import ImageSets
-from vistok.data.sources import expand_shards
 from vistok.evaluation.inputs import data_config
 from vistok.export.units import Units
 from vistok.models.tokenizer import Tokenizer

@@ -25,6 +25,8 @@ from vistok.models.tokenizer import Tokenizer
 #: What a folder was begun with; written once, before anything else.
 PLAN = "plan.json"
 
+_PRECISIONS = {"auto": "32", "32": "32", "bf16": "bf16"}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,7 +63,7 @@ class Settings:
             _check(config, key, "null or a whole number of at least 1", _counts_or_none)
         _check(config, "flip", "true or false", lambda value: isinstance(value, bool))
         _check(config, "psnr", "null or dB from 0 to 100", _is_psnr)
-        _check(config, "precision", "32 or bf16", lambda value: str(value) in ("32", "bf16"))
+        _check(config, "precision", "auto, 32 or bf16", lambda value: str(value) in _PRECISIONS)
         format = config["format"] or []
         format = format.split(",") if isinstance(format, str) else list(format)
         document = config["document"] or []
@@ -83,7 +85,7 @@ class Settings:
             [name for name in DOCUMENT if name in document],
             config["batch_size"],
             _device(str(config["device"])),
-            str(config["precision"]),
+            _PRECISIONS[str(config["precision"])],
             config["workers"],
             None if config["worker"] is None else str(config["worker"]),
             config["threads"],

@@ -160,8 +160,7 @@ class Tokenizer(Preprocessing, nn.Module):
     def initialize(self, images: Tensor, say: Say = quiet, keep: Sequence[str] = ()) -> None:
         """Set what learns faster from a good start, before the first step.
 
-        After `calibrate` the encoder from images, the quantizer from latents, the decoder from
-        quantized latents; in chunks and from no more images than they need, to bound the memory.
+        After `calibrate` encoder, quantizer and decoder, in chunks that bound the memory.
 
         Args:
             images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.

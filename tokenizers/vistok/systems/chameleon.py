@@ -66,7 +66,7 @@ class Chameleon(GridTokenizer):
 
 @register("chameleon", kind="importer")
 @recognized(
-    "an encoder and a codebook of VQGAN's names, and no decoder",
+    "an encoder with a block `mid.attn_1`, a codebook and no decoder",
     lambda p: (
         any(name.endswith("encoder.mid.attn_1.q.weight") for name in p.left)
         and any(name.endswith("quantize.embedding.weight") for name in p.left)

@@ -20,7 +20,7 @@ class IBQTokenizer(GridTokenizer):
 
 @register("ibq", kind="importer")
 @recognized(
-    "VQGAN's names, with four residual blocks in a level of the encoder",
+    "levels `down` and `up`, with four residual blocks in a level of the encoder",
     lambda p: p.has("encoder.down.0.block.3", "quantize.embedding", "quant_conv"),
 )
 def ibq(published: Published, image_size: ImageSize | None) -> Released:

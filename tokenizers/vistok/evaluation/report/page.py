@@ -14,6 +14,7 @@ from PIL import Image
 
 from vistok.core.errors import CheckpointError
 from vistok.core.files import replacing
+from vistok.core.terminal import counted
 from vistok.evaluation.inputs import beside
 from vistok.evaluation.plots import Panel, heat, svg
 from vistok.evaluation.report import charts
@@ -301,13 +302,15 @@ def _curves(results: Mapping[str, Any]) -> str:
     body = []
     if by_tokens:
         count = results["protocol"]["images"]["count"]
-        body.append(f"<h3>Against tokens</h3><p class='note'>On all {count} images.</p>")
+        of = f"On {counted(count, 'image')}, all that were measured."
+        body.append(f"<h3>Against tokens</h3><p class='note'>{of}</p>")
         body.append(_charts({charts.title(k): panel for k, panel in by_tokens.items()}))
     if by_bytes:
         images = results["rates"]["images"]
         body.append(
             "<h3>Against bytes, with image codecs</h3><p class='note'>The tokenizer and the codecs "
-            f"on the same {images} images. Bytes of the tokenizer are its packed ids, without a "
+            f"on the same set of {counted(images, 'image')}. Bytes of the tokenizer are its packed "
+            "ids, without a "
             "header. Codecs: solid lines count the compressed data without headers, dashed lines "
             "whole files; a point is left out where some image does not fit.</p>"
         )
@@ -324,12 +327,12 @@ def _rate_table(results: Mapping[str, Any]) -> str:
         for row in rates["tokenizer"]
     ]
     budget_bytes = {row["bytes"] for row in rates["tokenizer"]}
-    for counted, curves in rates["codecs"].items():
+    for way, curves in rates["codecs"].items():
         for codec, points in curves.items():
             for p in points:
                 if p["max_bytes"] in budget_bytes:
-                    words = charts.COUNTED[counted]
-                    size = p[f"{counted}_bytes"]
+                    words = charts.COUNTED[way]
+                    size = p[f"{way}_bytes"]
                     rows.append([charts.TITLES[codec], words, size, *(p.get(n) for n in names)])
     heads = ["", "counted", "bytes", *map(charts.title, names)]
     summary = "<summary>As a table, at the bytes of the tokenizer</summary>"
@@ -359,8 +362,9 @@ def _codes(results: Mapping[str, Any], measured: Path) -> str:
     maps = _effect_maps(codes, measured)
     return (
         '<section id="codes"><h2>Codes</h2>'
-        f"<p class='note'>Ids of {codes['images']} images. Entropies are plug-in estimates, too "
-        "low where there are few tokens for each code; n-grams are of the first slot, in the order "
+        f"<p class='note'>Ids of {counted(codes['images'], 'image')}. Entropies are plug-in "
+        "estimates, too low where there are few tokens for each code; n-grams are of the first "
+        "slot, in the order "
         f"of the tokens.</p>{_charts(charts.code_panels(codes))}{body}{table(heads, grams)}{maps}"
         "</section>"
     )
@@ -381,7 +385,7 @@ def _effect_maps(codes: Mapping[str, Any], measured: Path) -> str:
     return (
         "<h3>Which token moves which pixels</h3><p class='note'>Mean absolute change of the "
         "reconstruction when the token's id is exchanged for another one, over "
-        f"{codes['effects']['images']} images; all maps have one scale.</p>"
+        f"{counted(codes['effects']['images'], 'image')}; all maps have one scale.</p>"
         f'<div class="maps">{figures}</div>'
     )
 
@@ -403,15 +407,15 @@ def _protocol(results: Mapping[str, Any]) -> str:
     if not results:
         return ""
     rows = [[key, value] for key, value in leaves(results["protocol"])]
-    beside = [["checkpoint", results.get("checkpoint")]]
-    beside += [[f"model.{k}", v] for k, v in (results.get("model") or {}).items()]
-    beside += [[f"machine.{k}", v] for k, v in results["machine"].items()]
-    beside += [[k, results[k]] for k in ("skipped_images", "images_per_second") if k in results]
+    around = [["checkpoint", results.get("checkpoint")]]
+    around += [[f"model.{k}", v] for k, v in (results.get("model") or {}).items()]
+    around += [[f"machine.{k}", v] for k, v in results["machine"].items()]
+    around += [[k, results[k]] for k in ("skipped_images", "images_per_second") if k in results]
     return (
         '<section id="protocol"><h2>Protocol</h2>'
-        "<p class='note'>All that the numbers depend on besides the tokenizer. Numbers compare "
+        "<p class='note'>All that the numbers depend on, the tokenizer aside. Numbers compare "
         "where this hash is the same: "
         f"<code>{results['protocol_hash']}</code></p>{facts(rows)}"
-        f"<details><summary>Not in the hash: model and machine</summary>{facts(beside)}</details>"
+        f"<details><summary>Not in the hash: model and machine</summary>{facts(around)}</details>"
         "</section>"
     )
