@@ -11,9 +11,9 @@ from vistok.core.errors import ConfigError
 from vistok.evaluation.baseline import baseline_options
 
 MAY_BE_NULL = {
-    "train": {"resume", "init_from", "init_parts", "baseline"},
-    "eval": {"run", "out", "picture_scale"},
-    "export": {"run", "out"},
+    "train": {"resume", "init_from", "init_parts", "tokens", "baseline"},
+    "eval": {"run", "model", "images", "out", "picture_scale"},
+    "export": {"run", "out", "license", "push"},
 }
 
 
