@@ -90,10 +90,14 @@ def test_a_new_run_replaces_an_old_one_only_when_asked(cli, fails, words, tmp_pa
 # ---------------------------------------------------------------------- the lock
 
 
-def lock_of(folder, **changes):
+def lock_of(folder, name=LOCK, **changes):
     lock = RunLock(folder)
     lock.owner.update(changes)
-    (folder / LOCK).write_text(json.dumps(lock.owner))
+    (folder / name).write_text(json.dumps(lock.owner))
+
+
+def newest(folder):
+    return max(folder.iterdir(), key=lambda path: json.loads(path.read_text())["pid"])
 
 
 def test_one_process_at_a_time(tmp_path, fails, words):
@@ -107,9 +111,15 @@ def test_one_process_at_a_time(tmp_path, fails, words):
     assert not folder.exists()  # empty
 
 
-def test_only_one_of_many_gets_it(tmp_path):
+@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("claims", [0, 2])
+def test_only_one_of_many_gets_it(tmp_path, number, claims):
     got, barrier = [], threading.Barrier(8)
     lock_of(tmp_path, pid=2**22 + 1)  # of a process that is not there
+    for dead in range(claims):  # each died when it was about to replace the lock of the one before
+        text = json.dumps(json.loads(newest(tmp_path).read_text()), sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        lock_of(tmp_path, f"{LOCK}.{name}.claim", pid=2**22 + 2 + dead)
 
     def take():
         lock = RunLock(tmp_path)

@@ -10,7 +10,7 @@ import yaml
 
 from helpers import CONFIGS, ROOT, TINY, config_of
 from vistok.core.errors import CheckpointError, ConfigError
-from vistok.core.schema import TRAIN, check_run, check_sizes
+from vistok.core.schema import TOKENS, TRAIN, check_run, check_sizes
 from vistok.core.values import rule_of
 from vistok.core.yaml_file import read_yaml
 
@@ -79,9 +79,9 @@ def keys_of(group):
 
 @pytest.mark.parametrize("group", ["trainer", "optimizer", "callbacks", "logger", "data"])
 def test_every_key_of_a_group_has_a_rule(group):
-    missing = keys_of(group) - set(TRAIN[group])
-    assert not missing
-    for wanted in TRAIN[group].values():
+    known = TRAIN[group] | (TOKENS if group == "data" else {})
+    assert not keys_of(group) - set(known)
+    for wanted in known.values():
         assert rule_of(wanted[0] if isinstance(wanted, tuple) else wanted) is not None
 
 
@@ -107,7 +107,13 @@ def test_no_number_takes_nonsense(wrong):
                 continue
             if (group, key) in {("data", "train"), ("data", "val"), ("data", "sources")}:
                 continue
-            if NEVER[wrong] == "x y z" and key in ("resume", "init_from", "init_parts", "plugins"):
+            if NEVER[wrong] == "x y z" and key in (
+                "resume",
+                "init_from",
+                "init_parts",
+                "plugins",
+                "tokens",
+            ):
                 continue
             if (group, key) in {("stage", "frozen"), ("data", "cache_dir"), ("logger", "project")}:
                 continue

@@ -7,6 +7,7 @@ the file every few seconds; whoever wants the folder waits to see one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -58,15 +59,19 @@ class RunLock:
             folder = self.path.parent
             raise VistokError(f"{folder}: cannot be written to ({error.strerror})") from error
         try:
-            while not self._place(temporary):
+            while not self._place(temporary, self.path):
                 other = _read(self.path)
-                if other is not None and self._is_alive(other):
+                if other is None:
+                    continue
+                if self._is_alive(other, self.path):
                     raise VistokError(
                         f"{self.path.parent}: process {other.get('pid')} on {other.get('host')} "
                         "trains in this folder; wait for its end, or choose another folder with "
                         "hydra.run.dir"
                     )
-                self._remove(other)
+                if self._take_over(temporary, other):
+                    break
+                time.sleep(0.01)
         finally:
             temporary.unlink(missing_ok=True)
         self._beat = threading.Thread(target=self._keep_beating, daemon=True, name="run lock")
@@ -87,40 +92,54 @@ class RunLock:
         same = other is not None and other.get("token") == self.owner["token"]
         return same and os.getpid() == self.owner["pid"]
 
-    def _place(self, temporary: Path) -> bool:
-        """Give a file the name of the lock, unless there is one; no two processes both can."""
+    def _place(self, temporary: Path, target: Path) -> bool:
+        """Give a file a second name, unless there is one; no two processes both can."""
         try:
-            os.link(temporary, self.path)
+            os.link(temporary, target)
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
             try:
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             except FileExistsError:
                 return False
             with os.fdopen(descriptor, "w") as file:
                 file.write(temporary.read_text())
         return True
 
-    def _remove(self, stale: dict[str, Any] | None) -> None:
-        """Remove a lock that was found stale, but not one that has taken its place since."""
-        aside = self.path.with_name(f"{LOCK}.{self.owner['token']}.stale")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if _read(aside) != stale:
-            with suppress(OSError):
-                os.link(aside, self.path)
-        aside.unlink(missing_ok=True)
+    def _take_over(self, temporary: Path, stale: dict[str, Any]) -> bool:
+        """Replace the lock of a dead process; False if another process is faster.
 
-    def _is_alive(self, other: dict[str, Any]) -> bool:
+        Only who holds the claim, a file named after the dead lock, may replace it. The claim of a
+        process that died with it is taken over in the same way.
+        """
+        claims: list[Path] = []
+        dead = stale
+        while True:
+            named = hashlib.sha256(json.dumps(dead, sort_keys=True).encode()).hexdigest()[:16]
+            claims.append(self.path.with_name(f"{LOCK}.{named}.claim"))
+            if self._place(temporary, claims[-1]):
+                break
+            other = _read(claims[-1])
+            if other is None or self._is_alive(other, claims[-1]):
+                return False
+            dead = other
+        try:
+            if _read(self.path) != stale:
+                return False
+            os.replace(temporary, self.path)
+            return True
+        finally:
+            for claim in claims:
+                claim.unlink(missing_ok=True)
+
+    def _is_alive(self, other: dict[str, Any], path: Path) -> bool:
         if all(other.get(key) == self.owner[key] for key in ("host", "boot", "space")):
             pid = other.get("pid")
             if not isinstance(pid, int) or isinstance(pid, bool) or pid < 1:
                 return False
             return is_running(pid) and other.get("started") in (None, start_of(pid))
-        before = self._age_and_stamp()
+        before = _age_and_stamp(path)
         if before is None:
             return False
         if before[0] > 10 * SILENCE:  # no two clocks differ by that much
@@ -132,26 +151,27 @@ class RunLock:
         end = time.monotonic() + SILENCE
         while time.monotonic() < end:
             time.sleep(min(1.0, SILENCE / 10))
-            now = self._age_and_stamp()
+            now = _age_and_stamp(path)
             if now is None:
                 return False
             if now[1] != before[1]:
                 return True
         return False
 
-    def _age_and_stamp(self) -> tuple[float, int] | None:
-        try:
-            with open(self.path) as file:  # network file systems look again when a file is opened
-                status = os.fstat(file.fileno())
-        except OSError:
-            return None
-        return time.time() - status.st_mtime, status.st_mtime_ns
-
     def _keep_beating(self) -> None:
         while not self._stop.wait(BEAT):
             with suppress(OSError):
                 if self.is_held():
                     os.utime(self.path)
+
+
+def _age_and_stamp(path: Path) -> tuple[float, int] | None:
+    try:
+        with open(path) as file:  # network file systems look again when a file is opened
+            status = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return time.time() - status.st_mtime, status.st_mtime_ns
 
 
 def _read(path: Path) -> dict[str, Any] | None:
