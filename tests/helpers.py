@@ -130,7 +130,7 @@ def _parsed(override: str):
     """An override as Hydra reads it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from vistok.core.configuration import quoted
+    from vistok.core.words import quoted
 
     return OverridesParser.create().parse_override(quoted(override))
 

@@ -20,7 +20,7 @@ from vistok.core.plugins import import_plugins
 from vistok.core.run_folders import claim_new, held, leads
 from vistok.core.schema import check_run, check_sizes
 from vistok.core.terminal import show, typed
-from vistok.core.words import launched_from_outside, split, value_of
+from vistok.core.words import launched_from_outside, quoted, split, value_of
 
 #: Flags that ask Hydra for something else than a run.
 _ASKING = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
@@ -55,7 +55,7 @@ def train(argv: list[str]) -> None:
         check_new(c.to_container(c.compose("train", job, folders)))
     if not asking and leads() and not value_of(overrides, key):
         name = "sweep" if many else "run"
-        overrides.append(c.quoted(f"{key}={claim_new(c.hydra_folder(name, overrides, folders))}"))
+        overrides.append(quoted(f"{key}={claim_new(c.hydra_folder(name, overrides, folders))}"))
     _hydra_main(overrides, folders, flags)
 
 
@@ -124,7 +124,7 @@ def _resume(place: Path, words: list[str]) -> None:
     if target is None and leads():
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         target = str(claim_new(Path("runs") / f"{stamp}_{config['name']}"))
-        sys.argv = [*sys.argv, c.quoted(f"hydra.run.dir={target}")]  # for the other ranks
+        sys.argv = [*sys.argv, quoted(f"hydra.run.dir={target}")]  # for the other ranks
     folder = Path(target or "runs")
     with held(folder, is_new=True):
         _run_training(config, folder, checkpoint, is_resumed=True)
@@ -198,7 +198,7 @@ def _train_here(overrides: list[str], folders: list[Path]) -> None:
     # Lightning starts the other ranks with these words: they must agree on the folder.
     command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
     dirs = [f"--config-dir={path}" for path in folders]
-    sys.argv = [before[0], *command, *words, c.quoted(f"hydra.run.dir={folder}"), *dirs]
+    sys.argv = [before[0], *command, *words, quoted(f"hydra.run.dir={folder}"), *dirs]
     try:
         _start_or_resume(config, folder, words)
     finally:

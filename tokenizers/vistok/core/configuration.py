@@ -19,34 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from vistok.core.errors import CheckpointError, ConfigError, as_written, nearest
 from vistok.core.yaml_file import read_yaml
 
-#: Keys whose value is a place on this machine; `~` is the home folder there, as in a shell.
-_PLACES = (
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-    "resume",
-    "init_from",
-    "run",
-    "model",
-    "images",
-    "tokens",
-    "text",
-    "out",
-    "weights",
-    "stage.proxy",
-    "stage.autoencoder",
-    "stage.weights",
-    "data.train",
-    "data.val",
-    "data.tokenizer",
-    "data.cache_dir",
-    "prior.tokens",
-    "prior.tokenizer",
-    "prior.images",
-    "eval.inception",
-    "eval.vgg",
-    "eval.alex",
-)
-
 #: Groups of keys that may be null.
 _NULL_FOR_NONE = ("baseline",)
 
@@ -106,38 +78,6 @@ def required(name: str) -> list[str]:
     """Return the keys of a schema that must be given, in the order of its file."""
     written = (config_dir() / f"{name}.yaml").read_text()
     return re.findall(r"^(\w+): \?\?\?", written, re.MULTILINE)
-
-
-def quoted(override: str) -> str:
-    """Return the override, with its value in quotes if Hydra's grammar would trip over it.
-
-    Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then, nor
-    do places whose name Hydra would read as a number (2020), nor those that are there and that it
-    would read as a choice (a,b) or a list ([1]). In places `~` is written out.
-
-    Raises:
-        ConfigError: if `~` names a home folder that is not there.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    key, _, value = override.partition("=")
-    is_place = key.lstrip("+") in _PLACES and bool(value)
-    if is_place and value.startswith("~"):
-        value = os.path.expanduser(value)
-        if value.startswith("~"):
-            raise ConfigError(f"{override}: there is no such home folder; write the path out")
-        override = f"{key}={value}"
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-        read = parsed.value()
-        number = isinstance(read, (int, float)) and not isinstance(read, bool)
-        if not is_place or read == value or not (number or os.path.lexists(value)):
-            return override
-    except HydraException:
-        pass
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:

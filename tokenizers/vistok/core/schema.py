@@ -349,6 +349,6 @@ def check_sizes(config: Mapping[str, Any]) -> None:
             grid_of(data["image_size"], patch)
     for key in ("batch_size", "eval_batch_size"):
         if data[key]:
-            shape = f"{data['channels']} x {height} x {width}"
+            shape = f"{data['channels']} x {height} x {width} px"
             size = data[key] * data["channels"] * height * width * 4  # as float32
-            fits_in_memory(size, f"data.{key}={data[key]}: a batch of {shape} images")
+            fits_in_memory(size, f"data.{key}={data[key]}: a batch of images of {shape}")

@@ -19,7 +19,7 @@ from vistok.models.arguments import as_lengths, as_plain, as_tensor, in_words, i
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
-from vistok.models.preprocessing import Preprocessing
+from vistok.models.preprocessing import Preprocessing, to_unit_range
 from vistok.nn.data_init import Say, chunks, quiet
 from vistok.quantizers.base import Quantizer
 
@@ -447,8 +447,3 @@ class Tokenizer(Preprocessing, nn.Module):
 def _precision(part: nn.Module) -> torch.dtype:
     """Return what a part computes in; after `tok.bfloat16()` not what the quantizer does."""
     return next(part.parameters()).dtype
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """Model output near [-1, 1] to float32 in [0, 1], clamped."""
-    return ((images.float() + 1) / 2).clamp(0, 1)

@@ -200,7 +200,7 @@ def finish(summary: dict[str, Any], task: Task, data: TrainingData, folder: Path
     table.add_column("measured on")
     measured = summary.get("val_images", described["num_val"])
     place = described["val"] or described["train"]  # of which a part is held out
-    sets = {"val_": f"{measured} images of {short(place)}"}
+    sets = {"val_": f"{counted(measured, 'image')} of {short(place)}"}
     sets["baseline_"] = sets["val_"]
     sets["codebook_usage"] = sets["perplexity"] = "the last steps of training"
     sets["seconds"] = "this call"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vistok.core.errors import CheckpointError
+from vistok.core.terminal import counted
 from vistok.core.values import is_number, is_whole
 from vistok.training.optimizers import warmup_cosine
 
@@ -108,8 +109,8 @@ def resumed(
 def _in_words(schedule: Schedule, end: int) -> str:
     parts = []
     if schedule.begin:
-        parts.append(f"it rises again over {schedule.warmup} samples")
-    parts.append(f"the cosine ends at {schedule.total} samples")
+        parts.append(f"it rises again over {counted(schedule.warmup, 'sample')}")
+    parts.append(f"the cosine ends at {counted(schedule.total, 'sample')}")
     if schedule.total < end:
         parts.append(
             f"then it stays at {schedule.final:g} of optimizer.lr until the run ends at {end}"
