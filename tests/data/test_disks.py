@@ -422,7 +422,7 @@ def test_names_that_look_like_patterns(tmp_path):
     tar_of(tmp_path / "v[1]" / "b1.tar", [("a.jpg", image())])
     assert len(expand_shards(f"{tmp_path}/v[1]/*.tar")) == 3
     assert expand_shards(f"{tmp_path}/v[1]/b{{1..1}}.tar") == [tmp_path / "v[1]" / "b1.tar"]
-    with pytest.raises(ConfigError, match=r"the braces stand for 10\d+ shards"):
+    with pytest.raises(ConfigError, match=r"the braces name 10\d+ shards"):
         expand_shards(f"{tmp_path}/x-{{0..9999999}}-{{0..9999999}}.tar")
 
 

@@ -68,7 +68,8 @@ def _evaluate(argv: list[str]) -> None:
         from vistok.checkpoints.load import task_of
 
         import_plugins(config.plugins)
-        task = task_of(config.run)  # without a run: of a tokenizer
+        # Exports and pictures are of tokenizers.
+        task = task_of(None if config.model or config.images else config.run)
     task.evaluate(plain, data)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.core.errors import ConfigError, DataError
+from vistok.core.terminal import counted
 from vistok.data.names import shown
 from vistok.data.remote import RemoteShard, ShardCache
 
@@ -114,10 +115,10 @@ def _braced(text: str, key: str) -> list[str]:
         abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
         for first, last, step in _RANGE.findall(text)
     ]
-    if math.prod(counts) > _MOST_SHARDS:
+    if (total := math.prod(counts)) > _MOST_SHARDS:
         raise ConfigError(
-            f"{key}={shown(text)}: the braces stand for {math.prod(counts)} shards; the most is"
-            f" {_MOST_SHARDS}"
+            f"{key}={shown(text)}: the braces name {counted(total, 'shard')}; at most"
+            f" {_MOST_SHARDS} are allowed"
         )
     try:
         return expand_urls(text)
