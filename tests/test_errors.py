@@ -4,7 +4,6 @@
 """
 
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -18,9 +17,8 @@ import pytest
 import torch
 
 import vistok
-from helpers import PATIENCE, ROOT, TINY, losses_of, make_photos
+from helpers import PATIENCE, ROOT, TINY, add_seal, losses_of, make_photos
 from vistok.checkpoints.read import read_checkpoint
-from vistok.checkpoints.seals import seal
 from vistok.core.errors import CheckpointError
 
 
@@ -225,12 +223,6 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def add_seal(path):
-    """Seal a file as it is; whoever writes it can do so as well."""
-    content = path.read_bytes()
-    path.write_bytes(content + seal(hashlib.sha256(content).hexdigest(), 0))
 
 
 def test_a_malicious_checkpoint_is_refused_and_runs_nothing(fails, finished_run, words, tmp_path):

@@ -364,10 +364,10 @@ def test_rows_that_do_not_hold_are_dropped(tmp_path):
     for torn in ("", '{"step": 3', '{"step": 3}', "\0\0\0\n"):
         for first_step, kept in ((0, 0), (1, 1), (2, 3), (9, 4)):
             path.write_text(whole + torn)
-            assert MetricsFile(tmp_path, first_step).experiment == path
+            assert MetricsFile(tmp_path, first_step).begin() == path
             assert path.read_text() == "".join(row + "\n" for row in rows[:kept])
     path.unlink()
-    assert MetricsFile(tmp_path, 5).experiment.read_text() == ""
+    assert MetricsFile(tmp_path, 5).begin().read_text() == ""
 
 
 def test_second_ctrl_c_stops_at_once(words, tmp_path, monkeypatch):
@@ -394,7 +394,7 @@ def test_evaluation(cli, finished_run, tmp_path):
     results = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert "psnr" in out and "codebook_usage" in out
     with Image.open(tmp_path / "e" / "reconstructions.png") as picture:
-        assert picture.size == (3 * 18 + 2, 38)
+        assert picture.size == (8 * (3 * 18 + 2), 8 * 38)  # to 128 px
 
     # The same numbers by hand, image by image.
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
@@ -475,6 +475,8 @@ def test_fine_tuning_starts_from_the_weights(words, finished_run, exported, tmp_
 
 def test_fine_tuning_of_another_architecture_is_refused(fails, words, finished_run):
     more = [f"init_from={finished_run}", "quantizer.codebook_size=32"]
+    fails("train", *words, *more, words=("quantizer is another one", "init_parts"))
+    more = [f"init_from={finished_run}", "tokenizer.encoder.width=32"]
     fails("train", *words, *more, words=("another architecture", "shape"))
 
 
