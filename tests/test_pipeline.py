@@ -476,8 +476,8 @@ def test_fine_tuning_starts_from_the_weights(words, finished_run, exported, tmp_
 def test_fine_tuning_of_another_architecture_is_refused(fails, words, finished_run):
     more = [f"init_from={finished_run}", "quantizer.codebook_size=32"]
     fails("train", *words, *more, words=("quantizer is another one", "init_parts"))
-    more = [f"init_from={finished_run}", "tokenizer.encoder.width=32"]
-    fails("train", *words, *more, words=("another architecture", "shape"))
+    more = [f"init_from={finished_run}", "tokenizer.encoder.depth=3"]
+    fails("train", *words, *more, words=("another architecture", "is missing"))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("32", torch.float32)])
