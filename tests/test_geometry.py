@@ -106,7 +106,8 @@ def test_ids_are_those_of_the_definition(name, size):
         codes = tok.quantizer.project_in(tok.encode(tok.to_model_range(images)).float())
         for book, z in zip(books, codes.split(codes.shape[-1] // len(books), dim=-1), strict=True):
             phis = [[p.double() for p in phi.parameters()] for phi in book.phi]
-            found, painted, _, _ = oracle(z.double(), book.book.embedding.double(), phis, parts)
+            table = book.book.embedding.double()
+            found, painted, _, _ = oracle(z.double(), table, phis, parts, ties=book.phi_ties)
             assert len(found.unique()) > 8
             expected.append(found)
             vectors.append(painted.float())

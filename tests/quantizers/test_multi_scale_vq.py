@@ -46,7 +46,7 @@ def cubic(x, size, dim):
     return torch.movedim(torch.tensordot(x, weights, ([dim], [1])), -1, dim)
 
 
-def oracle(z, table, phis, sizes, ratio=0.5):
+def oracle(z, table, phis, sizes, ratio=0.5, ties="earlier"):
     """VAR's quantizer from its definition: ids, f̂, and the two losses."""
     height, width = sizes[-1]
     f = z.transpose(1, 2).reshape(z.shape[0], z.shape[2], height, width)
@@ -59,7 +59,9 @@ def oracle(z, table, phis, sizes, ratio=0.5):
         layer = table[chosen].permute(0, 3, 1, 2)
         layer = cubic(cubic(layer, height, 2), width, 3)
         if phis:
-            weight, bias = phis[int((ticks - s / max(len(sizes) - 1, 1)).abs().argmin())]
+            away = (ticks - s / max(len(sizes) - 1, 1)).abs()
+            nearest = [i for i in range(4) if away[i] < away.min() + 1e-5]
+            weight, bias = phis[nearest[-1 if ties == "later" else 0]]
             layer = (1 - ratio) * layer + ratio * F.conv2d(layer, weight, bias, padding=1)
         painted = painted + layer
         commitment = commitment + (f - painted.detach()).square().mean() / len(sizes)

@@ -23,6 +23,7 @@ from transformers import (
 from vistok.checkpoints.hub import find_export
 from vistok.checkpoints.load import load
 from vistok.data.preprocess import preprocess
+from vistok.models.tokenizer import Tokenizer
 
 #: The `model_type` of an export's `config.json`.
 MODEL_TYPE = "vistok"
@@ -40,6 +41,7 @@ class VistokModel(PreTrainedModel):
     config_class = VistokConfig  # pyright: ignore[reportAssignmentType]
     base_model_prefix = "tokenizer"
     main_input_name = "pixel_values"
+    tokenizer: Tokenizer
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -62,11 +64,11 @@ class VistokModel(PreTrainedModel):
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return ids `(B, N, Q)` int64 of images `(B, C, H, W)`, uint8 or float in [0, 1]."""
-        return self.tokenizer.tokenize(pixel_values)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        return self.tokenizer.tokenize(pixel_values)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Return images `(B, C, H, W)`, float in [0, 1], of ids `(B, N, Q)`."""
-        return self.tokenizer.detokenize(ids)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        return self.tokenizer.detokenize(ids)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return `encode`."""

@@ -140,8 +140,8 @@ def _unknown(target: str, kind: str) -> str:
         hint = f" (did you mean '{name}'?)"
     else:
         hint = nearest(target, _names[kind] if "." in target else items)
-    hint = hint or "; if it is your own, import its module first (plugins=[...])"
-    return f"not in vistok's registry{hint}"
+    own = "if it is your own, import its module first (plugins=[...])"
+    return f"not in vistok's registry{hint}; {own}"
 
 
 def name_of(item: Any, kind: str = "part") -> str:

@@ -85,7 +85,7 @@ class GumbelLogits(Quantizer):
     @property
     def against_collapse(self) -> str:
         """Return that the prior term spreads the use of codes."""
-        return "a higher quantizer.prior_weight or quantizer.temperature, or fewer codes"
+        return "a higher quantizer.prior_weight, quantizer.temperature, or a lower optimizer.lr"
 
     def codebooks(self) -> list[Tensor]:
         """The table `(K, d)`."""
