@@ -115,7 +115,7 @@ RECIPES = {
 }
 
 #: Pairs that make no sense, and the one line says so: ids of scales have no tokens to part.
-SCALES = ("image_folder", "token_flow_multi_scale", "var")
+SCALES = ("image_folder", "token_flow_multi_scale", "var", "var_1024", "var_as_drawn")
 REFUSED = {
     (tokenizer, quantizer) for tokenizer in ("retok_tiny", "hita_tiny") for quantizer in SCALES
 }

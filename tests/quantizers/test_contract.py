@@ -24,7 +24,7 @@ from vistok.quantizers.product_vq import Product
 from vistok.quantizers.residual_vq import ResidualVQ
 
 everywhere = pytest.mark.parametrize("name", NAMES)
-SCALES = ("image_folder", "token_flow_multi_scale", "var")
+SCALES = ("image_folder", "token_flow_multi_scale", "var", "var_1024", "var_as_drawn")
 #: Graphs of many books take long; those of `var` and `token_flow` have all that is in the nightly.
 MARKS_OF_COMPILING = dict.fromkeys(("dual_token", "residual_vq", "unitok"), pytest.mark.slow)
 MARKS_OF_COMPILING |= {
