@@ -42,10 +42,10 @@ class ReconstructionGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         originals = samples["image"].cpu()
-        psnr = PSNR()
-        psnr.update(originals, reconstructions.cpu())
+        # Not `compute`, which would wait for the other ranks.
+        psnr = PSNR().per_image(originals, reconstructions.cpu()).mean().item()
         step = trainer.global_step
-        caption = f"step {step}: PSNR {psnr.compute().item():.2f} dB on these {len(originals)}"
+        caption = f"step {step}: PSNR {psnr:.2f} dB on these {len(originals)}"
         sheet = comparison(originals, reconstructions.cpu())
         scale = scale_for(module.tokenizer.image_size, self.scale)
         path = self.folder / f"step_{step:06d}.png"
