@@ -46,11 +46,11 @@ class Peers:
         """Return a line on the rank that ended, as far as it shows from here."""
         end = time.monotonic() + self.patience
         while True:
+            gone = self._gone()  # before their codes: one that is gone has its code
             for number, child in enumerate(self.children, start=1):
                 code = child.poll()
                 if code is not None and code < 0:
                     return killed(number, -code)
-            gone = self._gone()
             if gone or time.monotonic() > end:
                 break
             time.sleep(0.1)
