@@ -48,7 +48,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """As nanoGPT: learned positions, a start token, a head of its own."""
+    """A plain GPT like nanoGPT: learned positions, a start token, an untied head."""
 
     def __init__(self, codes: int, length: int, width: int, depth: int, heads: int) -> None:
         super().__init__()

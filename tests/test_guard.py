@@ -46,7 +46,7 @@ def summary_of(run):
 
 
 def parts(state):
-    """What a step moves."""
+    """Return everything that a step moves."""
     (moments,) = state["optimizer_states"]
     return {"weights": state["state_dict"], "ema": state["ema"], "moments": moments["state"]}
 

@@ -1,4 +1,4 @@
-"""Mutated inputs of the data side, each read by a process of its own: `python tests/data/fuzz.py`.
+"""Read mutated inputs of the data side, each in a separate process: `python tests/data/fuzz.py`.
 
 A case is right if the input is refused in one line, or accepted with what an independent reader
 (tarfile, numpy, Pillow) finds in it. Everything else is counted by its kind.
@@ -501,7 +501,7 @@ CASES = {
 
 
 def outcome(kind, number, root):
-    """What becomes of a case: (outcome, seconds)."""
+    """Return what becomes of a case: (outcome, seconds)."""
     _, prepare, run = CASES[kind]
     folder = Path(tempfile.mkdtemp(dir=root))
     prepare(folder, random.Random(f"{kind} {number}"))

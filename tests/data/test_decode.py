@@ -165,7 +165,7 @@ def test_reduction_leaves_the_margin():
 
 
 def tiff(array, **options):
-    """A TIFF by another writer than Pillow, which says depth, sign and photometric of its own."""
+    """Write a TIFF without Pillow, with any depth, sign and photometric interpretation."""
     tifffile = pytest.importorskip("tifffile")
     file = io.BytesIO()
     tifffile.imwrite(file, array, **options)

@@ -1,4 +1,4 @@
-"""What is on people's disks: foreign tars, stale indexes, names of any bytes, paths of any kind."""
+"""Foreign tars, stale indexes, file names of any bytes, paths of any kind."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What make-shards reads in addition to folders: lists, tables, shards; and that a kill costs nothing."""
+"""make-shards reads lists, tables and shards in addition to folders, and a kill costs nothing."""
 
 import fcntl
 import io

@@ -91,6 +91,8 @@ def finish(summary: dict[str, Any], task: Task, data: TrainingData, folder: Path
     table.add_column("result")
     table.add_column("value", justify="right")
     for name, value in summary.items():
+        if isinstance(value, (dict, list)) and not value:
+            continue  # no alarms, no health that was measured
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     say(table)
     if report := data.skipped_report():
