@@ -1,4 +1,4 @@
-"""Kills a run again and again, then lets it end: `soak.py FOLDER KILLS WORD...`.
+"""Kills a run again and again, then lets it end: `soak.py FOLDER KILLS RANKS WORD...`.
 
 Importing takes longer than such a run; it is done once, and every attempt is a fork of that
 process, made before there are any threads. Writes `killed/` and `whole/`, and prints one line of
@@ -11,12 +11,14 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tokenizers"))
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 import vistok.cli
 import vistok.training.run
@@ -27,19 +29,42 @@ from vistok.training.metrics_file import whole_rows
 TOUCHES = {"open", "os.link", "os.remove", "os.rename"}
 
 
-def attempt(words: list[str], run: Path, log: Path, mortal: tuple[int, bool] | None = None) -> int:
-    """Run a command in a separate process and return its exit code.
+def attempt(
+    words: list[str], run: Path, log: Path, mortal: tuple[int, bool] | None = None, ranks: int = 1
+) -> int:
+    """Run a command in a separate process, or one for each rank; return the first's exit code.
 
     With `mortal` (n, pieces) it is killed at the n-th time that it touches a file of its run;
     each piece that goes into a checkpoint counts, too, if `pieces`.
     """
-    process = os.fork()
-    if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    others = []
+    for rank in reversed(range(ranks)):
+        process = os.fork()
+        if not process:
+            _be(rank, ranks, port, words, run, log, mortal)
+        others.append(process)
+    code = os.waitstatus_to_exitcode(os.waitpid(others.pop(), 0)[1])
+    for process in others:
+        if code:
+            os.kill(process, signal.SIGKILL)  # as torchrun would
+        os.waitpid(process, 0)
+    return code
+
+
+def _be(rank, ranks, port, words, run, log, mortal):
+    """Be a rank; does not return."""
+    if ranks > 1:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "soak"}
+        os.environ.update({name: str(value) for name, value in places.items()})
+        rank_zero_only.rank = rank
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    if mortal:
+    if mortal and rank == 0:
         die_at(run, *mortal)
     os._exit(vistok.cli.train([*words, f"hydra.run.dir={run}"]))
 
@@ -82,7 +107,7 @@ def logged_step(run: Path) -> int:
         return max((int(row["step"]) for row, _ in whole_rows(file)), default=0)
 
 
-def main(folder: Path, kills: int, words: list[str]) -> None:
+def main(folder: Path, kills: int, ranks: int, words: list[str]) -> None:
     """Kill, then finish; and run once without any kill."""
     torch.set_num_threads(1)
     moments = random.Random(0)
@@ -92,7 +117,8 @@ def main(folder: Path, kills: int, words: list[str]) -> None:
         before = last_step(run)
         # Every other one dies between the pieces of a checkpoint, more likely than not.
         mortal = (moments.randint(1, 4000), True) if number % 2 else (moments.randint(1, 60), False)
-        code = attempt(words, run, log, mortal)
+        workers = f"data.num_workers={number % 3 if number % 4 == 3 else 0}"
+        code = attempt([*words, workers], run, log, mortal, ranks)
         if code != -signal.SIGKILL:
             sys.exit(f"ended by itself with {code} after {number} kills")
         report["in_a_write"] += bool(list(run.glob("checkpoints/*.tmp")))
@@ -100,10 +126,10 @@ def main(folder: Path, kills: int, words: list[str]) -> None:
         report["steps_lost"] += max(0, logged_step(run) - last_step(run))
     report["at_step"] = last_step(run)
     for name in ("killed", "whole"):
-        if code := attempt(words, folder / name, log):
+        if code := attempt(words, folder / name, log, None, ranks):
             sys.exit(f"{name} failed with {code}")
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

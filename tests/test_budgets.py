@@ -193,7 +193,7 @@ def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
 
     data = VistokDataModule(**data_config(find_checkpoint(flexible_run), [], 8))
     data.setup("validate")
-    images = data.val_images(100)
+    images = data.val_samples(100)["image"]
     assert len(images) == results["images"]
     for row in rows:
         ids = tok.tokenize(images)[:, : row["num_tokens"]]

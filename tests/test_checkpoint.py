@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vistok
-from helpers import TINY, config_of, images_of, tiny_tokenizer
+from helpers import TINY, add_seal, config_of, images_of, tiny_tokenizer
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.load import load_weights
 from vistok.checkpoints.read import read_config, read_export
@@ -192,9 +192,11 @@ def test_a_config_is_read_without_its_weights(finished_run, tmp_path, monkeypatc
 def test_an_older_file_of_torch_has_a_config_too(finished_run, tmp_path):
     content = torch.load(finished_run / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    add_seal(tmp_path / "old.ckpt")
     assert read_config(tmp_path / "old.ckpt") == content["hyper_parameters"]["config"]
     del content["hyper_parameters"]
     torch.save(content, tmp_path / "other.ckpt")
+    add_seal(tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match=r"other\.ckpt: .*it has no config"):
         read_config(tmp_path / "other.ckpt")
 

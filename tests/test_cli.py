@@ -240,9 +240,10 @@ def started(monkeypatch, tmp_path):
     def run(config, folder, checkpoint=None, words=None):
         seen.update(config=config, folder=str(folder), words=words, argv=sys.argv[1:])
         seen.update(hydra=HydraConfig.initialized(), mark=os.environ.get("MARK"))
+        assert folder.is_dir()
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
-    monkeypatch.setattr("vistok.cli._run_training", run)
+    monkeypatch.setattr("vistok.starting._run_training", run)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # as in a fresh process
     monkeypatch.chdir(tmp_path)
     return seen
@@ -252,7 +253,7 @@ def started(monkeypatch, tmp_path):
     "words",
     [
         [],
-        ["data=folder", "data.train=/photos/{a,b}", "name=mine", "trainer.precision=bf16"],
+        ["data=shards", "data.train=/photos/{a,b}.tar", "name=mine", "trainer.precision=bf16"],
         ["experiment=vqgan_tiny", "init_from=null", "seed=3", "~baseline", "+quantizer.foo=x"],
         ["baseline=null", "resume=null", "data.image_size=[16,32]", "trainer.max_steps=7"],
     ],
@@ -268,7 +269,6 @@ def test_a_plain_run_composes_once(started, words):
     assert started["composed"] > 2 and started["hydra"]
     for part in ("config", "folder", "words"):
         assert started[part] == first[part]
-    assert os.path.isdir(first["folder"])
     # The other ranks, which start with these words, are given the same.
     assert train(first["argv"]) == 0
     assert {**started, "composed": 0} == {**first, "composed": 0}

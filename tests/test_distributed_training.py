@@ -199,7 +199,7 @@ RAISE, KILL = "raise VistokError('planned')", "os.kill(os.getpid(), signal.SIGKI
     [
         (1, RAISE, "rank 1: planned", fork),
         (0, RAISE, "error: planned", fork),
-        (1, KILL, "another rank ended", start),
+        (1, KILL, "rank 1 was ended by SIGKILL", start),
         (1, "time.sleep(1000)", "another rank ended, or did not answer", fork),
         pytest.param(1, RAISE, "rank 1: planned", start, marks=pytest.mark.nightly),
         pytest.param(0, RAISE, "error: planned", start, marks=pytest.mark.nightly),

@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from helpers import CONFIGS, ROOT
-from vistok.core.configuration import all_keys, compose, options, quoted, sweep
+from vistok.core.configuration import all_keys, compose, options, sweep
+from vistok.core.words import quoted
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "data" / "README.md"])
 

@@ -16,7 +16,7 @@ from vistok.metrics.image import PSNR, to_uint8
 from vistok.models.flexible import prefix_mask, rounded_psnr
 from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.packing import pack, packed_size, unpack
-from vistok.models.tokenizer import to_unit_range
+from vistok.models.preprocessing import to_unit_range
 
 FLEXIBLE = ["one_d_piece_tiny", "flextok_tiny", "retok_tiny", "restok_tiny"]
 flexible = pytest.mark.parametrize("name", FLEXIBLE)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import subprocess_script
 from packaging.requirements import Requirement
 from torch.utils.data import DataLoader
 
@@ -112,6 +113,17 @@ def test_a_strategy_spreads_over_all_ranks():
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (6, 1)
     used = inspect.getsource(ModelParallelStrategy.setup_environment)
     assert "self._data_parallel_size" in used and "self._tensor_parallel_size" in used
+
+
+def test_the_ranks_that_lightning_starts_are_watched_by_ours(monkeypatch):
+    name = "_launch_process_observer"
+    launch = inspect.getsource(subprocess_script._SubprocessScriptLauncher.launch)
+    assert f"{name}(self.procs)" in launch
+    monkeypatch.setattr(subprocess_script, name, getattr(subprocess_script, name))
+    seen = []
+    lightning_internals.watch_children_by(seen.append)
+    getattr(subprocess_script, name)(["process"])
+    assert seen == [["process"]]
 
 
 # ---------------------------------------------------------------------- torch

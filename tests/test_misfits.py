@@ -11,9 +11,9 @@ from vistok.core.errors import ConfigError
 from vistok.evaluation.baseline import baseline_options
 
 MAY_BE_NULL = {
-    "train": {"resume", "init_from", "baseline", "tokens"},
-    "eval": {"run", "model", "images", "out"},
-    "export": {"run", "out", "push", "license"},
+    "train": {"resume", "init_from", "init_parts", "tokens", "baseline"},
+    "eval": {"run", "model", "images", "out", "picture_scale"},
+    "export": {"run", "out", "license", "push"},
 }
 
 

@@ -9,7 +9,8 @@ from vistok.core.errors import ConfigError
 from vistok.core.geometry import grid_of
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.latent_vit import LatentTransformerDecoder, LatentTransformerEncoder
-from vistok.models.tokenizer import Tokenizer, to_unit_range
+from vistok.models.preprocessing import to_unit_range
+from vistok.models.tokenizer import Tokenizer
 from vistok.nn.attention import attend
 from vistok.nn.blocks import Block, Transformer
 from vistok.nn.data_init import least_squares, principal_components

@@ -103,11 +103,14 @@ def test_pictures(finished_run):
     for path in pictures:
         with Image.open(path) as picture:
             picture.load()
-            # Two columns, two rows of 16 px, white gaps of 2 px.
-            assert picture.size == (2 * 18 + 2, 2 * 18 + 2) and picture.mode == "RGB"
-            assert picture.getpixel((0, 0)) == (255, 255, 255)
+            # Two columns, two rows of 16 px, white gaps of 2 px, to 128 px; and a line of text.
+            side = 8 * (2 * 18 + 2)
+            text = picture.height - side
+            assert picture.width >= side and 8 < text < 40 and picture.mode == "RGB"
+            assert picture.getpixel((0, text)) == (255, 255, 255)
+            assert picture.crop((0, 0, side, text)).convert("L").getextrema()[0] < 99
     first, second = (Image.open(path) for path in pictures)
-    top, bottom = (0, 0, 38, 19), (0, 19, 38, 38)
+    top, bottom = (0, text, side, text + side // 2), (0, text + side // 2, side, text + side)
     assert first.crop(top).tobytes() == second.crop(top).tobytes()  # the same originals
     assert first.crop(bottom).tobytes() != second.crop(bottom).tobytes()
 
@@ -361,10 +364,10 @@ def test_rows_that_do_not_hold_are_dropped(tmp_path):
     for torn in ("", '{"step": 3', '{"step": 3}', "\0\0\0\n"):
         for first_step, kept in ((0, 0), (1, 1), (2, 3), (9, 4)):
             path.write_text(whole + torn)
-            assert MetricsFile(tmp_path, first_step).experiment == path
+            assert MetricsFile(tmp_path, first_step).begin() == path
             assert path.read_text() == "".join(row + "\n" for row in rows[:kept])
     path.unlink()
-    assert MetricsFile(tmp_path, 5).experiment.read_text() == ""
+    assert MetricsFile(tmp_path, 5).begin().read_text() == ""
 
 
 def test_second_ctrl_c_stops_at_once(words, tmp_path, monkeypatch):
@@ -391,7 +394,7 @@ def test_evaluation(cli, finished_run, tmp_path):
     results = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert "psnr" in out and "codebook_usage" in out
     with Image.open(tmp_path / "e" / "reconstructions.png") as picture:
-        assert picture.size == (3 * 18 + 2, 38)
+        assert picture.size == (8 * (3 * 18 + 2), 8 * 38)  # to 128 px
 
     # The same numbers by hand, image by image.
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
@@ -472,7 +475,9 @@ def test_fine_tuning_starts_from_the_weights(words, finished_run, exported, tmp_
 
 def test_fine_tuning_of_another_architecture_is_refused(fails, words, finished_run):
     more = [f"init_from={finished_run}", "quantizer.codebook_size=32"]
-    fails("train", *words, *more, words=("another architecture", "shape"))
+    fails("train", *words, *more, words=("quantizer is another one", "init_parts"))
+    more = [f"init_from={finished_run}", "tokenizer.encoder.depth=3"]
+    fails("train", *words, *more, words=("another architecture", "is missing"))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("32", torch.float32)])
@@ -641,7 +646,8 @@ def test_plugin_brings_a_quantizer_of_ones_own(fails, words, tmp_path, monkeypat
     fails("train", *words, words=(f"{name}.Mine", "registry"))
     assert train([*words, f"plugins=[{name}]"]) == 0
     assert vistok.load("run").codebooks()[0].shape == (9, 2)
-    assert train(["resume=run", "trainer.max_steps=3"]) == 0
+    fails("train", "resume=run", "trainer.max_steps=3", words=(f"plugins=[{name}]", "trust"))
+    assert train(["resume=run", "trainer.max_steps=3", f"plugins=[{name}]"]) == 0
     monkeypatch.delitem(registry._registered["part"], f"{name}.Mine")  # a program without it
     with pytest.raises(ConfigError, match="registry"):
         vistok.load("run")

@@ -153,7 +153,7 @@ def test_pictures_of_an_export(exported, photos, tmp_path, monkeypatch):
     words = [*SMALL, "prior.condition=none", "trainer.max_steps=3", "data.val_fraction=0.4"]
     folder = run(words, "tokens", "run", f"data.tokenizer={exported}")
     drawn = np.asarray(Image.open(folder / "pictures" / "step_000003.png"))
-    assert drawn.shape == (16 + 4, 2 * 18 + 2, 3)
+    assert drawn.shape == (8 * (16 + 4), 8 * (2 * 18 + 2), 3)  # to 128 px
     more = ["prior.num_samples=8", "num_pictures=3", "batch_size=4", f"prior.images={photos}"]
     assert evaluate([f"run={folder}", *more]) == 0
     results = json.loads((folder / "eval" / "metrics.json").read_text())

@@ -277,7 +277,7 @@ def test_validation_leaves_bad_images_out(broken):
     assert sum(len(batch["key"]) for batch in batches) == 19
     assert all(batch["valid"].all() for batch in batches)
     assert len(datamodule.skipped) == 5
-    assert datamodule.val_images(24).shape[0] == 19
+    assert datamodule.val_samples(24)["image"].shape[0] == 19
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -327,12 +327,12 @@ def test_init_batches_are_the_stream_and_move_nothing(shards, monkeypatch):
 
 def test_val_images_are_fixed_and_spread(shards):
     datamodule = module(shards, val=f"{shards}/*.tar")
-    images = datamodule.val_images(4)
+    images = datamodule.val_samples(4)["image"]
     every = torch.cat([batch["image"] for batch in datamodule.val_dataloader()])
     where = [int((every == image).flatten(1).all(1).nonzero()[0, 0]) for image in images]
     assert where == [4, 13, 23, 32]
-    assert torch.equal(datamodule.val_images(4), images)
-    assert datamodule.val_images(1000).shape == (37, 3, 16, 16)
+    assert torch.equal(datamodule.val_samples(4)["image"], images)
+    assert datamodule.val_samples(1000)["image"].shape == (37, 3, 16, 16)
 
 
 def test_describe_is_plain(shards):

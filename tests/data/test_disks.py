@@ -448,7 +448,8 @@ def test_data_paths_become_absolute(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a,b", "2020", "[1]", "null", "1e3"])
 def test_folders_called_like_values(tmp_path, monkeypatch, name):
-    from vistok.core.configuration import compose, quoted
+    from vistok.core.configuration import compose
+    from vistok.core.words import quoted
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()

@@ -63,7 +63,7 @@ def train_help() -> None:
         train: "the default run: minutes on a CPU",
         f"{train} data=folder data.train=FOLDER": "your own images",
         f"{train} resume=runs/<run>": "continue a run",
-        f"{train} init_from=runs/<run>": "fine-tune from its weights",
+        f"{train} init_from=runs/<run>": "fine-tune it, on your own data or at another size",
     }
     keys = {
         "trainer.max_steps=2000": "optimizer steps",
@@ -116,7 +116,7 @@ def eval_help() -> None:
     keys = {
         "run=": "a run folder, an export folder or a checkpoint; or model=, or images=",
         "eval=default": f"the suite: {', '.join(options('eval'))}",
-        "out=": "where to write; empty: <run>/eval",
+        "out=": "where to write; empty: <run>/eval, or <export>_eval",
         "weights=ema": "ema (averaged) or last",
         "device=auto": "auto, cpu or cuda",
         "precision=auto": "auto, bf16, 16 or 32",

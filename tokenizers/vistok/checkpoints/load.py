@@ -13,6 +13,7 @@ from vistok.checkpoints.exports import check_export
 from vistok.checkpoints.find import find_checkpoint, find_checkpoint_or_export
 from vistok.checkpoints.hub import fetch, on_hub
 from vistok.checkpoints.read import read_config, read_export, read_weights
+from vistok.checkpoints.validate import check_weights
 from vistok.core.errors import CheckpointError
 from vistok.core.registry import resolve
 from vistok.models.build import build_tokenizer
@@ -44,7 +45,7 @@ def load(
         ConfigError: if its config names a class outside the registry.
     """
     name = on_hub(path)
-    path = fetch(name, revision) if name else Path(path)
+    path = fetch(name, revision) if name else Path(path).expanduser()
     if is_export := (path / "model.safetensors").exists():
         check_export(path)
         config, state = read_export(path)
@@ -113,6 +114,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         CheckpointError: naming the first key that does not fit, and how many there are.
     """
+    check_weights(state, source)
     own = module.state_dict()
     problems = [f"'{key}' is missing" for key in own if key not in state]
     problems += [f"'{key}' is not expected" for key in state if key not in own]
@@ -120,6 +122,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         f"'{key}' has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
+    ]
+    problems += [
+        f"'{key}' holds {state[key].dtype}, expected {own[key].dtype}"
+        for key in own
+        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vistok.checkpoints.migrate import migrate_checkpoint, migrate_config
-from vistok.checkpoints.seals import check_seal, checkpoint_files, is_checkpoint
+from vistok.checkpoints.seals import check_seal, checkpoint_files, is_checkpoint, read_seal
+from vistok.checkpoints.validate import check_config, check_content
 from vistok.core.errors import CheckpointError, ConfigError
 
 
@@ -47,7 +48,20 @@ def read_parts(
     for name in without:
         for content in contents:
             content.pop(name, None)
-    return migrate_checkpoint(_joined(contents, join), path)
+    try:
+        content = migrate_checkpoint(_joined(contents, join), path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # forms that were never written make it raise almost anything
+        raise CheckpointError(f"{path}: damaged ({_said(error)})") from error
+    sealed = read_seal(path)
+    if not path.is_dir():
+        check_content(content, path, sealed[1] if sealed else None)
+    return content
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
 #: Marks a piece of a tensor in the file of a rank: {SHARD: rows, "first": number of the first}.
@@ -75,8 +89,7 @@ def _read_file(path: Path, mmap: bool) -> dict[str, Any]:
             f"{path}: refused; it contains more than tensors and plain values, or is damaged"
         ) from error
     except Exception as error:  # other files make torch.load raise almost anything
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a complete checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: not a complete checkpoint ({_said(error)})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path}: not a vistok checkpoint (it has no state_dict)")
     return content
@@ -94,6 +107,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.is_dir() and not is_checkpoint(path):
         return _export_config(path)
     first = checkpoint_files(path)[0]  # of a sharded checkpoint it has all that is not sharded
+    if read_seal(path) is None:
+        check_seal(path)  # raises
     mapped = zipfile.is_zipfile(first)  # what torch wrote since version 1.6
     if mapped:
         _check_all_but_tensors(first)
@@ -118,9 +133,16 @@ def _check_all_but_tensors(path: Path) -> None:
 def _config_in(content: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         config = content["hyper_parameters"]["config"]
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a vistok checkpoint (it has no config)") from error
-    return migrate_config(config, path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: not a vistok checkpoint (it has no config)")
+    try:
+        config = migrate_config(config, path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged; its config cannot be read") from error
+    check_config(config, path)
+    return config
 
 
 def read_weights(
@@ -171,8 +193,8 @@ def _export_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: config.json is missing from the export") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: damaged export ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/config.json: damaged ({str(error)[:120]})") from error
     for part in ("tokenizer", "quantizer"):
         if not isinstance(config, dict) or part not in config:
             raise CheckpointError(f"{folder}/config.json: has no '{part}'")

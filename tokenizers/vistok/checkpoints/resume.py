@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from vistok.checkpoints.migrate import migrate_config
-from vistok.checkpoints.read import read_checkpoint
-from vistok.checkpoints.seals import check_seal, read_seal, seal_of
+from vistok.checkpoints.seals import check_seal, seal_of
 from vistok.core.configuration import load_run_config, to_container
 from vistok.core.console import say
 from vistok.core.errors import CheckpointError
-from vistok.core.ranks import is_first_process
+from vistok.core.files import read_json
+from vistok.core.run_folders import leads
+from vistok.core.values import is_whole
 
 
 def stored_config(run: Path) -> dict[str, Any]:
@@ -36,13 +36,11 @@ def newest_whole(run: Path) -> Path | None:
     problems = []
     for path in newest_first(run):
         try:
-            if read_seal(path) is None:
-                read_checkpoint(path)  # only reading it shows
             check_seal(path)
             return path
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
-            if is_first_process():
+            if leads():
                 say(f"[yellow]{error}; trying an older one[/yellow]")
     if problems:
         raise CheckpointError(f"{run}: no checkpoint is intact; {problems[0]}")
@@ -66,7 +64,5 @@ def _age(path: Path) -> tuple[float, str]:
 
 def finished_steps(folder: Path) -> int:
     """Return the steps of the run whose summary the folder holds; 0 without one."""
-    try:
-        return int(json.loads((folder / "summary.json").read_text())["steps"])
-    except (OSError, ValueError, KeyError):
-        return 0
+    steps = read_json(folder / "summary.json").get("steps")
+    return steps if is_whole(steps) and steps >= 0 else 0

@@ -31,7 +31,8 @@ def checkpoint_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = sorted(path.glob("*-of-*.ckpt"))
-    wanted = int(files[0].stem.rpartition("-")[2]) if files else 1
+    number = files[0].stem.rpartition("-")[2] if files else "1"
+    wanted = int(number) if number.isascii() and number.isdigit() else 0
     if len(files) != wanted:
         raise CheckpointError(f"{path}: incomplete: {len(files)} of {wanted} files")
     return files
@@ -46,10 +47,10 @@ def read_seal(path: Path) -> tuple[str, int] | None:
 
 
 def check_seal(path: Path) -> None:
-    """Compare the bytes of a checkpoint with its seals; a single file without one passes.
+    """Compare the bytes of a checkpoint with its seals.
 
     Raises:
-        CheckpointError: if they differ, or a file cannot be read.
+        CheckpointError: if they differ, a seal is missing, or a file cannot be read.
     """
     if path.is_dir():
         files = checkpoint_files(path)
@@ -62,7 +63,10 @@ def check_seal(path: Path) -> None:
     try:
         sealed = read_seal(path)
         if sealed is None:
-            return
+            raise CheckpointError(
+                f"{path}: has no seal, the last line of a checkpoint of vistok; its end was cut "
+                "off or changed, or another program wrote it"
+            )
         sha, left = hashlib.sha256(), path.stat().st_size - _SEAL_BYTES
         with open(path, "rb") as file:
             while left and (chunk := file.read(min(left, 1 << 22))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vistok.checkpoints.seals import seal, seal_of
 from vistok.core.errors import CheckpointError
+from vistok.core.memory import in_units
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -50,13 +52,55 @@ def publish(temporary: Path, target: Path, step: int, keep_last: int) -> None:
     sync_folder(target.parent)
 
 
-def failure(error: Exception, target: Path) -> CheckpointError:
-    """Return the error to raise if `target` could not be written."""
+def failure(error: Exception, target: Path, needed: int = 0) -> CheckpointError:
+    """Return the error to raise if `target` could not be written.
+
+    Args:
+        error: what went wrong; torch tells of a full disk as an error of its zip writer.
+        target: of the checkpoint.
+        needed: bytes that it takes; 0 if that is unknown.
+    """
+    system = _system_error(error)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    kept = " (the previous checkpoint is intact)" if _exists(target) else ""
+    if system is not None and system.strerror:
+        reason = system.strerror
+    free = _free_bytes(target.parent)
+    full = system is not None and system.errno in (errno.ENOSPC, errno.EDQUOT)
+    if needed and (full or (free is not None and free < needed)):
+        there = "" if free is None else f" and {in_units(free)} are free"
+        reason = f"{reason} (disk full: it takes {in_units(needed)}{there})"
+    kept = ""
+    if _exists(target):
+        sealed = seal_of(target)
+        step = f" (step {sealed[1]})" if sealed else ""
+        kept = f"; the previous checkpoint is intact{step}: resume from it when there is room"
     told = CheckpointError(f"{target}: could not be written: {reason}{kept}")
     told.__cause__ = error
     return told
+
+
+def size_of(content: Any) -> int:
+    """Return the bytes of all tensors in the content of a checkpoint."""
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        return sum(map(size_of, content.values()))
+    return sum(map(size_of, content)) if isinstance(content, (list, tuple)) else 0
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 class Summed:

@@ -17,9 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vistok.core.errors import CheckpointError, ConfigError, as_written, nearest
-
-#: Keys of data, by path.
-_PLACES = ("data.train", "data.val")
+from vistok.core.yaml_file import read_yaml
 
 #: Groups of keys that may be null.
 _NULL_FOR_NONE = ("baseline",)
@@ -82,27 +80,6 @@ def required(name: str) -> list[str]:
     return re.findall(r"^(\w+): \?\?\?", written, re.MULTILINE)
 
 
-def quoted(override: str) -> str:
-    """Return the override, with its value in quotes if Hydra's grammar would trip over it.
-
-    Paths with braces ('train-{000000..000127}.tar'), spaces or parentheses need no care then, nor
-    do data whose name Hydra would read as a choice (a,b), a list ([1]) or a number (2020).
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    key, _, value = override.partition("=")
-    is_there = key in _PLACES and value and os.path.lexists(os.path.expanduser(value))
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-        if not is_there or parsed.value() == value:
-            return override
-    except HydraException:
-        pass
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
-
-
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each job that `--multirun` makes of `key=a,b` and its like."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -145,7 +122,7 @@ def compose(
     GlobalHydra.instance().clear()
     try:
         # The job's name is the one that Hydra's own main gives it.
-        with initialize_config_dir(str(config_dir()), job_name="cli", version_base="1.3"):
+        with initialize_config_dir(str(config_dir()), job_name="starting", version_base="1.3"):
             compose_with = partial(hydra_compose, name, return_hydra_config=with_hydra)
             _refuse_nulls(name, compose_with, arguments)
             config = compose_with(arguments)
@@ -175,6 +152,22 @@ def compose_run(
     with open_dict(config):
         del config["hydra"]
     return to_container(config), folder, words
+
+
+def hydra_folder(name: str, overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> Path:
+    """Return the folder of a run or a sweep, `hydra.run.dir` or `hydra.sweep.dir`.
+
+    Args:
+        name: run or sweep.
+        overrides: of the command; of those that sweep, the first choice.
+        extra_dirs: folders of further configs.
+    """
+    config = compose("train", sweep(overrides)[0], extra_dirs, with_hydra=True)
+    try:
+        return Path(config.hydra[name].dir)
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"hydra.{name}.dir: {reason}") from error
 
 
 def is_plain(overrides: Sequence[str], extra_dirs: Iterable[Path] = ()) -> bool:
@@ -299,6 +292,11 @@ def _explain(
                 f"{group}={choice}: no such config{nearest(choice, known)}; "
                 f"choose one of {', '.join(known)}"
             )
+    if match := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return (
+            f"{match[1]}: several values; --multirun makes one run for each, and key=[a,b] is a "
+            "list"
+        )
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
         if f"'{key}'" in text or f"'{override}'" in text or f" {key}" in text:
@@ -352,6 +350,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             present = OmegaConf.select(config, key, default=missing, throw_on_missing=False)
         except OmegaConfBaseException:
             present = missing
+        if present is missing and key in groups():
+            raise ConfigError(f"{text}: a resumed run keeps its own {key}; start a new run instead")
         if present is missing and not override.is_add():
             raise ConfigError(f"{key}: no such key{nearest_key(key, all_keys(config))}")
         refused = "." not in key and key not in _NULL_FOR_NONE
@@ -368,7 +368,7 @@ def load_run_config(run: Path) -> DictConfig:
     """Return the resolved config that a run folder keeps.
 
     Raises:
-        CheckpointError: if there is no such run.
+        CheckpointError: if there is no such run, or its config is damaged.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -379,9 +379,7 @@ def load_run_config(run: Path) -> DictConfig:
             hint = f"; {parent} contains: {', '.join(siblings[-3:])}"
         what = "has no config.yaml" if run.is_dir() else "no such run"
         raise CheckpointError(f"{run}: {what}{hint}")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
+    return OmegaConf.create(read_yaml(path))
 
 
 def closed(container: dict[str, Any]) -> DictConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sys
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def cache_dir() -> Path:
@@ -33,6 +34,25 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok"
 
 
+def read_json(path: Path, largest: int = 1 << 24) -> dict[str, Any]:
+    """Return what a JSON file holds that nothing depends on, such as a summary.
+
+    Args:
+        path: of the file.
+        largest: bytes to read at most.
+
+    Returns:
+        Its keys; none if it is missing, damaged, too large, or something else.
+    """
+    try:
+        if path.stat().st_size > largest:
+            return {}
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes `path` when the block ends well, and vanishes otherwise.
@@ -48,5 +68,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeGuard, Union
 
 from vistok.core.errors import ArgumentError, as_written, nearest
 
@@ -61,14 +61,14 @@ def check(name: str, value: Any, annotation: Any) -> None:
 # ---------------------------------------------------------------------- numbers
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Return whether a value is a finite number; true and false are not."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool) and _fits(value)
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Return whether a value is an integer, of 64 bits; 8.0 is not."""
     return is_number(value) and isinstance(value, int)
 

@@ -221,7 +221,7 @@ class VistokDataModule(L.LightningDataModule):
 
     @property
     def order(self) -> Order:
-        """Return where in the endless training stream each sample stands."""
+        """Where in the endless training stream each sample stands."""
         return self.sets.order
 
     @property
@@ -331,11 +331,9 @@ class VistokDataModule(L.LightningDataModule):
             DataError: if the data are not those it belongs to.
             ConfigError: if seed or shuffling window are not.
         """
-        if state_dict.get("hold_out_rule", 1) < 2:
-            self.sets.hold_out_as_before()
+        self.expect(state_dict)
         if self.sets.opened:
             self._check_resumed(state_dict)
-        self._resumed = state_dict
         self.samples_seen = int(state_dict["samples_seen"])
         skipped, rank = state_dict.get("skipped", []), distributed.rank()
         if len(skipped) == distributed.world_size():
@@ -344,6 +342,12 @@ class VistokDataModule(L.LightningDataModule):
             skipped = []
         for account in skipped:
             self.skipped.load_state_dict(account)
+
+    def expect(self, state_dict: dict[str, Any]) -> None:
+        """Let `setup` refuse data that are not those of a position, before anything is begun."""
+        if state_dict.get("hold_out_rule", 1) < 2:
+            self.sets.hold_out_as_before()
+        self._resumed = state_dict
 
     def _check_resumed(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.fingerprint:
@@ -400,10 +404,6 @@ class VistokDataModule(L.LightningDataModule):
         batch = dataset.__getitems__([order(p) for p in range(num_samples)])
         self.record(batch)
         return batch["image"].contiguous()
-
-    def val_images(self, num_images: int) -> Tensor:
-        """The images of `val_samples`, `(n, C, H, W)` uint8."""
-        return self.val_samples(num_images)["image"]
 
     def val_samples(self, num_images: int) -> dict[str, Any]:
         """A validation batch for pictures, fields included: always the same, spread evenly.

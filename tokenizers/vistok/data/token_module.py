@@ -240,6 +240,10 @@ class TokenDataModule(L.LightningDataModule):
         self._resumed = state_dict
         self.samples_seen = int(state_dict["samples_seen"])
 
+    def expect(self, state_dict: dict[str, Any]) -> None:
+        """Let `setup` refuse tokens that are not those of a position, before anything is begun."""
+        self._resumed = state_dict
+
     def _check_resumed(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.fingerprint:
             raise DataError(

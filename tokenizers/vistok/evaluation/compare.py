@@ -9,6 +9,7 @@ from typing import Any
 
 from vistok.core.errors import CheckpointError
 from vistok.core.terminal import counted, typed
+from vistok.evaluation.inputs import beside
 from vistok.evaluation.protocol import differences, protocol_hash
 from vistok.evaluation.report.charts import is_number
 from vistok.evaluation.results import read_json
@@ -26,8 +27,8 @@ def measured(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it was not evaluated, or its protocol is not the one of its hash.
     """
-    for path in (folder / "metrics.json", folder / "eval" / "metrics.json"):
-        if path.is_file():
+    for place in (folder, folder / "eval", beside(folder)):
+        if (path := place / "metrics.json").is_file():
             results = read_json(path)
             break
     else:

@@ -12,7 +12,7 @@ import torch
 from vistok.evaluation import codes, protocol
 from vistok.evaluation.budgets import panels
 from vistok.evaluation.pairs import Pairs, PairSource
-from vistok.evaluation.pictures import comparison, grid, save_png
+from vistok.evaluation.pictures import comparison, grid, save_png, scale_for
 from vistok.evaluation.plots import draw
 from vistok.evaluation.probe import linear_probe, pooled_latents
 from vistok.evaluation.rates import rate_distortion, whole_bytes
@@ -163,7 +163,7 @@ class Findings:
             draw(panels(results), self.out / "curve.png")
 
     def _pictures(self, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-        source, scale = self.job.source, self.config["picture_scale"]
+        source = self.job.source
         spread = self._spread(self.config["num_pictures"]) if self.config["num_pictures"] else []
         outermost = {e["number"] for m in found.values() for e in (*m["worst"], *m["best"])}
         shown = source.budgets[-1]
@@ -183,6 +183,7 @@ class Findings:
         if sheet and len({row[0].shape for row in sheet}) == 1:
             first = torch.stack([row[0] for row in sheet]).cpu()
             last = torch.stack([row[-1] for row in sheet]).cpu()
+            scale = scale_for((first.shape[-2], first.shape[-1]), self.config["picture_scale"])
             save_png(comparison(first, last), self.out / "reconstructions.png", scale)
             if self.job.budgets:
                 asked = [source.budgets.index(b) + 1 for b in self.job.budgets]

@@ -18,8 +18,8 @@ from vistok.checkpoints.seals import is_checkpoint
 from vistok.core.configuration import apply_overrides, closed, compose, to_container
 from vistok.core.errors import ConfigError
 from vistok.core.terminal import typed
+from vistok.data.build import build_data
 from vistok.data.checks import image_size as size_of
-from vistok.data.datamodule import VistokDataModule
 from vistok.data.sources import Source
 
 #: Keys of the run's data that stay when `data=...` chooses another kind.
@@ -45,11 +45,26 @@ class Subject:
     own_data: bool = field(default=False)
 
     @property
-    def folder(self) -> Path:
-        """The folder that its results belong to."""
-        if self.kind == "images":
-            return self.path.with_name(f"{self.path.name}_eval")
-        return run_folder(self.path) if is_checkpoint(self.path) else self.path
+    def out(self) -> Path:
+        """The folder for its results."""
+        return beside(self.path) if self.kind == "images" else results_folder(self.path)
+
+    @property
+    def page(self) -> Path:
+        """The folder for `report.html`: a run's own, or that of the results."""
+        return self.out.parent if self.out.name == "eval" else self.out
+
+
+def results_folder(path: Path) -> Path:
+    """Return the folder for results: in a run; next to an export, which stays as it is."""
+    if (path / "model.safetensors").exists():
+        return beside(path)
+    return (run_folder(path) if is_checkpoint(path) else path) / "eval"
+
+
+def beside(folder: Path) -> Path:
+    """Return the folder for results that lies next to what was measured."""
+    return folder.with_name(f"{folder.resolve().name}_eval")
 
 
 def subject_of(config: dict[str, Any]) -> Subject:
@@ -132,7 +147,7 @@ def originals_of(overrides: Sequence[str]) -> tuple[Source, dict[str, Any]]:
         raise ConfigError(f"data={kind}: originals for images= are in a folder or in shards")
     values = _overridden({**_group(kind), "seed": 0}, overrides)
     values["train"] = values["val"]
-    return VistokDataModule(**values).val_set.source, values
+    return build_data(values).val_set.source, values
 
 
 def cut_of(overrides: Sequence[str], values: dict[str, Any]) -> tuple[str, tuple[int, int]] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -25,7 +24,8 @@ from vistok.data.datamodule import VistokDataModule
 from vistok.data.token_module import TokenDataModule
 from vistok.evaluation.generation import conditions_for, load_decoder, pictures_of
 from vistok.evaluation.inputs import choose_device, subject_of
-from vistok.evaluation.pictures import grid, save_png
+from vistok.evaluation.pictures import grid, save_png, scale_for
+from vistok.evaluation.results import write_json
 from vistok.evaluation.token_statistics import token_statistics
 from vistok.evaluation.tokens import check_layout, token_data
 from vistok.metrics.build import build_metrics
@@ -65,8 +65,7 @@ def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[st
     sampling = _sampling_of(run_config, options)
     place = options["tokenizer"] or data.tokenizer
     tokenizer = load_decoder(place, prior.layout.tokenizer, device) if place else None
-    out = Path(config["out"]) if config["out"] else subject_of(config).folder / "eval"
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(config["out"]) if config["out"] else subject_of(config).out
 
     results: dict[str, Any] = {**likelihood_of(prior, data), **statistics_of(data)}
     count = options["num_samples"]
@@ -79,7 +78,7 @@ def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[st
     results["checkpoint"] = str(find_checkpoint(run))
     results["sampling"] = dataclasses.asdict(sampling)
     results["num_samples"] = count
-    (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "metrics.json", results)
     _print(results, out)
     if tokenizer is None and count:
         say(
@@ -184,7 +183,8 @@ def _judge_pictures(
     size = config["batch_size"]
     pictures = decoded(tokenizer, drawn, size)
     if shown := min(config["num_pictures"], len(pictures)):
-        save_png(grid(pictures[None, :shown]), out / "samples.png", config["picture_scale"])
+        scale = scale_for(tokenizer.image_size, config["picture_scale"])
+        save_png(grid(pictures[None, :shown]), out / "samples.png", scale)
     results: dict[str, Any] = {}
     if options["nearest"]:
         results |= memorised(
@@ -266,7 +266,8 @@ def memorised(
     others, _ = _nearest(_reduced(val), keys)
     if shown:
         rows = torch.stack([pictures[:shown], train[which[:shown]]])
-        save_png(grid(rows), out / "nearest.png", config["picture_scale"])
+        scale = scale_for(tokenizer.image_size, config["picture_scale"])
+        save_png(grid(rows), out / "nearest.png", scale)
     return {
         "nearest_distance": own.mean().item(),
         "nearest_distance_of_val": others.mean().item(),

@@ -19,6 +19,7 @@ from vistok.core import ranks
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
 from vistok.core.terminal import counted
+from vistok.data.build import build_data
 from vistok.data.datamodule import VistokDataModule
 from vistok.data.transforms import Transform
 from vistok.evaluation import inputs, protocol
@@ -60,15 +61,14 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     check_counts(config)
     codecs = checked_codecs(config["eval"]["codecs"])
     with inputs.joined_ranks(inputs.choose_device(config["device"])) as device:
-        out = Path(config["out"]) if config["out"] else subject.folder / "eval"
+        out = Path(config["out"]) if config["out"] else subject.out
         if subject.kind == "images":
-            out = Path(config["out"]) if config["out"] else subject.folder
             job = _of_folder(subject, config, data_overrides, device)
         else:
             job = _of_tokenizer(subject, config, data_overrides, device)
         findings = measure(job, config, out, codecs)
         if ranks.rank() == 0:
-            page = subject.folder if not config["out"] and subject.kind != "images" else out
+            page = out if config["out"] else subject.page
             results = findings.write(page)
             print_results(results, out)
             for line in job.notes:
@@ -120,12 +120,13 @@ def check_counts(config: Mapping[str, Any]) -> None:
     """
     keys = ("codec_images", "code_images", "effect_images", "extremes")
     values = {f"eval.{key}": config["eval"][key] for key in keys}
-    values |= {key: config[key] for key in ("num_pictures", "picture_scale")}
+    values["num_pictures"] = config["num_pictures"]
     for key, count in values.items():
-        least = 1 if key == "picture_scale" else 0
-        if type(count) is not int or count < least:
-            none = "" if least else ", 0 for none"
-            raise ConfigError(f"{key}={count}: must be a whole number{none}")
+        if type(count) is not int or count < 0:
+            raise ConfigError(f"{key}={count}: must be a whole number, 0 for none")
+    scale = config["picture_scale"]
+    if scale is not None and (type(scale) is not int or scale < 1):
+        raise ConfigError(f"picture_scale={scale}: must be a whole number, 1 or more, or null")
     seconds = config["eval"]["save_seconds"]
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds < 0:
         raise ConfigError(f"eval.save_seconds={seconds}: must be a number of seconds")
@@ -142,7 +143,7 @@ def _of_tokenizer(
     budgets = checked_budgets(tokenizer, settings["num_tokens"])
     conditions = list(tokenizer.decoder.conditions)
     values = inputs.data_config(subject.source, overrides, config["batch_size"], conditions)
-    data = VistokDataModule(**values)
+    data = build_data(values)
     if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
         raise ConfigError(
             f"data: {data.channels} x {data.image_size} images, but the tokenizer takes "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vistok.core.errors import ConfigError
-from vistok.data.datamodule import VistokDataModule
+from vistok.data.build import build_data
 from vistok.data.fields import candidates
 from vistok.data.places import expand_shards
 from vistok.data.sets import ImageSets
@@ -30,7 +30,7 @@ def image_sets(model: Path, words: Sequence[str], tokenizer: Tokenizer) -> Image
         ConfigError: for a value that cannot be, or images of another size.
     """
     values = data_config(model, [*_kind(words), *words], batch_size=1)
-    data = VistokDataModule(**values)
+    data = build_data(values)
     if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
         raise ConfigError(
             f"data: {data.channels} x {data.image_size} images, but the tokenizer takes "

@@ -33,3 +33,8 @@ class Preprocessing:
         from vistok.data.preprocess import preprocess  # needs Pillow, which ids alone do not
 
         return preprocess(images, self.image_size, self.channels, self.crop)
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Model output near [-1, 1] to float32 in [0, 1], clamped."""
+    return ((images.float() + 1) / 2).clamp(0, 1)

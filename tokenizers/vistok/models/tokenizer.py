@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,8 +19,8 @@ from vistok.models.arguments import as_lengths, as_plain, as_tensor, in_words, i
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.models.packing import Alphabet, pack, unpack
-from vistok.models.preprocessing import Preprocessing
-from vistok.nn.data_init import chunks
+from vistok.models.preprocessing import Preprocessing, to_unit_range
+from vistok.nn.data_init import Say, chunks, quiet
 from vistok.quantizers.base import Quantizer
 
 
@@ -153,11 +153,11 @@ class Tokenizer(Preprocessing, nn.Module):
 
     calibrates = False  # whether `calibrate` measures something, with `init=random` too
 
-    def calibrate(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
+    def calibrate(self, images: Tensor, say: Say = quiet) -> None:
         """Measure on training images what no loss teaches; arguments as of `initialize`."""
 
     @torch.no_grad()
-    def initialize(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
+    def initialize(self, images: Tensor, say: Say = quiet, keep: Sequence[str] = ()) -> None:
         """Set what learns faster from a good start, before the first step.
 
         After `calibrate` encoder, quantizer and decoder, in chunks that bound the memory.
@@ -165,20 +165,24 @@ class Tokenizer(Preprocessing, nn.Module):
         Args:
             images: training images `(M, C, H, W)`, uint8 or in [-1, 1], the same on every rank.
             say: told which part comes next.
+            keep: which of encoder, quantizer and decoder stay as they are.
         """
         was_training = self.training
         self.eval()
         self.calibrate(images, say)
         few = self._signals(images[: self.init_images])
-        say(f"encoder, from {counted(len(few), 'image')}")
-        self.encoder.initialize(few)
-        say(f"codebook, from {counted(len(images), 'image')}")
-        latents = [self.encode(self._signals(chunk)).float() for chunk in chunks(images)]
-        self.quantizer.initialize_from(torch.cat(latents).flatten(0, 1))
-        say(f"decoder, from {counted(len(few), 'image')}")
-        seen = torch.cat(latents)[: len(few)]
-        quantized = torch.cat([self.quantize(part).quantized for _, part in chunks(few, seen)])
-        self.decoder.initialize(quantized, few)
+        if "encoder" not in keep:
+            say(f"encoder, from {counted(len(few), 'image')}")
+            self.encoder.initialize(few)
+        if "quantizer" not in keep:
+            say(f"codebook, from {counted(len(images), 'image')}")
+        latents = torch.cat([self.encode(self._signals(part)).float() for part in chunks(images)])
+        if "quantizer" not in keep:
+            self.quantizer.initialize_from(latents.flatten(0, 1))
+        if "decoder" not in keep:
+            say(f"decoder, from {counted(len(few), 'image')}")
+            pairs = chunks(few, latents[: len(few)])
+            self.decoder.initialize(torch.cat([self.quantize(x).quantized for _, x in pairs]), few)
         self.train(was_training)
 
     @property
@@ -443,8 +447,3 @@ class Tokenizer(Preprocessing, nn.Module):
 def _precision(part: nn.Module) -> torch.dtype:
     """Return what a part computes in; after `tok.bfloat16()` not what the quantizer does."""
     return next(part.parameters()).dtype
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """Model output near [-1, 1] to float32 in [0, 1], clamped."""
-    return ((images.float() + 1) / 2).clamp(0, 1)

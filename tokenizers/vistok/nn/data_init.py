@@ -7,7 +7,7 @@ all a codebook, would settle on that before the CNN has learned. All of it stays
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,13 @@ from vistok.nn.conv import DepthToSpace, ResBlock, SpatialAttention, Upsample
 _REFERENCE = 0.5  # in units of what differs between images
 
 _ROWS = 20000  # samples are enough
+
+#: Is told which part of a start comes next.
+Say = Callable[[str], None]
+
+
+def quiet(part: str) -> None:
+    """Say nothing."""
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ import torch
 from vistok.core.console import say
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pairs import Pairs
-from vistok.evaluation.pictures import comparison, save_png
+from vistok.evaluation.pictures import comparison, save_png, scale_for
 from vistok.evaluation.trained import pictures_of
+from vistok.metrics.image import PSNR
 from vistok.quantizers.usage import collapse_advice
 
 
@@ -22,10 +23,10 @@ class ReconstructionGrid(L.Callback):
     Args:
         folder: where to write `step_000100.png`.
         num_images: how many images.
-        scale: integer enlargement of small images.
+        scale: integer enlargement of small images; None for large enough to look at.
     """
 
-    def __init__(self, folder: Path, num_images: int, scale: int) -> None:
+    def __init__(self, folder: Path, num_images: int, scale: int | None) -> None:
         self.folder = folder
         self.num_images = num_images
         self.scale = scale
@@ -40,8 +41,18 @@ class ReconstructionGrid(L.Callback):
         reconstructions = evaluator.update(samples["image"], None, conditions)
         if not trainer.is_global_zero:
             return
-        sheet = comparison(samples["image"].cpu(), reconstructions.cpu())
-        save_png(sheet, self.folder / f"step_{trainer.global_step:06d}.png", self.scale)
+        originals = samples["image"].cpu()
+        # Not `compute`, which would wait for the other ranks.
+        psnr = PSNR().per_image(originals, reconstructions.cpu()).mean().item()
+        step = trainer.global_step
+        caption = f"step {step}: PSNR {psnr:.2f} dB on these {len(originals)}"
+        sheet = comparison(originals, reconstructions.cpu())
+        scale = scale_for(module.tokenizer.image_size, self.scale)
+        path = self.folder / f"step_{step:06d}.png"
+        try:
+            save_png(sheet, path, scale, caption)
+        except OSError as error:  # a picture is not worth a run
+            say(f"[yellow]{path}: could not be written: {error.strerror or error}[/yellow]")
 
 
 class LastPictures(L.Callback):

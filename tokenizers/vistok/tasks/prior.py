@@ -13,12 +13,13 @@ from torch import Tensor
 
 from vistok.checkpoints.find import find_checkpoint
 from vistok.checkpoints.load import load_prior, load_weights
+from vistok.core.console import say
 from vistok.core.ranks import all_reduce_sum
 from vistok.core.registry import register
 from vistok.core.sample_random import drawing
 from vistok.data.token_module import TokenDataModule
 from vistok.evaluation.generation import conditions_for, load_decoder, pictures_of
-from vistok.evaluation.pictures import grid, save_png
+from vistok.evaluation.pictures import grid, save_png, scale_for
 from vistok.evaluation.priors import evaluate_prior, statistics_of
 from vistok.evaluation.tokens import check_layout, token_data
 from vistok.losses.objective import Objective
@@ -50,8 +51,6 @@ class PriorTask(Task):
         self.prior = build_prior(config)
         self.objective = Objective({}, {}, {})
         self.statistics: dict[str, float] = {}
-        if config["init_from"]:
-            find_checkpoint(config["init_from"])  # one that is missing shows now
         self.ready()
 
     @property
@@ -67,6 +66,8 @@ class PriorTask(Task):
     @classmethod
     def resolve(cls, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         """Return the config without what only tokenizers need, and with the layout of the ids."""
+        if config["init_from"]:
+            find_checkpoint(config["init_from"])  # one that is missing shows now
         data = token_data(config)
         layout = Layout.from_manifest(data.train_folder.manifest, data.num_classes)
         kept = {key: value for key, value in config.items() if key not in _OF_OTHERS}
@@ -189,7 +190,7 @@ class SampleGrid(L.Callback):
         place: export that decodes them.
         wanted_hash: of its tokenizer.
         num_images: how many images.
-        scale: integer enlargement of small images.
+        scale: integer enlargement of small images; None for large enough to look at.
         sampling: how ids are drawn.
 
     Raises:
@@ -202,7 +203,7 @@ class SampleGrid(L.Callback):
         place: str,
         wanted_hash: str,
         num_images: int,
-        scale: int,
+        scale: int | None,
         sampling: Sampling,
     ) -> None:
         self.folder, self.num_images, self.scale = folder, num_images, scale
@@ -217,4 +218,8 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         sheet = grid(pictures_of(self.tokenizer, samples)[None])
-        save_png(sheet, self.folder / f"step_{trainer.global_step:06d}.png", self.scale)
+        path = self.folder / f"step_{trainer.global_step:06d}.png"
+        try:
+            save_png(sheet, path, scale_for(self.tokenizer.image_size, self.scale))
+        except OSError as error:  # a picture is not worth a run
+            say(f"[yellow]{path}: could not be written: {error.strerror or error}[/yellow]")

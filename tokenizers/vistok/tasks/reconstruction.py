@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from vistok.checkpoints.find import find_checkpoint_or_export
-from vistok.checkpoints.load import load, load_weights
 from vistok.core.console import say
 from vistok.core.errors import ConfigError
+from vistok.core.geometry import as_pair
+from vistok.core.memory import fits_in_memory
 from vistok.core.registry import register
 from vistok.core.terminal import typed
+from vistok.data.build import build_data
 from vistok.data.datamodule import VistokDataModule
 from vistok.evaluation.baseline import baseline_options, kmeans_baseline
 from vistok.evaluation.evaluator import Evaluator
@@ -27,6 +28,7 @@ from vistok.models.build import build_tokenizer, starts_from_data
 from vistok.models.term import Step
 from vistok.models.tokenizer import Tokenizer
 from vistok.tasks.callbacks import CodebookWatch, LastPictures, ReconstructionGrid
+from vistok.tasks.sources import parts_of, resolve_source, start_from
 from vistok.tasks.stages import prepare_stage, resolve_stage
 from vistok.training.task import Task
 
@@ -43,13 +45,13 @@ class Reconstruction(Task):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
+        check_memory(config)
         self.tokenizer = build_tokenizer(config)
+        check_images(self.tokenizer, config["data"])
         prepare_stage(self.tokenizer, config)
         check_fields(self.tokenizer, config["data"].get("fields") or ())
         self.objective = build_objective(config["loss"], self.tokenizer)
         self.evaluator: Evaluator | None = None
-        if config["init_from"]:
-            find_checkpoint_or_export(config["init_from"])  # one that is missing shows now
         baseline_options(config.get("baseline"))  # and a wrong value, not at the end
         starts_from_data(config)
         self.ready()
@@ -66,23 +68,28 @@ class Reconstruction(Task):
 
     @classmethod
     def resolve(cls, config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-        """Return the config with the architecture and start that its stage calls for."""
-        return resolve_stage(config, words)
+        """Return the config with what its stage, or the run that it starts from, calls for."""
+        return resolve_source(resolve_stage(config, words), words)
 
     def build_data(self) -> VistokDataModule:
         """Return the images of `data`."""
-        return VistokDataModule(**self.config["data"])
+        return build_data(self.config["data"])
 
     def start_weights(self, data: VistokDataModule, device: torch.device) -> None:
         """Take the weights of `init_from`, else start from data, else leave the random ones."""
-        source, tokenizer = self.config["init_from"], self.tokenizer.to(device)
-        from_data = starts_from_data(self.config)
+        source, parts = self.config["init_from"], parts_of(self.config)
+        tokenizer, from_data = self.tokenizer.to(device), starts_from_data(self.config)
         if source:
-            weights = load(find_checkpoint_or_export(source)).state_dict()
-            load_weights(tokenizer, weights, str(source))
-        elif from_data or tokenizer.calibrates:
-            start = tokenizer.initialize if from_data else tokenizer.calibrate
-            start(data.init_batches(self._init_images()), _say_start)
+            moved = start_from(tokenizer, str(source), parts)
+            _say_start(f"{', '.join(parts) or 'all weights'} of {source}", "weights")
+            if moved:
+                _say_start(f"{', '.join(moved)} interpolated", "weights")
+        if (parts or not source) and (from_data or tokenizer.calibrates):
+            images = data.init_batches(self._init_images())
+            if from_data:
+                tokenizer.initialize(images, _say_start, keep=parts)
+            else:
+                tokenizer.calibrate(images, _say_start)
         if self.ema is not None:
             self.ema.reset()
 
@@ -188,6 +195,7 @@ class Reconstruction(Task):
             "codebook_usage": window["codebook_usage"],  # of the last training window
             "perplexity": window["perplexity"],
             "bits_per_image": results["bits_per_image"],
+            "val_images": int(results["images"]),
         }
         options = baseline_options(self.config.get("baseline"))
         if options:  # on every rank: they begin with the same codes and share the images
@@ -217,8 +225,42 @@ class Reconstruction(Task):
 
 
 @rank_zero_only
-def _say_start(part: str) -> None:
-    say(f"starting from data: {part}")
+def _say_start(part: str, what: str = "data") -> None:
+    say(f"starting from {what}: {part}")
+
+
+def check_memory(config: dict[str, Any]) -> None:
+    """Raise if the tokenizer's weights alone are larger than this machine's memory.
+
+    Raises:
+        ConfigError: with both sizes.
+    """
+    try:
+        with torch.device("meta"):
+            tokenizer = build_tokenizer(config, teachers=False)
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "overflow" in str(error):
+            raise ConfigError(f"tokenizer: too large to be built ({error})") from error
+        raise
+    tensors = [*tokenizer.parameters(), *tokenizer.buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    millions = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+    fits_in_memory(size, f"tokenizer and quantizer: {millions:.0f} M parameters")
+
+
+def check_images(tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+    """Raise if the images that the data yield are not those that the tokenizer takes.
+
+    Raises:
+        ConfigError: naming the key of the data.
+    """
+    size, channels = as_pair(data["image_size"]), data["channels"]
+    if (channels, size) != (tokenizer.channels, tokenizer.image_size):
+        raise ConfigError(
+            f"data.image_size={data['image_size']} and data.channels={channels}: the tokenizer "
+            f"takes {tokenizer.channels} x {tokenizer.image_size}; a run keeps its sizes, and "
+            "init_from=runs/<run> with another data.image_size fine-tunes it at that"
+        )
 
 
 def check_fields(tokenizer: Tokenizer, fields: Sequence[str]) -> None:

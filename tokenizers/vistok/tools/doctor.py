@@ -24,7 +24,7 @@ from vistok.core.ranks import is_first_process
 from vistok.core.registry import resolve
 from vistok.core.terminal import columns, counted, show, typed, wrapped
 from vistok.core.values import Count, NonNegative, check, is_whole
-from vistok.core.words import take_folders
+from vistok.core.words import quoted, take_folders
 from vistok.training.callbacks import StepClock
 from vistok.training.run import train
 
@@ -231,7 +231,7 @@ def TOOL(argv: Sequence[str]) -> int:
             own[name] = value
         elif equals or word.startswith("~"):
             if word.lower() not in ("debug=true", "debug=false"):
-                overrides.append(c.quoted(word))
+                overrides.append(quoted(word))
         else:
             raise ConfigError(f"{word}: expected key=value; --help shows an example")
     for name, kind in (("steps", Count), ("cost_per_hour", NonNegative)):

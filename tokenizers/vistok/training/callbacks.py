@@ -12,16 +12,8 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from vistok.core.console import console, say
+from vistok.core.console import say
 from vistok.core.ranks import gather
 
 
@@ -163,61 +155,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-class ProgressBar(L.Callback):
-    """Shows one bar over all steps, with the loss, the watched number and images per second."""
-
-    def __init__(self) -> None:
-        self.progress: Progress | None = None
-        self.started = 0.0
-        self.first_sample = 0
-
-    @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Open the bar."""
-        self.started, self.first_sample = time.monotonic(), module.data.samples_seen
-        if not console.is_terminal:
-            return
-        self.progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=console,
-            refresh_per_second=4,
-        )
-        self.task = self.progress.add_task("", total=trainer.max_steps, numbers="")
-        self.progress.start()
-
-    @rank_zero_only
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        """Move it."""
-        if self.progress is None:
-            return
-        metrics = trainer.logged_metrics
-        rate = (module.data.samples_seen - self.first_sample) / (time.monotonic() - self.started)
-        watched, _ = module.monitor
-        numbers = [
-            f"{name} {metrics[key]:.4g}"
-            for key, name in (("loss/total", "loss"), (f"val/{watched}", f"val {watched}"))
-            if key in metrics
-        ]
-        numbers.append(f"{rate:.0f} images/s")
-        self.progress.update(self.task, completed=trainer.global_step, numbers="  ".join(numbers))
-
-    @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Close the bar."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """Close the bar."""
-        self.on_train_end(trainer, module)
 
 
 class ValidationLine(L.Callback):

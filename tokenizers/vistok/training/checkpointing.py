@@ -26,6 +26,7 @@ from vistok.checkpoints.write import (
     failure,
     publish,
     remove,
+    size_of,
     snapshot,
     step_of,
     write_sealed,
@@ -107,7 +108,7 @@ class CheckpointWriter(TorchCheckpointIO):
             write_sealed(checkpoint, temporary)
             publish(temporary, target, step_of(checkpoint), self.keep_last)
         except Exception as error:  # a thread's exception would only be printed
-            self._error = failure(error, target)
+            self._error = failure(error, target, size_of(checkpoint))
             with suppress(OSError):  # the folder may let nothing be removed either
                 temporary.unlink(missing_ok=True)
 

@@ -35,6 +35,14 @@ class TrainingData(Protocol):
         """Open the sources, so that what is missing or broken shows before training."""
         ...
 
+    def val_dataloader(self) -> Any:
+        """Return the batches of a validation; they have a length."""
+        ...
+
+    def expect(self, state_dict: dict[str, Any]) -> None:
+        """Let `setup` refuse data that are not those of a position, before anything is begun."""
+        ...
+
     def advance(self, num_samples: int | None = None) -> None:
         """Move the position past samples that were consumed."""
         ...

@@ -6,10 +6,12 @@ tests/test_internals.py fails when a name is gone or does something else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 
 def leave_signals_alone(trainer: L.Trainer) -> None:
@@ -21,6 +23,21 @@ def leave_signals_alone(trainer: L.Trainer) -> None:
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def watch_children_by(start: Callable[[Any], None]) -> None:
+    """Replace Lightning's watch over the ranks that it starts, which kills without a word.
+
+    Args:
+        start: is given the processes as soon as they are started.
+    """
+    assert hasattr(subprocess_script, "_launch_process_observer"), "it has another name now"
+    setattr(subprocess_script, "_launch_process_observer", start)  # noqa: B010
+
+
+def children_of(trainer: L.Trainer) -> list[Any]:
+    """Return the processes that Lightning started as ranks 1, 2, ...; none if it started none."""
+    return list(getattr(trainer.strategy.launcher, "procs", ()))
 
 
 def set_logged_step(trainer: L.Trainer, step: int) -> None:

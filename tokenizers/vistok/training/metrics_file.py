@@ -60,7 +60,14 @@ class MetricsFile(Logger):
 
     @property
     def experiment(self) -> Path:
-        """The file; Lightning asks for it when a run starts, which is when old rows go (rank 0)."""
+        """The file."""
+        return self.path
+
+    def begin(self) -> Path:
+        """Drop the rows that come again (rank 0), before the first one is written.
+
+        Not earlier: a resume that is refused leaves the file as it was.
+        """
         if not self._begun and is_first_process():
             self._begun = True
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +85,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a row, unless it is there."""
-        path, row = self.experiment, {"step": step or 0, **metrics}
+        path, row = self.begin(), {"step": step or 0, **metrics}
         if self._is_new(row):
             with _appending(path) as file:
                 file.write(json.dumps(row).encode() + b"\n")
@@ -102,7 +109,7 @@ class MetricsFile(Logger):
         if row := row_to_log(trainer):
             step = int(row.pop("step", trainer.global_step))
             self.log_metrics(row, step)
-        with _appending(self.experiment) as file:
+        with _appending(self.begin()) as file:
             os.fsync(file.fileno())
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,19 @@ from vistok.checkpoints.read import read_checkpoint
 from vistok.checkpoints.resume import finished_steps
 from vistok.core import ranks
 from vistok.core.console import say
-from vistok.core.errors import ConfigError, Preempted, VistokError
+from vistok.core.errors import CheckpointError, ConfigError, Preempted, VistokError
+from vistok.core.run_folders import leads
+from vistok.core.schema import check_run
 from vistok.core.terminal import typed
+from vistok.core.values import is_whole
+from vistok.core.words import launched_from_outside
 from vistok.data.places import absolute
 from vistok.training.checkpointing import Checkpoints, CheckpointWriter
+from vistok.training.data import TrainingData
+from vistok.training.lightning_internals import watch_children_by
 from vistok.training.optimizers import learning_rate
-from vistok.training.run_folder import announce, finish, write_run_files
+from vistok.training.peers import ChildWatch, end_with_parent
+from vistok.training.run_folder import BeginRun, announce, finish, tell
 from vistok.training.sharding import ShardWriter
 from vistok.training.stopping import INTERRUPT, PREEMPTION_SIGNALS, StopAfterStep
 from vistok.training.task import Task
@@ -57,9 +66,15 @@ def train(
     """
     stop = StopAfterStep()
     products = float32_products(config["trainer"].get("matmul_precision", "highest"))
-    # A scheduler may ask at any time, and again while the last checkpoint is being written.
-    with products, stop.listening(*PREEMPTION_SIGNALS):
-        return _train(task_type, config, folder, resume, words, stop, watch)
+    finished = threading.Event()
+    if not leads() and not launched_from_outside():
+        end_with_parent(finished)
+    try:
+        # A scheduler may ask at any time, and again while the last checkpoint is being written.
+        with products, stop.listening(*PREEMPTION_SIGNALS):
+            return _train(task_type, config, folder, resume, words, stop, watch)
+    finally:
+        finished.set()
 
 
 def _train(
@@ -75,13 +90,16 @@ def _train(
     quiet_libraries()
     config = in_todays_form(config)
     config["data"] = absolute(config["data"])  # for a resume in another working folder
+    source = config.get("init_from")
     if resume is None or words is not None:
-        config = task_type.resolve(config, words or ())
+        if resume is not None and source:  # which may be gone by now
+            config["init_from"] = str(resume)
+        config = {**task_type.resolve(config, words or ()), "init_from": source}
+    check_run(config)  # fills in what an older run does not have
     L.seed_everything(config["seed"], verbose=False)
+    tell("building the model")
     task = task_type(config)  # before the data: a wrong size shows at once
     data = task.build_data()
-    data.prepare_data()
-    data.setup("fit")
     first_step = 0
     sharded = config["trainer"]["strategy"] == "fsdp2"
     if resume is not None:
@@ -91,21 +109,27 @@ def _train(
                 f"trainer.strategy={config['trainer']['strategy']}: {resume} was {said}written with"
                 " fsdp2; keep the strategy of the run, or start a new one with init_from"
             )
-        content = read_checkpoint(resume, without=["optimizer_states", "ema"])
+        tell(f"reading {resume}")
+        content = read_checkpoint(resume, without=["optimizer_states"])
         first_step = int(content["global_step"])
-        load_weights(task, content["state_dict"], str(resume))
         # Without a summary the run was killed after its last step, and is yet to be finished.
         if config["trainer"]["max_steps"] <= min(first_step, finished_steps(folder)):
             raise ConfigError(
                 f"trainer.max_steps={config['trainer']['max_steps']}: {resume} is already at step "
                 f"{first_step}; set a larger trainer.max_steps to continue"
             )
+        take(task, data, content, resume)
         del content
+    tell("reading the list of images")
+    data.prepare_data()
+    with damaged_if_unexpected(resume):
+        data.setup("fit")
     callbacks = config["callbacks"]
     writer = (ShardWriter if sharded else CheckpointWriter)(
         callbacks.get("keep_last", 2), callbacks.get("background_checkpoints", True)
     )
     checkpoints = Checkpoints(folder / "checkpoints", callbacks["checkpoint_every"], writer)
+    watch_children_by(lambda children: ChildWatch(children).start())
     own = [*task.callbacks(folder), *watch]
     trainer = build_trainer(config, folder, first_step, stop, checkpoints, own)
     if task.objective.players and trainer.precision == "16-mixed":
@@ -116,28 +140,31 @@ def _train(
     set_batches(config, data, trainer)
     task.settle(trainer, data)
     learning_rate(config["optimizer"], 1)  # a wrong rule shows now
-    write_run_files(config, folder)
     announce(task, data, trainer, folder, resume)
     if resume is None:
         task.start_weights(data, trainer.strategy.root_device)
         task.objective.start()
-    try:
-        with stop.listening(signal.SIGINT):
-            fit(trainer, task, data, resume)
+    begin = BeginRun(config, folder, resume)
+    trainer.callbacks.insert(0, begin)  # pyright: ignore[reportAttributeAccessIssue]
+    if config["compile"]:
+        tell("compiling in the first step, which takes a minute or more")
+    with stop.listening(signal.SIGINT):  # also while the last checkpoint is written
+        try:
+            fit(trainer, task, data, resume, begin)
             checkpoints.save(trainer)
             writer.join()
-    except Preempted:
-        writer.join()  # all ranks are here
-        raise
-    except KeyboardInterrupt:
-        writer.teardown()
-        raise
-    except BaseException:
-        writer.teardown()
-        # The ranks that Lightning started here would wait for this one.
-        if hasattr(trainer.strategy.launcher, "kill"):
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # pyright: ignore
-        raise
+        except Preempted:
+            writer.join()  # all ranks are here
+            raise
+        except KeyboardInterrupt:
+            writer.teardown()
+            raise
+        except BaseException:
+            writer.teardown()
+            # The ranks that Lightning started here would wait for this one.
+            if hasattr(trainer.strategy.launcher, "kill"):
+                trainer.strategy.launcher.kill(signal.SIGKILL)  # pyright: ignore
+            raise
     if stop.reason:
         if trainer.is_global_zero:
             command = f"{typed('train')} resume={folder}"
@@ -149,17 +176,60 @@ def _train(
         trainer.validate(task, datamodule=data, verbose=False)  # type: ignore[arg-type]
     summary = task.summary(trainer) | task.guard.summary() | task.health.summary()
     summary |= {"steps": trainer.global_step, "samples_seen": data.samples_seen}
-    summary["seconds"] = round(time.time() - started, 1)
+    if resume is not None:
+        summary["resumed_at_step"] = first_step
+    summary["seconds"] = round(time.time() - started, 1)  # of this call
+    summary["seconds_of_all_calls"] = round(begin.seconds_before + time.time() - started, 1)
     summary["skipped_images"] = len(set().union(*ranks.gather(list(data.skipped))))
     finish(summary, task, data, folder)
     return summary
 
 
-def fit(trainer: L.Trainer, task: Task, data: Any, resume: Path | None) -> None:
+def take(task: Task, data: TrainingData, content: dict[str, Any], resume: Path) -> None:
+    """Give a task and its data what a checkpoint holds, so that what does not fit shows at once.
+
+    Raises:
+        CheckpointError: if weights or position are damaged, or of another architecture.
+    """
+    with damaged_if_unexpected(resume):
+        load_weights(task, content["state_dict"], str(resume))
+        if task.ema is not None and content.get("ema"):
+            averages = content["ema"]["weights"]
+            own = {name: value.shape for name, value in task.ema.shadow.items()}
+            for name, shape in own.items():
+                if name not in averages or averages[name].shape != shape:
+                    raise CheckpointError(
+                        f"{resume}: the average of '{name}' is missing or another"
+                    )
+        state = content[type(data).__qualname__]
+        samples = state["samples_seen"]
+        if not is_whole(samples) or samples < 0:
+            raise CheckpointError(f"{resume}: samples_seen={samples}: must be 0 or more")
+        data.expect(state)
+        task.plan_schedule(content, samples, resume)
+
+
+@contextmanager
+def damaged_if_unexpected(resume: Path | None) -> Iterator[None]:
+    """Say of an exception that is not ours that the checkpoint is damaged."""
+    try:
+        yield
+    except (VistokError, OSError):
+        raise
+    except Exception as error:
+        if resume is None:
+            raise
+        said = " ".join(str(error).split())[:120]
+        raise CheckpointError(
+            f"{resume}: damaged; it cannot be restored ({type(error).__name__}: {said})"
+        ) from error
+
+
+def fit(trainer: L.Trainer, task: Task, data: Any, resume: Path | None, begin: BeginRun) -> None:
     """Train to the end, or until a signal ends the run.
 
     Raises:
-        VistokError: if another rank ended or is silent.
+        VistokError: if another rank ended or is silent, or the checkpoint cannot be restored.
     """
     with warnings.catch_warnings():
         # The batches come from an endless stream: the loaders' state is the DataModule's.
@@ -176,10 +246,10 @@ def fit(trainer: L.Trainer, task: Task, data: Any, resume: Path | None) -> None:
         except Exception as error:
             if trainer.world_size > 1 and is_of_a_collective(error):
                 first = " ".join(str(error).split())[:160]
-                raise VistokError(
-                    "another rank ended, or did not answer for trainer.timeout seconds; see its "
-                    f"own error ({first})"
-                ) from error
+                raise VistokError(f"{begin.peers.report()} ({first})") from error
+            if not begin.begun:
+                with damaged_if_unexpected(resume):
+                    raise
             raise
 
 
@@ -200,6 +270,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
         ".*heckpoint directory.*exists and is not empty.*",
         ".*Experiment logs directory.*",
         ".*litlogger.*",

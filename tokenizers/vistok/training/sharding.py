@@ -38,6 +38,7 @@ from vistok.checkpoints.write import (
     failure,
     publish,
     remove,
+    size_of,
     step_of,
     sync_folder,
     write_sealed,
@@ -209,7 +210,7 @@ class ShardWriter(CheckpointWriter):
         try:
             write_sealed(checkpoint, folder / f"{rank():05d}-of-{world_size():05d}.ckpt")
         except Exception as error:  # a thread's exception would only be printed
-            self._error = failure(error, target)
+            self._error = failure(error, target, size_of(checkpoint))
 
 
 def pieces_of(content: Any) -> Any:

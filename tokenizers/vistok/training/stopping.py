@@ -30,9 +30,9 @@ PREEMPTION_SIGNALS = tuple(
 class StopAfterStep(L.Callback):
     """Ends the run after the current step, on all ranks, so that the saved state is complete.
 
-    Ctrl-C ends it for good, and a second one at once. SIGTERM and SIGUSR1 end it to be continued;
-    that they are repeated changes nothing. The handlers only take note: a collective or a save
-    inside one could meet any other under way.
+    Ctrl-C ends it for good, a second one at once, and a third one changes nothing. SIGTERM and
+    SIGUSR1 end it to be continued; that they are repeated changes nothing. The handlers only take
+    note: a collective or a save inside one could meet any other under way.
 
     Loader workers inherit the handlers. They outlive the first signal, for schedulers send it to
     every process and the step under way still needs them.
@@ -42,6 +42,7 @@ class StopAfterStep(L.Callback):
         self.asked = 0
         self.reason = 0  # REQUEUE or INTERRUPT once the run was ended early
         self._step = 0
+        self._raised = False
         self._process = os.getpid()
 
     @contextmanager
@@ -64,6 +65,9 @@ class StopAfterStep(L.Callback):
         if os.getpid() != self._process:
             return
         if self.asked == INTERRUPT:
+            if self._raised:
+                return  # the run is being closed, and further ones change nothing
+            self._raised = True
             raise KeyboardInterrupt
         self.asked = INTERRUPT
         if is_first_process():

@@ -29,7 +29,8 @@ from vistok.training.guard import ADVICE, Guard
 from vistok.training.health import Health
 from vistok.training.lightning_internals import begin_with_a_whole_step, set_logged_step
 from vistok.training.memory import keep_freed_memory
-from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate, warmup_cosine
+from vistok.training.optimizers import build_optimizer, clip_by_norm, learning_rate
+from vistok.training.schedule import Schedule, fresh, resumed
 from vistok.training.sharding import ShardedStrategy, is_sharded, shard, whole_parameters
 
 
@@ -69,6 +70,9 @@ class Task(L.LightningModule, ABC):
         self._skip = False  # the step under way
         self._numbers: dict[str, Tensor] = {}  # of the step under way, summed over its batches
         self._first = 0  # position in the data at which it began
+        self._lr_schedule: Schedule | None = None
+        self._resumed_from: tuple[dict[str, Any], int, Path] | None = None
+        self.schedule_note = ""  # what a resume made of the learning rate
 
     def ready(self) -> None:
         """Equip the players, and begin to average, once model and objective are there."""
@@ -312,19 +316,25 @@ class Task(L.LightningModule, ABC):
     @property
     def lr_factor(self) -> float:
         """Warm-up and decay at the end of the step under way."""
-        return warmup_cosine(
-            self.data.samples_seen,
-            int(self.schedule["warmup_samples"]),
-            self.total_samples,
-            self.schedule["final_lr_factor"],
-        )
+        return self.lr_schedule.factor(self.data.samples_seen)
 
     @property
-    def total_samples(self) -> int:
-        """Samples at which the schedule ends: the config's, else those of `max_steps`."""
-        if self.schedule["total_samples"]:
-            return int(self.schedule["total_samples"])
-        return self.trainer.max_steps * self.samples_per_step
+    def lr_schedule(self) -> Schedule:
+        """Warm-up and decay, by the samples seen; a resumed run's go on as `on_extend` says."""
+        if self._lr_schedule is None:
+            end = self.trainer.max_steps * self.samples_per_step
+            if self._resumed_from is None:
+                self._lr_schedule = fresh(self.schedule, end)
+            else:
+                now = resumed(self.schedule, end, *self._resumed_from)
+                self._lr_schedule, self.schedule_note = now
+        return self._lr_schedule
+
+    def plan_schedule(self, checkpoint: dict[str, Any], samples: int, source: Path) -> None:
+        """Let the learning rate go on from a checkpoint, whose weights are not needed here."""
+        kept = ("hyper_parameters", "global_step", "schedule")
+        content = {key: checkpoint[key] for key in kept if key in checkpoint}
+        self._resumed_from = content, samples, source
 
     @property
     def samples_per_step(self) -> int:
@@ -360,7 +370,8 @@ class Task(L.LightningModule, ABC):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the averaged weights, the players, and the counts of the watches."""
+        """Add the averaged weights, the players, the schedule, and the counts of the watches."""
+        checkpoint["schedule"] = self.lr_schedule.state()
         checkpoint["guard"] = self.guard.state_dict()
         checkpoint["health"] = self.health.state_dict()
         if self.ema is not None:
@@ -380,6 +391,8 @@ class Task(L.LightningModule, ABC):
         """Take back the averaged weights and the players."""
         if self.ema is not None and checkpoint.get("ema"):
             self.ema.load_state_dict(checkpoint["ema"])
+        elif self.ema is not None:  # begun without: the weights, not the random ones of before
+            self.ema.reset()
         self.objective.load_players_state(checkpoint.get("players") or {})
 
     def on_fit_start(self) -> None:

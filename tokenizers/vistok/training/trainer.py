@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,17 +11,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from vistok.core import ranks as distributed
-from vistok.core.console import say
 from vistok.core.errors import ConfigError, nearest
 from vistok.core.terminal import counted
 from vistok.core.torch_internals import cpu_has_bf16_units
 from vistok.training.callbacks import (
     DataWatch,
-    ProgressBar,
     RandomState,
     ValidationLine,
 )
@@ -30,8 +28,10 @@ from vistok.training.data import TrainingData
 from vistok.training.ema import AveragedWeights
 from vistok.training.lightning_internals import leave_signals_alone
 from vistok.training.metrics_file import MetricsFile
+from vistok.training.progress import ProgressBar
 from vistok.training.sharding import ShardedStrategy
 from vistok.training.stopping import StopAfterStep
+from vistok.training.wandb_logger import build_wandb
 
 PRECISIONS = {
     "bf16": "bf16-mixed",
@@ -100,7 +100,11 @@ def build_trainer(
         if config["compile"]:
             raise ConfigError("compile=true: cannot be combined with trainer.strategy=fsdp2")
         strategy = ShardedStrategy(timeout)
-    trainer = L.Trainer(
+    known = set(inspect.signature(L.Trainer).parameters)
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"trainer.{name}: no such key{nearest(name, known)}")
+    trainer = _trainer(
         accelerator=accelerator,
         strategy=strategy,
         **options,
@@ -127,6 +131,15 @@ def build_trainer(
     )
     leave_signals_alone(trainer)  # `StopAfterStep` does that, scripts/slurm.sh the requeueing
     return trainer
+
+
+def _trainer(**options: Any) -> L.Trainer:
+    """Build a Trainer; what it refuses is said in one line."""
+    try:
+        return L.Trainer(**options)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:240]
+        raise ConfigError(f"trainer: Lightning refuses it: {said}") from error
 
 
 def in_words(trainer: L.Trainer, batch_size: int) -> str:
@@ -159,6 +172,8 @@ def set_batches(config: dict[str, Any], data: TrainingData, trainer: L.Trainer) 
         data.batch_size, accumulate = split_batch(wanted, trainer.world_size, data.batch_size)
         trainer.accumulate_grad_batches = accumulate
     data.batches_per_step = accumulate
+    if isinstance(share := trainer.limit_val_batches, float):  # Lightning would round down to none
+        trainer.limit_val_batches = max(1, int(len(data.val_dataloader()) * share))
     if isinstance(trainer.val_check_interval, int):  # ours counts steps, Lightning's batches
         trainer.val_check_interval *= accumulate
 
@@ -230,32 +245,6 @@ def build_loggers(config: dict[str, Any], folder: Path, first_step: int) -> list
     kind = config["logger"]["name"]
     if kind == "tensorboard":
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
-    elif kind == "wandb":
-        # Without a login wandb would stop and ask; offline runs can be synced later.
-        known = os.environ.get("WANDB_API_KEY") or has_wandb_login()
-        offline = config["logger"]["offline"] or not known
-        if offline and not config["logger"]["offline"] and distributed.rank() == 0:
-            say("wandb: not logged in, so this run is stored offline; upload it with wandb sync")
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ["WANDB_MODE"] = "offline" if offline else "online"
-        loggers.append(
-            WandbLogger(
-                project=config["logger"]["project"],
-                name=folder.name,
-                id=folder.name,
-                save_dir=str(folder),
-                offline=offline,
-                config=config,
-            )
-        )
+    elif kind == "wandb" and (run := build_wandb(config, folder)):
+        loggers.append(run)
     return loggers
-
-
-def has_wandb_login() -> bool:
-    """Return whether `wandb login` was done on this machine."""
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False

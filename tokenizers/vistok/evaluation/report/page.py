@@ -15,6 +15,7 @@ from PIL import Image
 from vistok.core.errors import CheckpointError
 from vistok.core.files import replacing
 from vistok.core.terminal import counted
+from vistok.evaluation.inputs import beside
 from vistok.evaluation.plots import Panel, heat, svg
 from vistok.evaluation.report import charts
 from vistok.evaluation.report.parts import (
@@ -89,6 +90,8 @@ def find_measured(folder: Path) -> tuple[Path | None, Path]:
     for name in ("eval", "validation"):
         if (folder / name / "metrics.json").is_file():
             return folder / name, folder
+    if (beside(folder) / "metrics.json").is_file():  # of an export
+        return beside(folder), beside(folder)
     if (folder / "metrics.jsonl").is_file() or (folder / "metrics.csv").is_file():
         return None, folder
     raise CheckpointError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from vistok.models.encoder import Encoder
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.latent_space import LatentSpace
 from vistok.models.length import LengthPolicy
+from vistok.nn.data_init import Say, quiet
 from vistok.quantizers.base import Quantizer
 
 
@@ -75,7 +74,7 @@ class FlexTok(FlexibleTokenizer):
         """Whether there is an autoencoder, whose latents are measured."""
         return self.autoencoder is not None
 
-    def calibrate(self, images: Tensor, say: Callable[[str], None] = lambda part: None) -> None:
+    def calibrate(self, images: Tensor, say: Say = quiet) -> None:
         """Measure mean and deviation of the autoencoder's latents, if there is one.
 
         Args:
