@@ -371,3 +371,59 @@ def test_a_really_limited_disk(words, tmp_path):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000 and Path(run).exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a file system of 8 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root alone")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "room",
+    [
+        pytest.param(kilobytes, marks=[] if kilobytes in (400, 1000) else pytest.mark.nightly)
+        for kilobytes in (0, 4, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1500)
+    ],
+)
+def test_a_real_disk_that_is_full(cli, words, small_disk, room):
+    """Wherever the room ends: one line says so, and what was there goes on from there."""
+    run, fill = small_disk / "run", small_disk / "fill"
+    fill.write_bytes(b"x" * ((8192 - room) << 10))
+    words = [*words, f"hydra.run.dir={run}", "callbacks.checkpoint_every=2", "trainer.max_steps=6"]
+    code, lines, out = cli("train", *words)
+    if code:
+        assert len(lines) == 1 and "No space left" in lines[0], out
+    fill.unlink()
+    if (run / "checkpoints" / "last.ckpt").exists():
+        vistok.load(run)
+        last = read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
+        if last < 6 or code:
+            code, lines, _ = cli("train", f"resume={run}")
+            assert code == 0, lines
+    else:
+        code, lines, out = cli("train", *words)
+        assert code == 0 or "overwrite=true" in lines[0], lines
+        code, lines, out = cli("train", *words, "overwrite=true")
+        assert code == 0, lines
+    assert list(losses_of(run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_folder_that_is_not_a_run_is_told_by_its_content(fails, tmp_path):
+    """A hint names something else than the folder that was given."""
+    folder = tmp_path / "dl"
+    folder.mkdir()
+    for words in (["train", f"resume={folder}"], ["evaluate", f"run={folder}"]):
+        assert "did you mean" not in fails(*words, words=str(folder))
+    (folder / "notes.txt").write_text("")
+    fails(
+        "train", f"resume={folder}", words=(f"{folder}: has no config.yaml", "contains: notes.txt")
+    )
+    fails("train", f"resume={tmp_path / 'd'}", words=("no such run", "did you mean 'dl'"))

@@ -91,18 +91,27 @@ def test_a_rich_adversary_goes_on_exactly(words, tmp_path, split):
 
 
 @pytest.mark.slow
-def test_kills_change_nothing_of_either_player(photos, tmp_path):
+@pytest.mark.parametrize(
+    ("kills", "steps", "ranks"),
+    [
+        (3, 24, 1),
+        pytest.param(20, 120, 1, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
+        pytest.param(10, 120, 2, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
+    ],
+)
+def test_kills_change_nothing_of_either_player(photos, tmp_path, kills, steps, ranks):
     words = [
-        *rich_words(photos), *ADAPTIVE, "trainer.max_steps=24", "trainer.val_check_interval=12",
-        "optimizer.total_samples=96", "callbacks.checkpoint_every=3", "resume=auto",
+        *rich_words(photos), *ADAPTIVE, f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={steps // 2}", f"optimizer.total_samples={4 * steps}",
+        "callbacks.checkpoint_every=3", "resume=auto", *(TWO if ranks == 2 else ()),
     ]  # fmt: skip
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path), "3", *words],
-        capture_output=True, text=True, timeout=PATIENCE * 2,
+        [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path), str(kills), str(ranks), *words],
+        capture_output=True, text=True, timeout=PATIENCE * 2 if kills < 9 else 1800,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["kills"] == 3
+    assert json.loads(result.stdout.splitlines()[-1])["kills"] == kills
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert_same_training(killed, whole)
     assert_same_players(killed, whole)

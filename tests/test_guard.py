@@ -148,7 +148,7 @@ def test_too_many_in_a_row_return_to_the_last_good_state(cli, words, tmp_path):
     }  # fmt: skip
     # A run that dies after the return does all of it again.
     assert train([*words, "hydra.run.dir=cut", "trainer.max_steps=6"]) == 0
-    assert train(["resume=cut", "trainer.max_steps=8"]) == 0
+    assert train(["resume=cut", "trainer.max_steps=8", "plugins=[poison]"]) == 0
     assert_same_training(tmp_path / "cut", tmp_path / "run")
     assert_same(state_of(tmp_path / "cut")["players"], state["players"])
 

@@ -13,6 +13,7 @@ from helpers import images_of
 from test_export import edit
 from vistok.checkpoints.migrate import FORMAT, in_todays_form, migrate_checkpoint, migrate_config
 from vistok.checkpoints.read import read_checkpoint, read_config
+from vistok.checkpoints.write import write_sealed
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.core.registry import registered, resolve
 
@@ -153,14 +154,14 @@ def old_form(config):
 
 @pytest.fixture
 def old_run(finished_run, tmp_path):
-    """`finished_run`, if it had been written in format 1, without seals."""
+    """`finished_run`, if it had been written in format 1."""
     run = shutil.copytree(finished_run, tmp_path / "old")
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump(old_form(config)))
     for path in (run / "checkpoints").glob("*.ckpt"):
         content = torch.load(path, weights_only=True)
         content["hyper_parameters"]["config"] = old_form(content["hyper_parameters"]["config"])
-        torch.save(content, path)
+        write_sealed(content, path)
     return run
 
 
@@ -190,7 +191,7 @@ def test_a_newer_form_is_refused_in_one_line(fails, finished_run, exported, tmp_
     path = tmp_path / "new.ckpt"
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     content["hyper_parameters"]["config"]["format"] = 3
-    torch.save(content, path)
+    write_sealed(content, path)
     fails("evaluate", f"run={path}", words=("new.ckpt", *words))
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from vistok.checkpoints.seals import is_checkpoint
-from vistok.core.errors import (
-    CheckpointError,
-    nearest,
-)
+from vistok.core.errors import CheckpointError
+from vistok.core.files import what_is_there
 
 
 def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
@@ -21,11 +19,7 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     if is_checkpoint(path):
         return path
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = (
-            nearest(path.name, siblings) or f"; {path.parent} contains: {', '.join(siblings[:5])}"
-        )
-        raise CheckpointError(f"{path}: no such run, export or checkpoint{hint}")
+        raise CheckpointError(f"{path}: no such run, export or checkpoint{what_is_there(path)}")
     names = ("best.ckpt", "last.ckpt") if prefer == "best" else ("last.ckpt", "best.ckpt")
     for name in names:
         if is_checkpoint(path / "checkpoints" / name):

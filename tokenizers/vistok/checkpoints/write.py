@@ -70,8 +70,9 @@ def failure(error: Exception, target: Path, needed: int = 0) -> CheckpointError:
         there = "" if free is None else f" and {in_units(free)} are free"
         reason = f"{reason} (disk full: it takes {in_units(needed)}{there})"
     kept = ""
-    if _exists(target):
-        sealed = seal_of(target)
+    before = target if _exists(target) else target.with_name(LAST)
+    if _exists(before):
+        sealed = seal_of(before)
         step = f" (step {sealed[1]})" if sealed else ""
         kept = f"; the previous checkpoint is intact{step}: resume from it when there is room"
     told = CheckpointError(f"{target}: could not be written: {reason}{kept}")

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vistok.core.errors import CheckpointError, ConfigError, as_written, nearest
+from vistok.core.files import what_is_there
 from vistok.core.yaml_file import read_yaml
 
 #: Groups of keys that may be null.
@@ -372,13 +373,8 @@ def load_run_config(run: Path) -> DictConfig:
     """
     path = run / "config.yaml"
     if not path.is_file():
-        parent = run.parent
-        siblings = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
-        hint = nearest(run.name, siblings)
-        if not hint and siblings:
-            hint = f"; {parent} contains: {', '.join(siblings[-3:])}"
         what = "has no config.yaml" if run.is_dir() else "no such run"
-        raise CheckpointError(f"{run}: {what}{hint}")
+        raise CheckpointError(f"{run}: {what}{what_is_there(run)}")
     return OmegaConf.create(read_yaml(path))
 
 

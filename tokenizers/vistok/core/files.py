@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vistok.core.errors import nearest
+
 
 def cache_dir() -> Path:
     """Return the folder for files that can be made again: `$VISTOK_CACHE`, or a default one.
@@ -51,6 +53,24 @@ def read_json(path: Path, largest: int = 1 << 24) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def what_is_there(path: Path) -> str:
+    """Return words for an error about a path that is not what was looked for.
+
+    They name what a folder contains, or, for a path that does not exist, the nearest name.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError:  # there is none, or it may not be read
+        return ""
+    if folder != path and (close := nearest(path.name, names)):
+        return close
+    if not names:
+        return f"; {folder} is empty"
+    more = ", ..." if len(names) > 5 else ""
+    return f"; {folder} contains: {', '.join(names[:5])}{more}"
 
 
 @contextmanager

@@ -103,7 +103,8 @@ class RandomState(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
         """Store one state per rank."""
-        checkpoint["random_state"] = gather(self.fence or random_state())
+        # A resumed run that had reached its last step never restores what is pending.
+        checkpoint["random_state"] = gather(self.pending or self.fence or random_state())
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict) -> None:
         """Keep this rank's state until training goes on."""

@@ -90,11 +90,13 @@ def _train(
     quiet_libraries()
     config = in_todays_form(config)
     config["data"] = absolute(config["data"])  # for a resume in another working folder
-    source = config.get("init_from")
-    if resume is None or words is not None:
-        if resume is not None and source:  # which may be gone by now
+    if resume is None:
+        config = task_type.resolve(config, words or ())
+    elif words is not None:
+        source = config.get("init_from")
+        if source:  # which may be gone by now
             config["init_from"] = str(resume)
-        config = {**task_type.resolve(config, words or ()), "init_from": source}
+        config = {**task_type.resolve(config, words), "init_from": source}
     check_run(config)  # fills in what an older run does not have
     L.seed_everything(config["seed"], verbose=False)
     tell("building the model")

@@ -253,5 +253,5 @@ def compare(jobs: Sequence[tuple[Path, Sequence[str], dict[str, Any]]]) -> None:
         table.add_row(folder.name, *row)
     say(table)
     counts = {summary.get("val_images") for _, _, summary in jobs}
-    if len(counts) == 1 and None not in counts:
-        say(f"each measured on {counts.pop()} validation images")
+    if len(counts) == 1 and (count := counts.pop()) is not None:
+        say(f"each measured on {counted(count, 'validation image')}")
