@@ -14,7 +14,8 @@ from typing import Any
 
 import vistok
 from vistok.core import configuration as c
-from vistok.core.errors import CheckpointError, ConfigError, DataError, Preempted, nearest
+from vistok.core.errors import CheckpointError, ConfigError, DataError, Preempted
+from vistok.core.files import what_is_there
 from vistok.core.interrupts import deferred
 from vistok.core.plugins import import_plugins
 from vistok.core.run_folders import claim_new, held, leads
@@ -85,14 +86,11 @@ def check_places(data: dict[str, Any]) -> None:
         return
     train, val = as_path(data["train"]), as_path(data["val"])
     check_kind(data["kind"], train, val)
-    for place in (train, val) if data["kind"] == "folder" else ():
+    for key, place in {"train": train, "val": val}.items() if data["kind"] == "folder" else ():
         if isinstance(place, str) and "://" not in place:
             folder = Path(os.path.expanduser(place))
             if not folder.exists():
-                siblings = (
-                    [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-                )
-                raise DataError(f"{place}: no such folder{nearest(folder.name, siblings)}")
+                raise DataError(f"data.{key}={place}: no such folder{what_is_there(folder)}")
 
 
 def _resume(place: Path, words: list[str]) -> None:

@@ -46,6 +46,14 @@ def check_content(content: dict[str, Any], path: Path | str, step: int | None = 
         if content.get(key) is not None:
             words = "a list" if kind is list else "a group of keys"
             expect(isinstance(content[key], kind), key, words)
+    for key in ("VistokDataModule", "TokenDataModule"):
+        position = content.get(key) or {}
+        for name in ("samples_seen", "seed", "window", "hold_out_rule"):
+            number = position.get(name, 0)
+            right = is_whole(number) and number >= 0
+            expect(right, f"{key}.{name}={str(number)[:80]}", "a whole number, 0 or more")
+        named = isinstance(position.get("fingerprint", ""), str)
+        expect(named, f"{key}.fingerprint", "a text")
 
 
 _KINDS: dict[str, type] = {

@@ -55,7 +55,7 @@ def read_released(path: Path, source: str = "") -> Published:
             f"weights={path}: refused; it contains more than tensors and plain values, or is "
             "damaged"
         ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # other files make torch.load raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"weights={path}: cannot be read ({reason})") from error
     tensors = _averaged(content) if isinstance(content, dict) else None
@@ -123,7 +123,10 @@ def _averaged(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
             content = content[name]
             break
     tensors = dict(content)
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+    pairs = tensors.items()
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
+        return None
+    if not tensors:
         return None
     for wrapper in _WRAPPERS * 2:
         if all(name.startswith(wrapper) for name in tensors):

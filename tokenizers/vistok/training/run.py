@@ -24,7 +24,6 @@ from vistok.core.errors import CheckpointError, ConfigError, Preempted, VistokEr
 from vistok.core.run_folders import leads
 from vistok.core.schema import check_run
 from vistok.core.terminal import typed
-from vistok.core.values import is_whole
 from vistok.core.words import launched_from_outside
 from vistok.data.places import absolute
 from vistok.training.checkpointing import Checkpoints, CheckpointWriter
@@ -204,11 +203,8 @@ def take(task: Task, data: TrainingData, content: dict[str, Any], resume: Path) 
                         f"{resume}: the average of '{name}' is missing or another"
                     )
         state = content[type(data).__qualname__]
-        samples = state["samples_seen"]
-        if not is_whole(samples) or samples < 0:
-            raise CheckpointError(f"{resume}: samples_seen={samples}: must be 0 or more")
         data.expect(state)
-        task.plan_schedule(content, samples, resume)
+        task.plan_schedule(content, state["samples_seen"], resume)
 
 
 @contextmanager
