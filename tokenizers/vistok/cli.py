@@ -92,7 +92,8 @@ def _export(argv: list[str]) -> None:
         from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
-    words = (config.weights, config.overwrite, config.license, config.push)
+    graphs = [config.graphs] if isinstance(config.graphs, str) else list(config.graphs or ())
+    words = (config.weights, config.overwrite, config.license, config.push, graphs)
     export_run(Path(config.run), Path(config.out), *words)
 
 

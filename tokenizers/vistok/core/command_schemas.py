@@ -35,6 +35,7 @@ EXPORT: dict[str, dict[str, Any]] = {
         "weights": Literal["ema", "last"],
         "license": str | None,
         "push": str | None,
+        "graphs": or_null(Names),
         "overwrite": bool,
         "plugins": Names,
         "debug": bool,

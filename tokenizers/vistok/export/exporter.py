@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vistok.core.errors import CheckpointError, ConfigError
 from vistok.export import hub
 from vistok.export.card import card
 from vistok.export.codebooks import codebook_dims, codebook_tensors
+from vistok.export.graphs import check_graphs, write_graphs
 from vistok.export.vocabulary import vocabulary
 from vistok.models.tokenizer import Tokenizer
 
@@ -32,6 +34,7 @@ def export_run(
     overwrite: bool = False,
     license: str | None = None,
     push: str | None = None,
+    graphs: Sequence[str] = (),
 ) -> Path:
     """Export a run.
 
@@ -42,6 +45,7 @@ def export_run(
         overwrite: replace an export that is there.
         license: of the weights, for the card and config.json; such as "apache-2.0".
         push: owner/name on the Hugging Face Hub to upload it to.
+        graphs: of "onnx" and "torch": also write encode and decode as such.
 
     Returns:
         `out`.
@@ -50,11 +54,12 @@ def export_run(
         ConfigError: if `out` is there already and `overwrite` is off, or is not an export.
     """
     check_out(out, overwrite)
+    check_graphs(graphs)
     if push is not None:
         hub.check_name(push)
     source = find_checkpoint(run)
     tokenizer = load(run, weights=weights)
-    place_export(tokenizer, read_config(source), out, run_metrics(source), license)
+    place_export(tokenizer, read_config(source), out, run_metrics(source), license, graphs)
     sizes = zip(tokenizer.quantizer.codebook_sizes, codebook_dims(tokenizer), strict=True)
     print(
         f"exported {source} to {out}\n"
@@ -85,6 +90,7 @@ def place_export(
     out: Path,
     metrics: dict[str, Any],
     license: str | None = None,
+    graphs: Sequence[str] = (),
 ) -> None:
     """Write an export next to `out`, then put it there, in place of one that is there already.
 
@@ -94,7 +100,7 @@ def place_export(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_export(tokenizer, config, temporary, metrics, license)
+        write_export(tokenizer, config, temporary, metrics, license, graphs)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -110,6 +116,7 @@ def write_export(
     folder: Path,
     metrics: dict[str, Any],
     license: str | None = None,
+    graphs: Sequence[str] = (),
 ) -> None:
     """Write the files of an export into `folder`.
 
@@ -119,6 +126,7 @@ def write_export(
         folder: created.
         metrics: for the card.
         license: of the weights, such as "apache-2.0"; None if none was chosen.
+        graphs: of "onnx" and "torch": also write encode and decode as such.
     """
     folder.mkdir(parents=True)
     description = describe(tokenizer, config, license)
@@ -139,6 +147,7 @@ def write_export(
         save_file(tensors, folder / name, metadata={"format": "pt"})
         # safetensors makes files for their owner alone; these are to be as the umask has it.
         os.chmod(folder / name, (folder / "config.json").stat().st_mode & 0o777)
+    write_graphs(tokenizer, folder, graphs)
     write_checksums(folder)
 
 

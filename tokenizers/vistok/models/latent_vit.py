@@ -120,10 +120,10 @@ class LatentTransformerEncoder(Encoder):
     def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """The latent tokens `(B, K, W)` behind the last norm, their means still in them."""
         x = self.patch_embed(patchify(images, self.patch_size)) + self.patch_positions
-        latents = (self.latent_tokens + self.latent_positions).expand(len(x), -1, -1)
+        latents = (self.latent_tokens + self.latent_positions).expand(x.shape[0], -1, -1)
         parts = [x, latents.to(x.dtype)]
         if self.class_token is not None:
-            parts.insert(0, self.class_token.expand(len(x), -1, -1).to(x.dtype))
+            parts.insert(0, self.class_token.expand(x.shape[0], -1, -1).to(x.dtype))
         x = self.norm_in(torch.cat(parts, dim=1))
         start = 0 if self.class_token is None else 1
         patches = slice(start, start + len(self.patch_positions))

@@ -55,7 +55,9 @@ class AdaptiveGroupNorm(nn.Module):
         flat = latents.flatten(2).float()
         # Of no images torch would warn.
         correction = min(self.correction, flat.shape[2] - 1)
-        variances = flat.var(dim=2, correction=correction) if len(flat) else flat.mean(dim=2)
+        variances = (
+            flat.var(dim=2, correction=correction) if flat.shape[0] > 0 else flat.mean(dim=2)
+        )
         deviations = (variances + 1e-6).sqrt()  # the root of a variance of zero has no gradient
         scale = self.scale(deviations.to(latents.dtype))[..., None, None]
         shift = self.shift(flat.mean(dim=2).to(latents.dtype))[..., None, None]

@@ -21,7 +21,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     p = patch_size
     channels = patches.shape[2] // (p * p)
     x = patches.view(patches.shape[0], rows, columns, p, p, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * p, columns * p)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], channels, rows * p, columns * p)
 
 
 def pad_edges(images: Tensor) -> Tensor:

@@ -127,8 +127,10 @@ def _score_blocks(
         table = codebook[first:last]
         if bias is not None:
             table = torch.cat([table, bias[first:last, None]], dim=1)
-        for start in range(0, num_queries, rows):
-            block = slice(start, start + rows)
+        # The number of queries is not known in a graph that is exported for batches of any size.
+        exporting = torch.compiler.is_exporting()
+        for start in (0,) if exporting else range(0, num_queries, rows):
+            block = slice(None) if exporting else slice(start, start + rows)
             yield block, first, _product(queries[block], table, buffer)
 
 

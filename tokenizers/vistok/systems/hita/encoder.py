@@ -120,7 +120,7 @@ class HitaEncoder(Encoder):
     def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, H + cells, D)`, holistic tokens first."""
         patches = self.patches(self.cnn(images, taps.inside("cnn"))) + self.patch_positions
-        queries = self.queries.expand(len(patches), -1, -1).to(patches.dtype)
+        queries = self.queries.expand(patches.shape[0], -1, -1).to(patches.dtype)
         x, places = torch.cat([queries, patches], dim=1), slice(self.num_holistic_tokens, None)
         x = self.norm_causal(self.transformer(self.norm_in(x), taps=taps, places=places))
         x = self.causal(x, self.mask, taps=taps.inside("causal"), places=places)

@@ -124,7 +124,7 @@ class ResTokDecoder(Decoder):
         """Cells `(B, rows * columns, W)` that start as `mask_token` `(1, 1, W)`, by all blocks."""
         tokens = mask_token.to(latents.dtype)
         cells = self.grid[0] * self.grid[1]
-        x = self.norm_in(torch.cat([latents, tokens.expand(len(latents), cells, -1)], dim=1))
+        x = self.norm_in(torch.cat([latents, tokens.expand(latents.shape[0], cells, -1)], dim=1))
         for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.turn, use_reentrant=False)  # type: ignore[assignment]

@@ -116,7 +116,8 @@ class TextTransformerDecoder(LatentTransformerDecoder):
         taps: Taps = NO_TAPS,
     ) -> Tensor:
         """Return TiTok's features; `context` are text features `(B, T, text_dim)`, or None."""
-        return super().features(quantized, mask, self.text_tokens(context, len(quantized)), taps)
+        text = self.text_tokens(context, quantized.shape[0])
+        return super().features(quantized, mask, text, taps)
 
     def text_tokens(self, text: Tensor | None, batch: int) -> Tensor:
         """Tokens `(B, T, W)` of text features, in training with some of the texts left out.
