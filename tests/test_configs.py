@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import re
 from functools import cache
 from pathlib import Path
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import PATIENCE, ROOT, SIZES, TINY, config_of, losses_of, metrics_of
+from helpers import PATIENCE, ROOT, SIZES, losses_of, metrics_of
 from ranks import TWO, assert_ended, ended, fork
 from test_adversary import TERM
 from test_guard import words_of

@@ -211,7 +211,7 @@ GRIDS = {
     "var": [*CNN, *CODES, "quantizer.scales=[1,2,4,8]"],
     "autoencoder_f8": [*CNN, "tokenizer.encoder.attention=false"],
     "vqgan_f16": [*CNN, *CODES, "tokenizer.latent_dim=64"],
-    **dict.fromkeys(("taming_f16", "llamagen_vq16", "rq_vae"), [*CNN, *CODES]),
+    **{name: [*CNN, *CODES] for name in ("taming_f16", "llamagen_vq16", "rq_vae")},
 }
 
 
@@ -281,7 +281,7 @@ def test_a_step_of_the_whole_recipe(cli, photos, tmp_path, network_words, name):
         words += [f"data.train={shards}", f"data.val={shards}"]
     else:
         words += ["data=folder", f"data.train={photos}", "data.val_fraction=0.3"]
-        words += [w for w in crops(name)]
+        words += crops(name)
     code, lines, _ = cli("train", *words, "trainer.max_steps=2", "hydra.run.dir=run")
     assert code == 0, lines
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -43,8 +43,10 @@ def saturation_free_generator_loss(fake: Tensor) -> Tensor:
 def saturation_free_loss_of_images(fake: Tensor) -> Tensor:
     """The mean over images of softplus of minus an image's mean logit.
 
-    So Open-MAGVIT2 (Luo et al. 2024, https://arxiv.org/abs/2409.04410) and IBQ have it: a patch that
-    fools nobody pulls no harder than the others of its image.
+    A patch that fools nobody pulls no harder than the others of its image.
+
+    Papers: Open-MAGVIT2, Luo et al. 2024, https://arxiv.org/abs/2409.04410; IBQ, Shi et al. 2024,
+    https://arxiv.org/abs/2412.02692.
     """
     return F.softplus(-fake.float().reshape(len(fake), -1).mean(1)).mean()
 
