@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from test_adversary import TERM
 from test_guard import words_of
 from test_pipeline import assert_same, assert_same_training, state_of
 from vistok.cli import train
+from vistok.quantizers.usage import CodeUsage
+from vistok.tasks.callbacks import CodebookWatch
 from vistok.training.health import Health
 
 #: Everything of an adversary that has a state or draws numbers.
@@ -178,6 +181,30 @@ def test_a_discriminator_that_wins_is_an_alarm_once(capsys):
     assert "right in 100% of cases" in said and "loss.terms.adversarial.optimizer.lr" in said
     assert " ".join(capsys.readouterr().out.split()).count("the discriminator is right") == 1
     assert won.last["gan/accuracy"] == 1 and won.last["loss/adversarial"] == pytest.approx(1.45)
+
+
+def test_a_codebook_that_collapses_is_an_alarm_once(capsys):
+    """Of two windows, and none after a resume; the numbers go on."""
+    usage, logged = CodeUsage([64]), []
+    quantizer = SimpleNamespace(usage=usage, against_collapse="quantizer.revival=restart")
+    health = Health({})
+    module = SimpleNamespace(
+        tokenizer=SimpleNamespace(quantizer=quantizer),
+        health=health,
+        log=lambda name, value: logged.append(name),
+    )
+    watch = CodebookWatch(2)
+    watch.on_train_start(SimpleNamespace(global_step=0), module)  # type: ignore[arg-type]
+    for step in range(1, 7):
+        usage.update(torch.zeros(64, 8, 1, dtype=torch.long))
+        watch.on_train_batch_end(SimpleNamespace(global_step=step), module)  # type: ignore[arg-type]
+        if step == 4:
+            module.health = Health({})
+            module.health.load_state_dict(health.state_dict())
+    (said,) = module.health.summary()["alarms"]
+    assert said.startswith("step 2: codebook 0 is collapsing: 1024 tokens used 1 of 64 codes")
+    assert capsys.readouterr().out.count("is collapsing") == 1
+    assert logged.count("train/codebook_usage") == 3
 
 
 @pytest.mark.parametrize(
