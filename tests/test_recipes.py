@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import CONFIGS, SIZES, TINY, compared, config_of, metrics_of
+from helpers import CONFIGS, ROOT, SIZES, TINY, compared, config_of, metrics_of
 from test_adversary import TERM
 from test_configs import EXPERIMENTS
 from test_losses import Fake
@@ -172,6 +172,23 @@ def test_the_papers_stages(name):
 def test_headers_name_the_paper_and_say_that_nothing_was_measured(name):
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     assert "https://arxiv.org/abs/" in text and "Not trained here" in " ".join(text.split("\n# "))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_says_what_the_preset_has(name):
+    config = config_of(f"experiment={name}")
+    text = (ROOT / "docs" / "guide" / "recipes.md").read_text()
+    rows = [row for row in text.splitlines() if f"`{name}`" in row and "stage=" not in row]
+    if name.startswith("one_d_piece"):
+        rows = [row for row in text.splitlines() if "the same in one stage" in row]
+    cells = " ".join(rows)
+    assert str(config["trainer"]["max_steps"]) in cells
+    batch = config["trainer"]["global_batch_size"]
+    assert (f"| {batch} |" if batch else "| 32 a device |") in cells
+    own = config["loss"]["terms"].get("adversarial")
+    if own and "`" in cells and "the same |" not in cells and "as TiTok's" not in cells:
+        step = own["start_samples"] // batch
+        assert re.search(rf"\b{own['weight']} from {step}\b", cells), cells
 
 
 # ---------------------------------------------------------------------- weights that are not at hand
