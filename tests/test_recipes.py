@@ -261,6 +261,7 @@ def network_words(tmp_path_factory):
                     found.append(f"{here}.input_size=160")
         return found
 
+    words.teacher = f"tokenizer.encoder.teacher={{_target_:pretrained_tokens,name:test_vit,weights:{folder}/test_vit.pth,input_size:160}}"  # fmt: skip
     return words
 
 
@@ -293,6 +294,7 @@ def test_a_step_of_the_whole_recipe(cli, photos, tmp_path, network_words, name):
     terms = config_of(f"experiment={name}")["loss"]["terms"]
     words = [f"experiment={name}", *own, *small, *network_words(terms)]
     words += [*small_adversary(terms.get("adversarial")), "trainer.global_batch_size=null"]
+    words += [network_words.teacher] if name.startswith("hita") else []
     if name.startswith("ta_titok"):
         shards = write_captioned(tmp_path / "captioned")
         words += [f"data.train={shards}", f"data.val={shards}"]
