@@ -114,7 +114,7 @@ def without_networks(terms):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_builds_on_the_meta_device(name):
-    alone = ["tokenizer.encoder.teacher=null"] if name == "hita_336" else []
+    alone = ["tokenizer.encoder.pretrained=null"] if name == "hita_336" else []
     config = config_of(f"experiment={name}", *alone)
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)

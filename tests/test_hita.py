@@ -9,12 +9,12 @@ from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images
 from vistok.core.errors import ConfigError
 from vistok.export.exporter import codebook_tensors, describe, write_export
 from vistok.models.build import build_tokenizer
-from vistok.models.pretrained import TeacherTokens
+from vistok.models.pretrained import PretrainedTokens
 
 HITA_TINY = [w for w in TINY if w not in SIZES["titok_tiny"]] + SIZES["hita_tiny"]
 
 #: Paper size without the network that it reads along.
-ALONE = "tokenizer.encoder.teacher=null"
+ALONE = "tokenizer.encoder.pretrained=null"
 
 #: 6 holistic tokens and 4 x 4 patches, shifted by 3.
 SHIFTED = [
@@ -62,45 +62,45 @@ def test_full_attention_first_then_causal():
     assert calls[1][0] == "causal" and torch.equal(calls[1][1], torch.ones(22, 22).tril().bool())
 
 
-# ---------------------------------------------------------------------- the teacher
+# ---------------------------------------------------------------------- the network that is read along
 
 
 @pytest.fixture(scope="module")
-def teacher_file(tmp_path_factory):
+def vit_file(tmp_path_factory):
     """Random weights of a small network with a class token and another prefix token."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("teacher") / "vit.pth"
-    torch.save(timm.create_model(TEACHER, pretrained=False).state_dict(), path)
+    path = tmp_path_factory.mktemp("vit") / "vit.pth"
+    torch.save(timm.create_model(VIT, pretrained=False).state_dict(), path)
     return path
 
 
 #: In timm; of 14 px patches, four registers behind the class token.
-TEACHER = "vit_small_patch14_reg4_dinov2.lvd142m"
+VIT = "vit_small_patch14_reg4_dinov2.lvd142m"
 
 
-def with_teacher(file):
-    node = f"{{_target_: pretrained_tokens, name: {TEACHER}, weights: {file}, input_size: 28}}"
-    return f"tokenizer.encoder.teacher={node}"
+def reading(file):
+    node = f"{{_target_: pretrained_tokens, name: {VIT}, weights: {file}, input_size: 28}}"
+    return f"tokenizer.encoder.pretrained={node}"
 
 
-def test_a_teachers_tokens_are_its_class_token_and_its_patches(teacher_file):
+def test_pretrained_tokens_are_its_class_token_and_its_patches(vit_file):
     import timm
 
-    teacher = TeacherTokens(TEACHER, str(teacher_file), 28).eval()
-    model = timm.create_model(TEACHER, pretrained=False, num_classes=0, img_size=28).eval()
-    model.load_state_dict(teacher.model.state_dict())
+    network = PretrainedTokens(VIT, str(vit_file), 28).eval()
+    model = timm.create_model(VIT, pretrained=False, num_classes=0, img_size=28).eval()
+    model.load_state_dict(network.model.state_dict())
     images = torch.rand(2, 3, 28, 28) * 2 - 1
     mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
         found = model.forward_features(((images + 1) / 2 - mean) / std)
-        tokens = teacher(images)
-    assert found.shape == (2, 1 + 4 + 4, 384) and teacher.num_tokens == 5 and teacher.dim == 384
+        tokens = network(images)
+    assert found.shape == (2, 1 + 4 + 4, 384) and network.num_tokens == 5 and network.dim == 384
     assert torch.allclose(tokens, found[:, [0, 5, 6, 7, 8]], atol=1e-4)
 
 
-def test_the_full_blocks_read_the_teacher_and_the_causal_ones_do_not(teacher_file):
-    encoder, seen = small(*SHIFTED, with_teacher(teacher_file)).encoder, {}
+def test_the_full_blocks_read_it_and_the_causal_ones_do_not(vit_file):
+    encoder, seen = small(*SHIFTED, reading(vit_file)).encoder, {}
     encoder = awake(encoder)
     for name in ("norm_in", "norm_causal"):
         part = getattr(encoder, name)
@@ -110,8 +110,10 @@ def test_the_full_blocks_read_the_teacher_and_the_causal_ones_do_not(teacher_fil
     assert latents.shape == (2, 22, 16) and encoder.num_tokens == 22
     assert seen["norm_in"].shape == (2, 6 + 5 + 16, 16)
     assert seen["norm_causal"].shape == (2, 22, 16)
-    state = {k.removeprefix("teacher_embed."): v.double() for k, v in encoder.state_dict().items()}
-    x = encoder.teacher(images).double() @ state["0.weight"].T
+    state = {
+        k.removeprefix("pretrained_embed."): v.double() for k, v in encoder.state_dict().items()
+    }
+    x = encoder.pretrained(images).double() @ state["0.weight"].T
     x = F.layer_norm(x, (16,), state["1.weight"], state["1.bias"]).relu() @ state["3.weight"].T
     x = F.layer_norm(x, (16,), state["4.weight"], state["4.bias"])
     assert torch.allclose(seen["norm_in"][:, 6:11].double(), x, atol=1e-5)
@@ -120,33 +122,33 @@ def test_the_full_blocks_read_the_teacher_and_the_causal_ones_do_not(teacher_fil
     kept = torch.cat([whole[:, :6], whole[:, 11:]], dim=1)
     assert torch.allclose(seen["norm_causal"], kept, atol=1e-6)
     other = F.layer_norm(torch.randn(2, 5, 16), (16,))
-    encoder.teacher_embed.register_forward_hook(lambda m, i, o: other)
+    encoder.pretrained_embed.register_forward_hook(lambda m, i, o: other)
     assert not torch.allclose(encoder(images), latents, atol=1e-3)
 
 
-def test_the_teacher_is_used_and_not_owned(teacher_file, tmp_path):
+def test_it_is_used_and_not_owned(vit_file, tmp_path):
     """It learns nothing and is in no export, which needs its file again."""
-    tok = small(*SHIFTED, with_teacher(teacher_file))
-    before = {k: v.clone() for k, v in tok.encoder.teacher.module.state_dict().items()}
-    names = {k.split(".")[1] for k in tok.state_dict() if k.startswith("encoder.teacher")}
-    assert names == {"teacher_embed"}
+    tok = small(*SHIFTED, reading(vit_file))
+    before = {k: v.clone() for k, v in tok.encoder.pretrained.module.state_dict().items()}
+    names = {k.split(".")[1] for k in tok.state_dict() if k.startswith("encoder.pretrained")}
+    assert names == {"pretrained_embed"}
     tok.initialize(torch.rand(64, 3, 32, 32) * 2 - 1)
     tok.train()
     tok(torch.rand(2, 3, 32, 32)).predictions["image"].value.square().mean().backward()
-    assert tok.encoder.teacher_embed[0].weight.grad.any()
-    held = tok.encoder.teacher.module
+    assert tok.encoder.pretrained_embed[0].weight.grad.any()
+    held = tok.encoder.pretrained.module
     assert not any(p.requires_grad for p in held.parameters()) and not held.training
     assert all(torch.equal(v, before[k]) for k, v in held.state_dict().items())
     tok.eval()
     images = images_of(2, 32)
     file = tmp_path / "vit.pth"
-    file.write_bytes(teacher_file.read_bytes())
-    config = config_of("tokenizer=hita_tiny", *HITA_TINY, *SHIFTED, with_teacher(file))
+    file.write_bytes(vit_file.read_bytes())
+    config = config_of("tokenizer=hita_tiny", *HITA_TINY, *SHIFTED, reading(file))
     write_export(tok, config, tmp_path / "out", {})
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) < 1e6
     assert torch.equal(vistok.load(tmp_path / "out").tokenize(images), tok.tokenize(images))
     file.unlink()
-    with pytest.raises(ConfigError, match=r"encoder\.teacher\.weights=.*vit\.pth: no such file"):
+    with pytest.raises(ConfigError, match=r"encoder\.pretrained\.weights=.*vit\.pth: no such file"):
         vistok.load(tmp_path / "out")
 
 
@@ -236,7 +238,7 @@ NAMES = [
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_encoder_and_decoder_by_hand(normalized):
-    """In float64; next to the official code without its teacher: docs/systems/hita.md."""
+    """In float64; next to the official code without its DINOv2: docs/systems/hita.md."""
     tok = awake(small(*SHIFTED, *(NORMALIZED if normalized else []))).double()
     encoder, decoder = tok.encoder, tok.decoder
     heads = encoder.transformer.blocks[0].attn.num_heads

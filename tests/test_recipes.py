@@ -261,7 +261,7 @@ def network_words(tmp_path_factory):
                     found.append(f"{here}.input_size=160")
         return found
 
-    words.teacher = f"tokenizer.encoder.teacher={{_target_:pretrained_tokens,name:test_vit,weights:{folder}/test_vit.pth,input_size:160}}"  # fmt: skip
+    words.teacher = f"tokenizer.encoder.pretrained={{_target_:pretrained_tokens,name:test_vit,weights:{folder}/test_vit.pth,input_size:160}}"  # fmt: skip
     return words
 
 

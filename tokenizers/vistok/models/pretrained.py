@@ -144,7 +144,7 @@ class Teacher(Pretrained):
 
 
 @register("pretrained_tokens")
-class TeacherTokens(Teacher):
+class PretrainedTokens(Teacher):
     """Images to the tokens of a pretrained network: its class token, then its feature map.
 
     Attributes:
@@ -160,8 +160,9 @@ class TeacherTokens(Teacher):
     """
 
     def __init__(self, name: str, weights: str | Path | None, input_size: Count) -> None:
-        super().__init__(name, weights, input_size)
-        with torch.no_grad():
+        # A tokenizer is also built without memory, on the meta device; this has its weights at once.
+        with torch.device("cpu"), torch.no_grad():
+            super().__init__(name, weights, input_size)
             self.num_tokens = self(torch.zeros(1, 3, input_size, input_size)).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:

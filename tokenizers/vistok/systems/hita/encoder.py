@@ -15,7 +15,7 @@ from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.core.values import Count
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
-from vistok.models.pretrained import TeacherTokens
+from vistok.models.pretrained import PretrainedTokens
 from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import NORMALIZED, Transformer, attend_by_position_, init_transformer_
 from vistok.nn.data_init import chunks, start_at_components_, start_conv_
@@ -39,9 +39,9 @@ class HitaEncoder(Encoder):
     the whole image; in the causal ones, which prepare the order that a language model will read,
     the patches see all queries and the patches before them.
 
-    With a teacher the full blocks read its tokens, too, between the queries and the patches; they
-    end there. The teacher is used, not owned: it is in no state dict and no export, and whoever
-    encodes needs its weights. Without one an encoder runs on its own weights.
+    With a pretrained network the full blocks read its tokens, too, between the queries and the
+    patches; they end there. That network is used, not owned: it is in no state dict and no export,
+    and whoever encodes needs its weights. Without one an encoder runs on its own weights.
 
     Differs from the released code: each token's mean over images is taken off. It has no dropout.
     The rest of the forward is the released one. In the start, queries and patches have
@@ -64,7 +64,7 @@ class HitaEncoder(Encoder):
             biases and with plain norms, also of queries and keys, and a norm that learns at the
             end.
         embed: of the CNN's features, by a 3x3 "conv" or cell by cell, "linear".
-        teacher: a frozen network whose tokens are read along, the paper's DINOv2; None for none.
+        pretrained: a frozen network whose tokens are read along, the paper's DINOv2; None for none.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class HitaEncoder(Encoder):
         attention: AttentionKind = "dense",
         block: BlockKind = "biased",
         embed: Literal["conv", "linear"] = "conv",
-        teacher: TeacherTokens | None = None,
+        pretrained: PretrainedTokens | None = None,
     ) -> None:
         super().__init__()
         check_values(HitaEncoder, locals())
@@ -90,12 +90,12 @@ class HitaEncoder(Encoder):
         self.embed = (
             nn.Linear(cnn.dim, width) if linear else nn.Conv2d(cnn.dim, width, 3, padding=1)
         )
-        self.teacher = None if teacher is None else Frozen(teacher)
-        self.num_teacher_tokens = 0
-        if teacher is not None:
-            self.num_teacher_tokens = teacher.num_tokens
-            self.teacher_embed = nn.Sequential(
-                nn.Linear(teacher.dim, width, bias=False),
+        self.pretrained = None if pretrained is None else Frozen(pretrained)
+        self.num_read = 0
+        if pretrained is not None:
+            self.num_read = pretrained.num_tokens
+            self.pretrained_embed = nn.Sequential(
+                nn.Linear(pretrained.dim, width, bias=False),
                 nn.LayerNorm(width),
                 nn.ReLU(),
                 nn.Linear(width, width, bias=False),
@@ -138,8 +138,8 @@ class HitaEncoder(Encoder):
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, H + cells, D)`, holistic tokens first."""
         patches = self.patches(self.cnn(images, taps.inside("cnn"))) + self.patch_positions
         queries = self.queries.expand(len(patches), -1, -1).to(patches.dtype)
-        read = [] if self.teacher is None else [self.teacher_embed(self.teacher(images))]
-        holistic, behind = self.num_holistic_tokens, self.num_teacher_tokens
+        read = [] if self.pretrained is None else [self.pretrained_embed(self.pretrained(images))]
+        holistic, behind = self.num_holistic_tokens, self.num_read
         x = torch.cat([queries, *read, patches], dim=1)
         places = slice(holistic + behind, None)
         x = self.transformer(self.norm_in(x), taps=taps, places=places)
