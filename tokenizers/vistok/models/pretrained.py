@@ -160,7 +160,7 @@ class PretrainedTokens(Teacher):
     """
 
     def __init__(self, name: str, weights: str | Path | None, input_size: Count) -> None:
-        # A tokenizer is also built without memory, on the meta device; this has its weights at once.
+        # A tokenizer is also built without memory, on the meta device; this has its weights.
         with torch.device("cpu"), torch.no_grad():
             super().__init__(name, weights, input_size)
             self.num_tokens = self(torch.zeros(1, 3, input_size, input_size)).shape[1]
