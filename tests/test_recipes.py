@@ -11,6 +11,7 @@ from test_adversary import TERM
 from test_configs import EXPERIMENTS
 from test_losses import Fake
 from test_networks import layers_of
+from test_stages import proxy_run  # noqa: F401
 from test_ta_titok import write_captioned
 from vistok.core.errors import ConfigError
 from vistok.losses.objective import build_objective
@@ -311,6 +312,25 @@ def test_a_step_of_the_whole_recipe(cli, photos, tmp_path, network_words, name):
         assert all(float(row[f"loss/{key}"]) for row in rows), key
     if "adversarial" in terms:
         assert all(float(row["loss/discriminator"]) for row in rows)
+
+
+@pytest.mark.parametrize("family", STAGES)
+def test_a_step_of_both_stages(cli, photos, proxy_run, tmp_path, network_words, family):  # noqa: F811
+    name = {"titok": "titok_s128", "one_d_piece": "one_d_piece_s256"}[family]
+    own = [w for w in TINY if not w.startswith(("tokenizer.", "quantizer.", "loss=", "data.augment", "optimizer."))]  # fmt: skip
+    own += [f"experiment={name}", *small_tokenizer(name), "trainer.global_batch_size=null"]
+    own += ["data=folder", f"data.train={photos}", "data.val_fraction=0.3", "trainer.max_steps=2"]
+    first = [*own, "stage=proxy", f"stage.proxy={proxy_run}", "hydra.run.dir=first"]
+    code, lines, _ = cli("train", *first)
+    assert code == 0, lines
+    terms = config_of(f"experiment={name}", f"stage={family}_decoder")["loss"]["terms"]
+    second = [*own, f"stage={family}_decoder", "stage.weights=first", *network_words(terms)]
+    second += [*small_adversary(terms["adversarial"]), "hydra.run.dir=second"]
+    code, lines, _ = cli("train", *second)
+    assert code == 0, lines
+    rows = [row for row in metrics_of(tmp_path / "second") if row["loss/total"]]
+    assert len(rows) == 2
+    assert all(float(row[f"loss/{key}"]) for row in rows for key in (*terms, "discriminator"))
 
 
 def crops(name):
