@@ -1,5 +1,7 @@
 """Hita: two kinds of tokens and two codebooks, causal fusion, the shift."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +152,26 @@ def test_it_is_used_and_not_owned(vit_file, tmp_path):
     file.unlink()
     with pytest.raises(ConfigError, match=r"encoder\.pretrained\.weights=.*vit\.pth: no such file"):
         vistok.load(tmp_path / "out")
+
+
+class _Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.bin"])
+def test_what_an_export_names_runs_no_code(name, tmp_path):
+    """Exports of strangers name a file or a model, and loading them looks for it."""
+    torch.save({"x": _Code(tmp_path / "ran")}, tmp_path / name)
+    with pytest.raises(ConfigError, match="not weights of"):
+        small(*SHIFTED, reading(tmp_path / name))
+    assert not (tmp_path / "ran").exists()
+    node = "{_target_: pretrained_tokens, name: 'hf-hub:a/b', weights: null, input_size: 28}"
+    with pytest.raises(ConfigError, match=r"pretrained\.name=hf-hub:a/b: timm has no such model"):
+        small(*SHIFTED, f"tokenizer.encoder.pretrained={node}")
 
 
 # ---------------------------------------------------------------------- fusion and shift
