@@ -151,7 +151,7 @@ def test_list_finds_words_in_names_and_notes(cli):
     assert 1 < len(expected) < len(entries(all_of_them))
     assert cli("list_configs", "quantizer", "ENTROPY")[2] == out
     _, _, one = cli("list_configs", "experiments", "titok_l32")  # all of its notes
-    assert "https://arxiv.org/abs/2406.07550" in one and "stage=proxy" not in one
+    assert "https://arxiv.org/abs/2406.07550" in one and "override /loss" not in one
     code, _, out = cli("list_configs")
     names = ("experiments", "tokenizers", "quantizers", "losses", "adversaries", "stages", "data")
     assert code == 0 and all(name in out.split() for name in names)

@@ -255,6 +255,8 @@ def test_losses_are_closed_forms():
             (softplus(-0.5) + softplus(3)) / 2),
         "hinge_non_saturating": ((0 + 2) / 4 + (1.5 + 0) / 4, (softplus(-0.5) + softplus(3)) / 2),
         "hinge": ((0 + 2) / 4 + (1.5 + 0) / 4, 1.25),
+        "hinge_non_saturating_mean": (
+            (0 + 2) / 4 + (1.5 + 0) / 4, (softplus(-0.5) + softplus(3)) / 2),
         "least_squares": ((1 + 4) / 4 + (0.25 + 9) / 4, (0.25 + 16) / 4),
         "relativistic": ((softplus(-1.5) + softplus(-2)) / 2, (softplus(1.5) + softplus(2)) / 2),
     }  # fmt: skip
@@ -263,6 +265,12 @@ def test_losses_are_closed_forms():
         game = players.GAMES[name]
         assert float(game.discriminator(real, fake)) == pytest.approx(first, rel=1e-6), name
         assert float(game.generator(real, fake)) == pytest.approx(second, rel=1e-6), name
+
+
+def test_softplus_of_an_images_mean_logit():
+    fake = torch.tensor([[[[1.0, -4.0], [2.0, 3.0]]], [[[-1.0, 0.0], [0.0, -7.0]]]])
+    found = players.GAMES["hinge_non_saturating_mean"].generator(None, fake)
+    assert float(found) == pytest.approx((softplus(-0.5) + softplus(2)) / 2, rel=1e-6)
 
 
 def test_gradient_penalty_of_a_quadratic():

@@ -5,17 +5,20 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from helpers import PATIENCE, ROOT, SIZES, TINY, config_of, losses_of, metrics_of
+from helpers import PATIENCE, ROOT, SIZES, losses_of, metrics_of
 from ranks import TWO, assert_ended, ended, fork
 from test_adversary import TERM
 from test_guard import words_of
 from test_pipeline import assert_same, assert_same_training, state_of
 from vistok.cli import train
+from vistok.quantizers.usage import CodeUsage
+from vistok.tasks.callbacks import CodebookWatch
 from vistok.training.health import Health
 
 #: Everything of an adversary that has a state or draws numbers.
@@ -189,6 +192,30 @@ def test_a_discriminator_that_wins_is_an_alarm_once(capsys):
     assert won.last["gan/accuracy"] == 1 and won.last["loss/adversarial"] == pytest.approx(1.45)
 
 
+def test_a_codebook_that_collapses_is_an_alarm_once(capsys):
+    """Of two windows, and none after a resume; the numbers go on."""
+    usage, logged = CodeUsage([64]), []
+    quantizer = SimpleNamespace(usage=usage, against_collapse="quantizer.revival=restart")
+    health = Health({})
+    module = SimpleNamespace(
+        tokenizer=SimpleNamespace(quantizer=quantizer),
+        health=health,
+        log=lambda name, value: logged.append(name),
+    )
+    watch = CodebookWatch(2)
+    watch.on_train_start(SimpleNamespace(global_step=0), module)  # type: ignore[arg-type]
+    for step in range(1, 7):
+        usage.update(torch.zeros(64, 8, 1, dtype=torch.long))
+        watch.on_train_batch_end(SimpleNamespace(global_step=step), module)  # type: ignore[arg-type]
+        if step == 4:
+            module.health = Health({})
+            module.health.load_state_dict(health.state_dict())
+    (said,) = module.health.summary()["alarms"]
+    assert said.startswith("step 2: codebook 0 is collapsing: 1024 tokens used 1 of 64 codes")
+    assert capsys.readouterr().out.count("is collapsing") == 1
+    assert logged.count("train/codebook_usage") == 3
+
+
 @pytest.mark.parametrize(
     ("accuracies", "losses"),
     [
@@ -220,8 +247,10 @@ SMALL = {
     "maskbit": ["base_channels=4", "num_stages=2", "grid=4"],
     "stylegan": ["base=32", "most_channels=4"],
 }
-SMALL |= dict.fromkeys(("vqgan", "gigatok", "retok", "hita"), SMALL["patch"])
-SMALL |= dict.fromkeys(("titok", "ta_titok"), SMALL["maskbit"]) | {"r3gan": SMALL["stylegan"]}
+PATCH = ("vqgan", "gigatok", "gigatok_s", "retok", "hita", "llamagen", "rq_vae")
+SMALL |= dict.fromkeys((*PATCH, "open_magvit2", "latent_diffusion"), SMALL["patch"])
+MASKBIT = ("titok", "titok_single", "ta_titok", "one_d_piece", "vqgan_plus")
+SMALL |= dict.fromkeys(MASKBIT, SMALL["maskbit"]) | {"r3gan": SMALL["stylegan"]}
 DINO = ["name=test_vit", "input_size=160", "layers=[-1,5]", "kernel_size=3"]
 
 
@@ -244,40 +273,3 @@ def test_every_adversary_trains(cli, words, tmp_path, name):
     rows = metrics_of(tmp_path / "run")
     assert all(float(row["loss/discriminator"]) for row in rows if row["loss/total"])
     assert state_of(tmp_path / "run")["players"]["adversarial"]["steps"] == 2
-
-
-#: (weight, start in steps of the paper's batch, images in it, adaptive, norm) of published recipes.
-PUBLISHED = {
-    "vqgan_f16": (0.8, 250_001, 12, True),
-    "gigatok_b_l": (0.5, 20_000, 256, False),
-    "ta_titok_bl64": (0.1, 200_000, 1024, False),
-    "hita_336": (0.5, 20_000, 256, False),
-    "titok_s128 adversary=titok": (0.01, 20_000, 256, False),
-    "retok_s_b adversary=retok": (0.5, 0, 128, False),
-    "restok_l adversary=restok": (0.5, 20_000, 256, False),
-}
-
-
-@pytest.mark.parametrize("recipe", PUBLISHED)
-def test_paper_presets_have_the_papers_numbers(recipe):
-    name, *more = recipe.split()
-    weight, steps, images, adaptive = PUBLISHED[recipe]
-    own = config_of(f"experiment={name}", *more)["loss"]["terms"]["adversarial"]
-    assert own["weight"] == weight and own["start_samples"] == steps * images
-    assert own["adaptive"] is adaptive and not (own["start"] or own["ramp"] or own["warmup"])
-
-
-@pytest.mark.parametrize(
-    ("name", "tokenizer"),
-    [("vqgan_f16", "vqgan_tiny"), ("gigatok_b_l", "gigatok_tiny"), ("hita_336", "hita_tiny")],
-)  # fmt: skip
-def test_paper_presets_take_a_step_at_reduced_size(cli, photos, tmp_path, name, tokenizer):
-    own = [w for w in TINY if w not in (*SIZES["titok_tiny"], "loss=mse")]
-    own = [w for w in own if not w.startswith("data.augment")]
-    own += [f"experiment={name}", f"tokenizer={tokenizer}", *SIZES[tokenizer], "data=folder"]
-    own += [f"data.train={photos}", "data.val_fraction=0.3", "trainer.global_batch_size=null"]
-    small = started("patch")
-    code, lines, _ = cli("train", *own, *small, "trainer.max_steps=1", "hydra.run.dir=run")
-    assert code == 0, lines
-    (row,) = [row for row in metrics_of(tmp_path / "run") if row["loss/total"]]
-    assert float(row["loss/discriminator"]) and float(row["gan/logits_real"]) is not None

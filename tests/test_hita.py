@@ -1,14 +1,22 @@
 """Hita: two kinds of tokens and two codebooks, causal fusion, the shift."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import vistok
-from helpers import awake, config_of, errors_while_learning, images_of, tiny_tokenizer
+from helpers import SIZES, TINY, awake, config_of, errors_while_learning, images_of, tiny_tokenizer
 from vistok.core.errors import ConfigError
-from vistok.export.exporter import codebook_tensors, describe
+from vistok.export.exporter import codebook_tensors, describe, write_export
 from vistok.models.build import build_tokenizer
+from vistok.models.pretrained import PretrainedTokens
+
+HITA_TINY = [w for w in TINY if w not in SIZES["titok_tiny"]] + SIZES["hita_tiny"]
+
+#: Paper size without the network that it reads along.
+ALONE = "tokenizer.encoder.pretrained=null"
 
 #: 6 holistic tokens and 4 x 4 patches, shifted by 3.
 SHIFTED = [
@@ -54,6 +62,116 @@ def test_full_attention_first_then_causal():
     encoder(torch.rand(1, 3, 32, 32).double())
     assert calls[0] == ("full", 1)
     assert calls[1][0] == "causal" and torch.equal(calls[1][1], torch.ones(22, 22).tril().bool())
+
+
+# ---------------------------------------------------------------------- the network that is read along
+
+
+@pytest.fixture(scope="module")
+def vit_file(tmp_path_factory):
+    """Random weights of a small network with a class token and another prefix token."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("vit") / "vit.pth"
+    torch.save(timm.create_model(VIT, pretrained=False).state_dict(), path)
+    return path
+
+
+#: In timm; of 14 px patches, four registers behind the class token.
+VIT = "vit_small_patch14_reg4_dinov2.lvd142m"
+
+
+def reading(file):
+    node = f"{{_target_: pretrained_tokens, name: {VIT}, weights: {file}, input_size: 28}}"
+    return f"tokenizer.encoder.pretrained={node}"
+
+
+def test_pretrained_tokens_are_its_class_token_and_its_patches(vit_file):
+    import timm
+
+    network = PretrainedTokens(VIT, str(vit_file), 28).eval()
+    model = timm.create_model(VIT, pretrained=False, num_classes=0, img_size=28).eval()
+    model.load_state_dict(network.model.state_dict())
+    images = torch.rand(2, 3, 28, 28) * 2 - 1
+    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        found = model.forward_features(((images + 1) / 2 - mean) / std)
+        tokens = network(images)
+    assert found.shape == (2, 1 + 4 + 4, 384) and network.num_tokens == 5 and network.dim == 384
+    assert torch.allclose(tokens, found[:, [0, 5, 6, 7, 8]], atol=1e-4)
+
+
+def test_the_full_blocks_read_it_and_the_causal_ones_do_not(vit_file):
+    encoder, seen = small(*SHIFTED, reading(vit_file)).encoder, {}
+    encoder = awake(encoder)
+    for name in ("norm_in", "norm_causal"):
+        part = getattr(encoder, name)
+        part.register_forward_hook(lambda m, i, o, name=name: seen.update({name: i[0]}))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = encoder(images)
+    assert latents.shape == (2, 22, 16) and encoder.num_tokens == 22
+    assert seen["norm_in"].shape == (2, 6 + 5 + 16, 16)
+    assert seen["norm_causal"].shape == (2, 22, 16)
+    state = {
+        k.removeprefix("pretrained_embed."): v.double() for k, v in encoder.state_dict().items()
+    }
+    x = encoder.pretrained(images).double() @ state["0.weight"].T
+    x = F.layer_norm(x, (16,), state["1.weight"], state["1.bias"]).relu() @ state["3.weight"].T
+    x = F.layer_norm(x, (16,), state["4.weight"], state["4.bias"])
+    assert torch.allclose(seen["norm_in"][:, 6:11].double(), x, atol=1e-5)
+    assert torch.equal(seen["norm_in"][:, :6], encoder.queries.expand(2, -1, -1))
+    whole = encoder.transformer(encoder.norm_in(seen["norm_in"]), None)
+    kept = torch.cat([whole[:, :6], whole[:, 11:]], dim=1)
+    assert torch.allclose(seen["norm_causal"], kept, atol=1e-6)
+    other = F.layer_norm(torch.randn(2, 5, 16), (16,))
+    encoder.pretrained_embed.register_forward_hook(lambda m, i, o: other)
+    assert not torch.allclose(encoder(images), latents, atol=1e-3)
+
+
+def test_it_is_used_and_not_owned(vit_file, tmp_path):
+    """It learns nothing and is in no export, which needs its file again."""
+    tok = small(*SHIFTED, reading(vit_file))
+    before = {k: v.clone() for k, v in tok.encoder.pretrained.module.state_dict().items()}
+    names = {k.split(".")[1] for k in tok.state_dict() if k.startswith("encoder.pretrained")}
+    assert names == {"pretrained_embed"}
+    tok.initialize(torch.rand(64, 3, 32, 32) * 2 - 1)
+    tok.train()
+    tok(torch.rand(2, 3, 32, 32)).predictions["image"].value.square().mean().backward()
+    assert tok.encoder.pretrained_embed[0].weight.grad.any()
+    held = tok.encoder.pretrained.module
+    assert not any(p.requires_grad for p in held.parameters()) and not held.training
+    assert all(torch.equal(v, before[k]) for k, v in held.state_dict().items())
+    tok.eval()
+    images = images_of(2, 32)
+    file = tmp_path / "vit.pth"
+    file.write_bytes(vit_file.read_bytes())
+    config = config_of("tokenizer=hita_tiny", *HITA_TINY, *SHIFTED, reading(file))
+    write_export(tok, config, tmp_path / "out", {})
+    assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) < 1e6
+    assert torch.equal(vistok.load(tmp_path / "out").tokenize(images), tok.tokenize(images))
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"encoder\.pretrained\.weights=.*vit\.pth: no such file"):
+        vistok.load(tmp_path / "out")
+
+
+class _Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.bin"])
+def test_what_an_export_names_runs_no_code(name, tmp_path):
+    """Exports of strangers name a file or a model, and loading them looks for it."""
+    torch.save({"x": _Code(tmp_path / "ran")}, tmp_path / name)
+    with pytest.raises(ConfigError, match="not weights of"):
+        small(*SHIFTED, reading(tmp_path / name))
+    assert not (tmp_path / "ran").exists()
+    node = "{_target_: pretrained_tokens, name: 'hf-hub:a/b', weights: null, input_size: 28}"
+    with pytest.raises(ConfigError, match=r"pretrained\.name=hf-hub:a/b: timm has no such model"):
+        small(*SHIFTED, f"tokenizer.encoder.pretrained={node}")
 
 
 # ---------------------------------------------------------------------- fusion and shift
@@ -142,7 +260,7 @@ NAMES = [
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_encoder_and_decoder_by_hand(normalized):
-    """In float64; next to the official code without its teacher: docs/systems/hita.md."""
+    """In float64; next to the official code without its DINOv2: docs/systems/hita.md."""
     tok = awake(small(*SHIFTED, *(NORMALIZED if normalized else []))).double()
     encoder, decoder = tok.encoder, tok.decoder
     heads = encoder.transformer.blocks[0].attn.num_heads
@@ -232,7 +350,7 @@ def test_an_export_says_whose_ids_are_whose(tmp_path):
 
 def test_a_quantizer_of_its_own_for_the_holistic_tokens():
     with torch.device("meta"):
-        tok = build_tokenizer(config_of("experiment=hita_336"))
+        tok = build_tokenizer(config_of("experiment=hita_336", ALONE))
     assert [book.codebook_dim for book in tok.quantizer.books] == [12, 8]
     assert tok.quantizer.codebook_sizes == (32768,)
     assert tok.num_tokens == 128 + 21 * 21 == 569 and tok.bits_per_image == 569 * 14
@@ -244,7 +362,7 @@ def test_a_quantizer_of_its_own_for_the_holistic_tokens():
 
 def test_paper_size_forward_and_backward_on_the_meta_device():
     with torch.device("meta"):
-        tok = build_tokenizer(config_of("experiment=hita_336")).train()
+        tok = build_tokenizer(config_of("experiment=hita_336", ALONE)).train()
         latents = tok.encoder(torch.zeros(1, 3, 336, 336))
         assert latents.shape == (1, 569, 512)
         pictures = tok.decoder.reconstruct(latents)

@@ -191,7 +191,9 @@ PIXEL_LOSSES = sorted(
     {p.stem for p in (CONFIGS / "loss").glob("[!_]*.yaml")} - {"proxy_codes", "mse_prior"}
 )
 # Of networks whose weights are not in packages, and of another head; test_perceptual.py has them.
-PIXEL_LOSSES = [n for n in PIXEL_LOSSES if not re.search("lpips|convnext|logit_laplace", n)]
+PIXEL_LOSSES = [
+    n for n in PIXEL_LOSSES if not re.search("lpips|vnext|resnet|hita|maskbit|laplace", n)
+]
 PIXEL_LOSSES = [pytest.param(n, marks=NEEDS[n]) if n in NEEDS else n for n in PIXEL_LOSSES]
 
 

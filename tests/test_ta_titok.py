@@ -167,10 +167,8 @@ def test_a_flexible_tokenizer_reads_texts_too():
 # ---------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Pictures with texts of 3 x 6 numbers."""
-    folder = tmp_path_factory.mktemp("captioned")
+def write_captioned(folder):
+    """Pictures with texts of 3 x 6 numbers, as shards; returns their paths."""
     with ShardWriter(folder, "train") as writer:
         for number in range(20):
             image, text = io.BytesIO(), io.BytesIO()
@@ -178,6 +176,11 @@ def shards(tmp_path_factory):
             np.save(text, np.random.default_rng(number).normal(size=(3, 6)).astype(np.float16))
             writer.write(image.getvalue(), "png", others={"text.npy": text.getvalue()})
     return f"{folder}/train-*.tar"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_captioned(tmp_path_factory.mktemp("captioned"))
 
 
 @pytest.fixture(scope="module")

@@ -48,10 +48,18 @@ def option_files(group: str, extra_dirs: Iterable[Path] = ()) -> dict[str, Path]
 
 
 def groups(extra_dirs: Iterable[Path] = ()) -> list[str]:
-    """Return the config groups: the folders of configs, without those of Hydra itself."""
+    """Return the config groups: the folders of configs, without those of Hydra itself.
+
+    A group within a group, such as "loss/perceptual", chooses a part of what that one has.
+    """
     folders = [config_dir(), *user_config_dirs(), *extra_dirs]
-    paths = (path.parent for folder in folders for path in folder.glob("*/[!_]*.yaml"))
-    return sorted({path.name for path in paths} - {"hydra"})
+    found = {
+        path.parent.relative_to(folder).as_posix()
+        for folder in folders
+        for depth in ("*/[!_]*.yaml", "*/*/[!_]*.yaml")
+        for path in folder.glob(depth)
+    }
+    return sorted(name for name in found if name.split("/")[0] != "hydra")
 
 
 def notes(path: Path) -> list[str]:
@@ -285,6 +293,12 @@ def _explain(
     text = " ".join(str(error).split())
     if "submitit_slurm" in text:
         return "hydra/launcher=submitit: not installed; pip install 'vistok[slurm]'"
+    if (match := re.search(r"Could not override '([\w/]+)'", text)) and match[1] in groups(
+        extra_dirs
+    ):
+        outer, _, part = match[1].rpartition("/")
+        if outer:
+            return f"{match[1]}: the {outer} that was chosen has no {part}; choose one that has"
     if match := re.search(r"Could not (?:find|override|load) '?([\w/]+)/([\w.-]+)'?", text):
         group, choice = match.groups()
         known = options(group, extra_dirs)

@@ -115,7 +115,7 @@ class Teacher(Pretrained):
         # Whether there is a map shows now, and not in the first step of a run.
         try:
             with torch.no_grad():
-                self.dim = self.eval()(torch.zeros(1, 3, input_size, input_size)).shape[1]
+                self.dim = self.eval().map(torch.zeros(1, 3, input_size, input_size)).shape[1]
         except Exception as error:  # whatever the model raises
             raise ArgumentError(
                 f"name={name}: makes no map of features of input_size={input_size} "
@@ -124,10 +124,17 @@ class Teacher(Pretrained):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, D, h, w)` of images `(B, C, H, W)` in [-1, 1]; C 1, 3 or 4."""
+        return self.map(self.resized(images))
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Return normalized squares `(B, 3, input_size, input_size)`."""
         size = (self.input_size, self.input_size)
         # Bicubic interpolation overshoots at edges.
         x = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
-        x = self.normalized(x)
+        return self.normalized(x)
+
+    def map(self, x: Tensor) -> Tensor:
+        """Return features `(B, D, h, w)` of normalized squares."""
         if self.name == PACKAGED:
             (found,) = self.model.forward_intermediates(  # type: ignore[operator]
                 x, indices=[3], stop_early=True, intermediates_only=True
@@ -136,13 +143,53 @@ class Teacher(Pretrained):
         return feature_map(self.model, x)
 
 
+@register("pretrained_tokens")
+class PretrainedTokens(Teacher):
+    """Images to the tokens of a pretrained network: its class token, then its feature map.
+
+    Attributes:
+        num_tokens: T, one for each place of the map, and the class token of networks that have one.
+
+    Args:
+        name: see `Pretrained`.
+        weights: see `Pretrained`.
+        input_size: side of the squares that images are resized to, in pixels.
+
+    Raises:
+        ArgumentError: as `Teacher`.
+    """
+
+    def __init__(self, name: str, weights: str | Path | None, input_size: Count) -> None:
+        # A tokenizer is also built without memory, on the meta device; this has its weights.
+        with torch.device("cpu"), torch.no_grad():
+            super().__init__(name, weights, input_size)
+            self.num_tokens = self(torch.zeros(1, 3, input_size, input_size)).shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return `(B, T, D)` of images `(B, C, H, W)` in [-1, 1], the map row by row."""
+        x = self.resized(images)
+        if getattr(self.model, "cls_token", None) is None:
+            return self.map(x).flatten(2).transpose(1, 2)
+        found = self.model.forward_features(x)  # type: ignore[operator]
+        places = as_map(self.model, found, x).flatten(2).transpose(1, 2)
+        return torch.cat([found[:, :1], places], dim=1)
+
+
 def feature_map(model: nn.Module, images: Tensor) -> Tensor:
     """Return the last features `(B, D, h, w)` of a timm model for normalized `(B, 3, H, W)`.
 
     Raises:
         ValueError: if they do not lie on a grid as fine as timm says.
     """
-    found = model.forward_features(images)  # type: ignore[operator]
+    return as_map(model, model.forward_features(images), images)  # type: ignore[operator]
+
+
+def as_map(model: nn.Module, found: Any, images: Tensor) -> Tensor:
+    """Return a timm model's features of `(B, 3, H, W)`, in whichever shape, as `(B, D, h, w)`.
+
+    Raises:
+        ValueError: if they do not lie on a grid as fine as timm says.
+    """
     dim = getattr(model, "num_features", None)
     if isinstance(found, Tensor) and found.ndim == 4:  # (B, D, h, w), else timm says so
         features = found.movedim(3, 1) if getattr(model, "output_fmt", "") == "NHWC" else found

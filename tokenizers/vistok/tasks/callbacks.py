@@ -77,7 +77,7 @@ class LastPictures(L.Callback):
 
 
 class CodebookWatch(L.Callback):
-    """Logs codebook usage over windows of training steps, and warns when a codebook collapses.
+    """Logs codebook usage over windows of training steps; a codebook that collapses is an alarm.
 
     Args:
         every: length of a window in optimizer steps.
@@ -103,8 +103,8 @@ class CodebookWatch(L.Callback):
         for name, value in self.last.items():
             module.log(f"train/{name}", value)
         advice = collapse_advice(usage, quantizer.against_collapse)
-        if advice and trainer.is_global_zero:
-            say(f"[yellow]step {trainer.global_step}: {advice}[/yellow]")
+        if advice:
+            module.health.alarm("codebook.collapse", advice, trainer.global_step)
         usage.reset()
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:

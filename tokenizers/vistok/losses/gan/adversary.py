@@ -103,7 +103,8 @@ class Adversary(Player):
             `warmup` says.
         warmup: the same as a share of the run.
         loss: of both players, see `losses/gan/players.py`. "hinge_non_saturating" is hinge for
-            the discriminator and softplus for the tokenizer (Open-MAGVIT2, IBQ, Hita).
+            the discriminator and softplus for the tokenizer (Hita), "..._mean" softplus of an
+            image's mean logit (Open-MAGVIT2, IBQ).
         augment: of all that the discriminator sees; None for none.
         lecam: see `LeCamOptions`; None for none.
         penalty: see `PenaltyOptions`; None for none. Computed in float32, as is the forward that
@@ -128,6 +129,7 @@ class Adversary(Player):
             "vanilla",
             "non_saturating",
             "hinge_non_saturating",
+            "hinge_non_saturating_mean",
             "least_squares",
             "relativistic",
         ] = "hinge",

@@ -40,6 +40,17 @@ def saturation_free_generator_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake.float()).mean()
 
 
+def saturation_free_loss_of_images(fake: Tensor) -> Tensor:
+    """The mean over images of softplus of minus an image's mean logit.
+
+    A patch that fools nobody pulls no harder than the others of its image.
+
+    Papers: Open-MAGVIT2, Luo et al. 2024, https://arxiv.org/abs/2409.04410; IBQ, Shi et al. 2024,
+    https://arxiv.org/abs/2412.02692.
+    """
+    return F.softplus(-fake.float().reshape(len(fake), -1).mean(1)).mean()
+
+
 def least_squares_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Half the sum of the means of (real - 1)^2 and fake^2.
 
@@ -90,6 +101,9 @@ GAMES: dict[str, Game] = {
     "vanilla": Game(logistic_discriminator_loss, _alone(hinge_generator_loss)),
     "non_saturating": Game(logistic_discriminator_loss, _alone(saturation_free_generator_loss)),
     "hinge_non_saturating": Game(hinge_discriminator_loss, _alone(saturation_free_generator_loss)),
+    "hinge_non_saturating_mean": Game(
+        hinge_discriminator_loss, _alone(saturation_free_loss_of_images)
+    ),
     "least_squares": Game(least_squares_discriminator_loss, _alone(least_squares_generator_loss)),
     "relativistic": Game(relativistic_loss, _relativistic_generator, compares=True),
 }

@@ -212,7 +212,10 @@ class LPIPS(Weighted):
     ) -> None:
         backbone = _BACKBONES[net]
         path = find_weights(
-            weights, backbone.words, [backbone.published], "; hed_vgg comes with a package"
+            weights,
+            backbone.words,
+            [backbone.published],
+            "; hed_vgg, whose weights come with a package, is loss/perceptual=hed_vgg",
         )
         check_hash(path, sha256)
         super().__init__(backbone.build(), backbone.taps, backbone.widths)

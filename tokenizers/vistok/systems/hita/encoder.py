@@ -15,9 +15,11 @@ from vistok.core.taps import NO_TAPS, Tap, Taps, inside
 from vistok.core.values import Count
 from vistok.models.cnn import CNNEncoder
 from vistok.models.encoder import Encoder
+from vistok.models.pretrained import PretrainedTokens
 from vistok.nn.attention import AttentionKind
 from vistok.nn.blocks import NORMALIZED, Transformer, attend_by_position_, init_transformer_
 from vistok.nn.data_init import chunks, start_at_components_, start_conv_
+from vistok.nn.frozen import Frozen
 from vistok.nn.positions import grid_points, position_table, spread_points
 
 #: What the blocks of encoder and decoder may be made of.
@@ -37,10 +39,12 @@ class HitaEncoder(Encoder):
     the whole image; in the causal ones, which prepare the order that a language model will read,
     the patches see all queries and the patches before them.
 
-    Differs from the released code: it feeds the features of a frozen teacher (DINOv2) to the full
-    blocks as well. Here an encoder needs no second network at encode time, and no weights but the
-    tokenizer's own, so that part is left out. Each token's mean over images is taken off. It has
-    no dropout. The rest of the forward is the released one. In the start, queries and patches have
+    With a pretrained network the full blocks read its tokens, too, between the queries and the
+    patches; they end there. That network is used, not owned: it is in no state dict and no export,
+    and whoever encodes needs its weights. Without one an encoder runs on its own weights.
+
+    Differs from the released code: each token's mean over images is taken off. It has no dropout.
+    The rest of the forward is the released one. In the start, queries and patches have
     positions of sines and cosines, the first attention copies between tokens at one place, and
     `initialize`, which a run with `init=random` leaves out, sets the embedding to principal
     components.
@@ -60,6 +64,7 @@ class HitaEncoder(Encoder):
             biases and with plain norms, also of queries and keys, and a norm that learns at the
             end.
         embed: of the CNN's features, by a 3x3 "conv" or cell by cell, "linear".
+        pretrained: a frozen network whose tokens are read along, the paper's DINOv2; None for none.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class HitaEncoder(Encoder):
         attention: AttentionKind = "dense",
         block: BlockKind = "biased",
         embed: Literal["conv", "linear"] = "conv",
+        pretrained: PretrainedTokens | None = None,
     ) -> None:
         super().__init__()
         check_values(HitaEncoder, locals())
@@ -84,6 +90,17 @@ class HitaEncoder(Encoder):
         self.embed = (
             nn.Linear(cnn.dim, width) if linear else nn.Conv2d(cnn.dim, width, 3, padding=1)
         )
+        self.pretrained = None if pretrained is None else Frozen(pretrained)
+        self.num_read = 0
+        if pretrained is not None:
+            self.num_read = pretrained.num_tokens
+            self.pretrained_embed = nn.Sequential(
+                nn.Linear(pretrained.dim, width, bias=False),
+                nn.LayerNorm(width),
+                nn.ReLU(),
+                nn.Linear(width, width, bias=False),
+                nn.LayerNorm(width),
+            )
         self.norm_in = nn.LayerNorm(width)
         self.transformer = Transformer(
             width,
@@ -121,8 +138,13 @@ class HitaEncoder(Encoder):
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, H + cells, D)`, holistic tokens first."""
         patches = self.patches(self.cnn(images, taps.inside("cnn"))) + self.patch_positions
         queries = self.queries.expand(patches.shape[0], -1, -1).to(patches.dtype)
-        x, places = torch.cat([queries, patches], dim=1), slice(self.num_holistic_tokens, None)
-        x = self.norm_causal(self.transformer(self.norm_in(x), taps=taps, places=places))
+        read = [] if self.pretrained is None else [self.pretrained_embed(self.pretrained(images))]
+        holistic, behind = self.num_holistic_tokens, self.num_read
+        x = torch.cat([queries, *read, patches], dim=1)
+        places = slice(holistic + behind, None)
+        x = self.transformer(self.norm_in(x), taps=taps, places=places)
+        x = self.norm_causal(torch.cat([x[:, :holistic], x[:, places]], dim=1) if read else x)
+        places = slice(holistic, None)
         x = self.causal(x, self.mask, taps=taps.inside("causal"), places=places)
         return self.norm_out(x) - self.latent_means
 

@@ -23,7 +23,7 @@ class Hita(Tokenizer):
     Ids are `(B, H + cells, Q)`, holistic ones first, of one joint vocabulary: see `Segments`.
 
     Paper: Zheng et al. 2025, https://arxiv.org/abs/2507.02358. The paper's encoder also reads the
-    features of a frozen DINOv2, at encode time too; this one does not, see `HitaEncoder`.
+    tokens of a frozen DINOv2, at encode time too: `pretrained` of `HitaEncoder`.
     Parts: `HitaEncoder`, `HitaDecoder`, `Segments`.
 
     Args:
