@@ -5,6 +5,11 @@ and in the order of the decoder's, and computes in float64 by torch's functions.
 equally wide but the last, so that a decoder whose levels are mixed up loads and decodes wrongly.
 """
 
+import functools
+import os
+import pickle
+import zipfile
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +19,13 @@ import vistok
 from helpers import Names
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.export.importer import import_weights
+from vistok.export.released_files import read_released
 
 WIDTHS = (32, 32, 64)
+
+#: Bands of wavelets: mean, differences of rows, of columns, of diagonals.
+HAAR = torch.tensor([[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]])
+HAAR = HAAR.double()
 
 
 class Layout:
@@ -24,8 +34,10 @@ class Layout:
     def __init__(self, level="block", middle="block", lowest_first=False, **options):
         self.level, self.middle, self.lowest_first = level, middle, lowest_first
         self.blocks, self.attends, self.biased, self.kind = (1, 2), True, True, "plain"
+        self.levels_attend = True
         self.fused, self.unit, self.centered, self.adaptive = False, False, False, False
         self.dim, self.codes, self.around = 16, 16, 1
+        self.stem, self.halvings, self.other = 1, 2, (16, 24)
         self.__dict__ |= options
 
     def place(self, part, level):
@@ -72,9 +84,11 @@ LAYOUTS = {
         "res_blocks", "mid.res_blocks", kind="skip", attends=False, biased=False, unit=True,
         dim=10, around=0, lowest_first=True, blocks=(2, 2),
     ),
+    "cosmos": Layout(levels_attend=False, codes=6, stem=4, halvings=1),
+    "cosmos_di16": Layout(levels_attend=False, codes=6, stem=4, other=(64, 96)),
 }  # fmt: skip
 LAYOUTS["maskbit_legacy"] = Layout(**{**LAYOUTS["maskbit"].__dict__, "lowest_first": False})
-SOURCES = {"gumbel": "vqgan", "maskbit_legacy": "maskbit"}
+SOURCES = {"gumbel": "vqgan", "maskbit_legacy": "maskbit", "cosmos_di16": "cosmos"}
 
 
 def published(family, seed=0, channels=3):
@@ -99,7 +113,7 @@ def published(family, seed=0, channels=3):
     for part, count in zip(("encoder", "decoder"), layout.blocks, strict=True):
         encodes = part == "encoder"
         width = WIDTHS[0] if encodes else WIDTHS[-1]
-        start = channels if encodes else layout.dim
+        start = channels * layout.stem**2 if encodes else layout.dim
         names.layer(f"{part}.conv_in", width, start, 3, 3, bias=layout.biased or not encodes)
         levels = range(3) if encodes else reversed(range(3))
         for level in levels:
@@ -110,9 +124,9 @@ def published(family, seed=0, channels=3):
             for n in range(count):
                 block(layout.block(part, level, n), width, WIDTHS[level])
                 width = WIDTHS[level]
-                if layout.attends and level == 2:
+                if layout.attends and layout.levels_attend and level == 2:
                     attention(layout.attention(part, level, n), width)
-            if level < 2 if encodes else level:
+            if level < layout.halvings if encodes else level > 2 - layout.halvings:
                 times = 4 if layout.adaptive and not encodes else 1
                 names.layer(layout.resample(part, level), times * width, width, 3, 3)
         for n, name in enumerate(layout.middles(part)):
@@ -122,7 +136,8 @@ def published(family, seed=0, channels=3):
                 block(name, WIDTHS[-1], WIDTHS[-1])
         names.norm(f"{part}.norm_out", width)
         side = 3 if not encodes or layout.biased else 1
-        names.layer(f"{part}.conv_out", layout.dim if encodes else channels, width, side, side)
+        out = layout.dim if encodes else channels * layout.stem**2
+        names.layer(f"{part}.conv_out", out, width, side, side)
     if layout.around:
         side = layout.around
         names.layer("quant_conv", layout.codes, layout.dim, side, side)
@@ -142,7 +157,7 @@ def codebook(family, names, layout):
             names.tensors[f"{base}.weight"] = names.tensors["quantizer.codebooks.0.weight"]
             names.add(f"{base}.cluster_size_ema", 40)
             names.add(f"{base}.embed_ema", 40, 16)
-    elif layout.around:
+    elif layout.around and layout.stem == 1:
         names.add("quantize.embedding.weight", 40, layout.codes, scale=1.0)
     if family == "var":
         for n in range(4):
@@ -188,7 +203,7 @@ class Oracle:
     def level(self, part, level, x):
         for n in range(self.layout.blocks[part == "decoder"]):
             x = self.block(self.layout.block(part, level, n), x)
-            if self.layout.attends and level == 2:
+            if self.layout.attends and self.layout.levels_attend and level == 2:
                 x = self.attend(self.layout.attention(part, level, n), x)
         return x
 
@@ -198,10 +213,15 @@ class Oracle:
         return x
 
     def latents(self, images):
-        x = self.conv("encoder.conv_in", images if self.layout.unit else 2 * images - 1)
+        x = images if self.layout.unit else 2 * images - 1
+        for _ in range(self.layout.stem // 2):
+            # Rows of means and differences of four pixels, of all channels one after the other.
+            x = F.conv2d(x.flatten(0, 1)[:, None], HAAR[:, None] / 4, stride=2)
+            x = x.unflatten(0, (len(images), -1)).transpose(1, 2).flatten(1, 2)
+        x = self.conv("encoder.conv_in", x)
         for level in range(3):
             x = self.level("encoder", level, x)
-            if level < 2:
+            if level < self.layout.halvings:
                 name = self.layout.resample("encoder", level)
                 x = x if self.layout.centered else F.pad(x, (0, 1, 0, 1))
                 x = self.conv(name, x, int(self.layout.centered), 2)
@@ -221,6 +241,8 @@ class Oracle:
         table = self.p.get("quantize.embedding.weight")
         if self.family == "var":
             return self.scales(z)
+        if self.layout.stem > 1:
+            return self.rounded(z)
         if self.family == "gumbel":
             ids = self.conv("quantize.proj", z).flatten(2).argmax(dim=1)
             vectors = self.p["quantize.embed.weight"][ids]
@@ -243,6 +265,14 @@ class Oracle:
             ids = torch.cdist(rows, table).argmin(-1)
             vectors = table[ids]
         return ids[..., None], vectors.transpose(1, 2).reshape(z.shape)
+
+    def rounded(self, z):
+        levels = torch.tensor([8, 8, 8, 5, 5, 5])[:, None, None]
+        reach, offset = (levels - 1).double() * 1.001 / 2, (levels % 2 == 0) / 2
+        digits = ((z + (offset / reach).atanh()).tanh() * reach - offset).round()
+        places = torch.tensor([1, 8, 64, 512, 2560, 12800])[:, None, None]
+        ids = ((digits + levels // 2) * places).sum(1).long()
+        return ids.flatten(1)[..., None], digits / (levels // 2)
 
     def scales(self, z):
         table, left, ids = self.p["quantize.embedding.weight"], z, []
@@ -274,7 +304,7 @@ class Oracle:
                 )
                 x = F.group_norm(x, 32, eps=1e-6) * scale + shift
             x = self.level("decoder", level, x)
-            if level:
+            if level > 2 - self.layout.halvings:
                 name = self.layout.resample("decoder", level)
                 if self.layout.adaptive:
                     y = self.conv(name, x)
@@ -284,6 +314,10 @@ class Oracle:
                 else:
                     x = self.conv(name, F.interpolate(x, scale_factor=2.0, mode="nearest"))
         x = self.conv("decoder.conv_out", F.silu(self.norm("decoder.norm_out", x)))
+        for _ in range(self.layout.stem // 2):
+            bands = x.unflatten(1, (4, -1)).transpose(1, 2).flatten(0, 1)
+            x = F.conv_transpose2d(bands, HAAR[:, None], stride=2).unflatten(0, (len(codes), -1))
+            x = x.squeeze(2)
         return 2 * x - 1 if self.layout.unit else x
 
 
@@ -299,10 +333,10 @@ def imported(source, tensors, path, **more):
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_ids_and_pictures_are_the_published_ones(family, tmp_path, capsys):
     tensors, source = published(family), SOURCES.get(family, family)
-    side = 64 if family == "var" else 32
+    side = 64 if family in ("var", "cosmos_di16") else 32
     tok, oracle = imported("auto", tensors, tmp_path, image_size=side), Oracle(family, tensors)
     assert f"source=auto: {source}, for" in capsys.readouterr().out
-    for size in [(side, side)] + [(16, 24)] * (family != "var"):
+    for size in [(side, side)] + [LAYOUTS[family].other] * (family != "var"):
         images, sized = pictures(*size), tok.at(size)
         ids, codes = oracle.codes(images.double())
         assert torch.equal(sized.tokenize(images), ids) and ids.unique().numel() > 8
@@ -372,6 +406,62 @@ def test_a_folder_of_hugging_face_and_the_license(tmp_path):
     assert torch.equal(vistok.load(out).tokenize(pictures(32, 32)), ids)
     assert '"license": "DeepSeek Model License"' in (out / "config.json").read_text()
     assert "DeepSeek Model License" in (out / "README.md").read_text()
+
+
+class Scripted(torch.nn.Module):
+    """A module with given tensors, which returns what it gets."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        for name, value in tensors.items():
+            *places, end = name.split(".")
+            module = self
+            for place in places:
+                if place not in module._modules:
+                    module.add_module(place, torch.nn.Module())
+                module = module._modules[place]
+            module.register_buffer(end, value)
+
+    def forward(self, x):
+        return x + 1
+
+
+def test_a_script_gives_its_tensors_and_none_of_its_code_runs(tmp_path, monkeypatch):
+    tensors = {k: v.bfloat16() for k, v in published("cosmos").items()}
+    kept = {"quantizer._levels": torch.tensor([8, 8, 8, 5, 5, 5]), "empty.wavelets": torch.ones(0)}
+    script = torch.jit.trace(Scripted({**tensors, **kept}), torch.ones(1))
+    path = tmp_path / "autoencoder.jit"
+    torch.jit.save(script, path)
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("ran the file's code"))
+    found = read_released(path).left
+    assert found.keys() == tensors.keys() | kept.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    del kept["empty.wavelets"]
+    torch.jit.save(torch.jit.trace(Scripted({**tensors, **kept}), torch.ones(1)), path)
+    tok = vistok.load(import_weights("auto", path, tmp_path / "out", image_size=32))
+    ids, _ = Oracle("cosmos", tensors).codes(pictures(32, 32).double())
+    assert torch.equal(tok.tokenize(pictures(32, 32)), ids)
+
+
+def test_a_script_that_is_more_than_modules_is_refused(tmp_path):
+    path = tmp_path / "evil.jit"
+
+    def fails(content, compression=zipfile.ZIP_STORED):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            archive.writestr("evil/constants.pkl", b"")
+            archive.writestr("evil/data.pkl", content)
+        with pytest.raises(CheckpointError) as caught:
+            import_weights("cosmos", path, tmp_path / "out")
+        assert not (tmp_path / "ran").exists() and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    touch = pickle.dumps(functools.partial(os.mkdir, str(tmp_path / "ran")))
+    call = b"cos\nmkdir\n(S'" + str(tmp_path / "ran").encode() + b"'\ntR."
+    for code in (touch, call):
+        assert "refused; it contains more than tensors" in fails(code)
+    assert "or is damaged" in fails(b"not a pickle")
+    assert "is compressed" in fails(call, zipfile.ZIP_DEFLATED)
+    assert "not a plain state_dict" in fails(pickle.dumps({}))
 
 
 def test_what_is_not_as_it_says_is_refused_with_the_nearest_family(tmp_path):
