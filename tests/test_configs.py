@@ -49,6 +49,7 @@ PARAMETERS = {
     "titok_l32": (604, 620),
     "vqgan_f16": (60, 90),
     "autoencoder_f8": (83, 85),  # published: 84
+    "emu3": (270.6, 270.9),  # transformers' class: 270.740
     "cosmos_di8": (78.9, 79.1),  # the released class: 79.004
     "cosmos_di16": (83.6, 83.8),  # the released class: 83.724
     # TiTok-BL and 0.9 M for the text.

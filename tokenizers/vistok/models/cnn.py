@@ -28,6 +28,7 @@ from vistok.nn.conv import (
     SpatialAttention,
     Upsample,
     group_norm,
+    norm_of,
 )
 from vistok.nn.data_init import (
     chunks,
@@ -46,16 +47,19 @@ Levels = bool | Annotated[Sequence[int], filled_list(Index, "a list of levels, 0
 
 
 class _Layers:
-    """Makes the layers of one CNN, all with norms of so many groups."""
+    """Makes the layers of one CNN, all with norms of so many groups, or set by so wide latents."""
 
-    def __init__(self, block: Block, groups: int | None) -> None:
+    def __init__(self, block: Block, groups: int | None, latents: int | None = None) -> None:
         kinds: dict[str, Callable[..., nn.Module]] = {
             "biased": ResBlock,
             "unbiased": partial(ResBlock, bias=False),
             "output_skip": OutputSkipBlock,
         }
-        self.block: Callable[[int, int], nn.Module] = partial(kinds[block], groups=groups)
-        self.attention = partial(SpatialAttention, groups=groups)
+        if latents is not None and block == "output_skip":
+            raise ArgumentError("spatial_norm=true: block=output_skip has no such norms")
+        norms = {"groups": groups} | ({} if latents is None else {"latent_channels": latents})
+        self.block: Callable[[int, int], nn.Module] = partial(kinds[block], **norms)
+        self.attention = partial(SpatialAttention, **norms)
 
     def middle(self, width: int, count: int, attention: bool) -> list[nn.Module]:
         """Return the layers at the lowest resolution."""
@@ -269,6 +273,11 @@ def offer_level(taps: Taps, level: int, maps: Tensor) -> None:
         taps.offer(f"level.{level}", maps.flatten(2).transpose(1, 2))
 
 
+def _run(layer: nn.Module, x: Tensor, latents: Tensor) -> Tensor:
+    """Return what a layer makes of maps, given latents if it takes them."""
+    return layer(x, latents) if getattr(layer, "takes_latents", False) else layer(x)
+
+
 _ROWS = 20000  # pixels that the last layer is fitted to
 
 
@@ -299,6 +308,7 @@ class CNNDecoder(Decoder):
         norm_groups: the encoder's.
         stem_kind: the encoder's.
         halvings: the encoder's: so many levels end in a doubling, the coarsest first.
+        spatial_norm: the latents set all norms, place by place; see `SpatialNorm` (Emu3).
     """
 
     def __init__(
@@ -322,6 +332,7 @@ class CNNDecoder(Decoder):
         norm_groups: Count | None = None,
         stem_kind: Stem = "squares",
         halvings: Index | None = None,
+        spatial_norm: bool = False,
     ) -> None:
         super().__init__()
         check_values(CNNDecoder, locals())
@@ -333,7 +344,8 @@ class CNNDecoder(Decoder):
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         self.unit_range = unit_range
-        make, width = _Layers(block, norm_groups), self.widths[-1]
+        latents = latent_dim if spatial_norm else None
+        make, width = _Layers(block, norm_groups, latents), self.widths[-1]
         attends = _attending(attention, level_attention, last)
         self.latent_conv = (
             None if latent_kernel is None else _conv(latent_dim, latent_dim, latent_kernel)
@@ -354,7 +366,8 @@ class CNNDecoder(Decoder):
             if level > last - self.halvings:
                 layers.append((Upsample if upsample == "nearest" else DepthToSpace)(width))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width, groups=norm_groups)
+        self.norm_out = norm_of(width, norm_groups, latents)
+        self.spatial_norm = spatial_norm
         self.conv_out = nn.Conv2d(width, channels * stem * stem, 3, padding=1)
 
     def reconstruct(
@@ -372,16 +385,17 @@ class CNNDecoder(Decoder):
 
     def features(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Return what the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
-        latents = quantized.transpose(1, 2).unflatten(2, self.grid)
-        x = self.conv_in(self._mixed(latents))
+        x, latents = self._mixed(quantized.transpose(1, 2).unflatten(2, self.grid))
+        x = self.conv_in(x)
         for number, layer in enumerate(self.layers):
-            x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
+            x = _run(layer, x, latents)
             if number in self.ends:
                 offer_level(taps, self.ends[number], x)
-        return F.silu(self.norm_out(x))
+        return F.silu(self.norm_out(x, latents) if self.spatial_norm else self.norm_out(x))
 
-    def _mixed(self, latents: Tensor) -> Tensor:
-        return latents if self.latent_conv is None else self.latent_conv(latents)
+    def _mixed(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the first convolution sees of latents, and what norms do."""
+        return (latents if self.latent_conv is None else self.latent_conv(latents)), latents
 
     def at(self, image_size: tuple[int, int]) -> CNNDecoder:
         """Return the same decoder, weights and all, for images of another size."""
@@ -404,7 +418,7 @@ class CNNDecoder(Decoder):
         latents = quantized[:few].transpose(1, 2).unflatten(2, self.grid)
         if self.latent_conv is not None:
             start_conv_(self.latent_conv, latents)
-        x = self._mixed(latents)
+        x, latents = self._mixed(latents)
         start_conv_(self.conv_in, x)
         x = self.conv_in(x)
         for layer in self.layers:
@@ -412,7 +426,7 @@ class CNNDecoder(Decoder):
             if isinstance(layer, (Upsample, DepthToSpace)):
                 factor = images.shape[2] // (2 * x.shape[2])
                 start_upsampling_(layer, x, F.pixel_unshuffle(images[:few], factor))
-            x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
+            x = _run(layer, x, latents)
         rows, targets = [], []
         # A few images are enough.
         for chunk, latents in chunks(images[:64], quantized[:64], most=8):
