@@ -75,7 +75,9 @@ def test_a_step_reaches_every_weight_and_the_statistics_of_norms():
     images = torch.rand(2, 3, 64, 96) * 2 - 1
     before = tokenizer.encoder.blocks[0].norm1.running_mean.clone()
     output: TokenizerOutput = tokenizer.train()(images)
-    (output.predictions["image"].value.square().mean() + sum(output.quantizer.losses.values())).backward()
+    (
+        output.predictions["image"].value.square().mean() + sum(output.quantizer.losses.values())
+    ).backward()
     assert output.predictions["image"].value.shape == images.shape
     # The first frame sees zeros alone where earlier ones would be.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())

@@ -476,10 +476,25 @@ def test_what_is_not_as_it_says_is_refused_with_the_nearest_family(tmp_path):
     assert "'stranger' has no place" in fails({**good, "stranger": torch.zeros(1)})
     assert "it looks like source=llamagen" in fails(good, source="vqgan")
     assert "it looks like source=var" in fails(published("var"), source="vqgan")
-    missing = {k: v for k, v in good.items() if "mid.2.conv1" not in k}
-    assert "conv1.weight' is missing (and 3 more)" in fails(missing)
+    strange = {k.replace("mid.2.conv1", "mid.2.conv9"): v for k, v in good.items()}
+    said = fails(strange)
+    left = [f"'{p}.mid.2.conv9.{k}'" for p in ("decoder", "encoder") for k in ("bias", "weight")]
+    missing = [f"'{p}.mid.2.conv1.{k}'" for p in ("encoder", "decoder") for k in ("bias", "weight")]
+    assert f"missing {', '.join(missing)}; without a place {', '.join(left)}" in said
+    assert "it looks like" not in said  # no other family is nearer
+    del strange["encoder.mid.2.norm2.bias"]
+    assert "missing 'encoder.mid.2.norm2.bias', 'encoder.mid.2.conv1" in fails(strange, "auto")
+    unmarked = {k: v for k, v in good.items() if not k.startswith("quant_conv")}
+    said = "the nearest is source=llamagen: missing 'quant_conv.weight', 'quant_conv.bias'"
+    assert said in fails(unmarked, "auto")
+    assert "'encoder.mid.2.norm2.bias', 'encoder.mid.2.conv1.weight'" in fails(strange)
     renamed = {f"stranger.{k}": v for k, v in good.items()}
-    assert "no known family takes all tensors; the nearest is" in fails(renamed, source="auto")
+    assert "takes all tensors, and none is near" in fails(renamed, source="auto")
+    assert "no family is near" in fails(renamed)
+    # Of an importer that cannot go on, what it has found so far.
+    said = fails(published("ibq"), source="titok")
+    assert "missing 'encoder.patch_embed.weight', 'encoder.positional_embedding'" in said
+    assert "; not come to 'decoder.conv_in.bias', " in said and "it looks like source=ibq" in said
 
 
 @pytest.mark.slow

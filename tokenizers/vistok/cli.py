@@ -93,6 +93,13 @@ def _export(argv: list[str]) -> None:
 
     import_plugins(config.plugins)
     words = (config.weights, config.overwrite, config.license, config.push)
+    if config.layout is not None:
+        from vistok.export.original import export_original
+
+        if config.push is not None or config.license is not None:
+            raise ConfigError(f"layout={config.layout}: without push and license, which are ours")
+        export_original(Path(config.run), Path(config.out), config.layout, *words[:2])
+        return
     export_run(Path(config.run), Path(config.out), *words)
 
 

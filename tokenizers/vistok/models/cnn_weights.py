@@ -19,6 +19,7 @@ from vistok.core.released_weights import Published, inside
 State = dict[str, Tensor]
 
 _ATTENTION = ("q.weight", "qkv.weight")
+_BLOCK = ("norm1", "conv1", "norm2", "conv2")
 
 
 def cnn_encoder(published: Published, prefix: str = "encoder") -> tuple[dict[str, Any], State]:
@@ -185,9 +186,28 @@ class _Part:
             return "biased"
         return "output_skip" if self.blocks == "res_blocks" else "unbiased"
 
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """Return the parts that a block or attention must have, and one that it may; else none."""
+        if self._attends(name):
+            fused = f"{name}.qkv.weight" in self.published.left
+            return ("norm", *(("qkv",) if fused else "qkv"), "proj_out")
+        if any(self._has(f"{name}.{part}") for part in _BLOCK):
+            return (*_BLOCK, *["nin_shortcut"] * self._has(f"{name}.nin_shortcut"))
+        return ()
+
     def take(self, layers: list[tuple[str, str]]) -> State:
         """Take the tensors of layers, under the names that they have in ours."""
-        names = {name: f"layers.{n}{end}" for n, (name, end) in enumerate(layers)}
+        names, biases = {}, []
+        for n, (name, end) in enumerate(layers):
+            parts, ours = self._parts(name), f"layers.{n}{end}"
+            names |= {f"{name}.{part}": f"{ours}.{part}" for part in parts} or {name: ours}
+            for part in parts:
+                place, always = f"{name}.{part}", not part.startswith(("conv", "nin"))
+                plain = f"{place}.weight" in self.published.left or not self._has(place)
+                if plain and (always or self._block() == "biased"):
+                    biases.append(f"{place}.bias")
+        for name in biases:  # the weights are asked for as parts are moved
+            self.published.shape(name)
         moved = self.published.move(names)
         renamed = (("nin_shortcut", "skip"), ("gamma", "scale"), ("beta", "shift"))
         for theirs, ours in (*renamed, ("proj_out", "proj")):
