@@ -144,7 +144,7 @@ def export_help() -> None:
         "run=": "a run folder or a checkpoint",
         "out=": "folder to write, for example exported/my_tokenizer",
         "weights=ema": "ema (averaged) or last",
-        "layout=": f"files for the code of {', '.join(_named('exporter'))} in place of ours",
+        "layout=": f"files for the original's code instead: {', '.join(_named('exporter'))}",
         "license=": "of the weights, for the card, such as apache-2.0",
         "push=": "owner/name: also upload it to the Hugging Face Hub",
         "overwrite=false": "true: replace an export",
