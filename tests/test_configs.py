@@ -47,6 +47,9 @@ PARAMETERS = {
     "titok_l32": (604, 620),
     "vqgan_f16": (60, 90),
     "autoencoder_f8": (83, 85),  # published: 84
+    "emu3": (270.6, 270.9),  # transformers' class: 270.740
+    "cosmos_di8": (78.9, 79.1),  # the released class: 79.004
+    "cosmos_di16": (83.6, 83.8),  # the released class: 83.724
     # TiTok-BL and 0.9 M for the text.
     "ta_titok_bl32": (387, 400),
     "ta_titok_bl64": (387, 400),
@@ -80,6 +83,8 @@ TOKENS = {
     "titok_l32": 32,
     "vqgan_f16": 256,
     "autoencoder_f8": 1024,
+    "cosmos_di8": 1024,
+    "cosmos_di16": 256,
     "ta_titok_bl32": 32,
     "ta_titok_bl64": 64,
     "ta_titok_bl128": 128,

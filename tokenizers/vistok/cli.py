@@ -92,6 +92,16 @@ def _export(argv: list[str]) -> None:
         from vistok.export.exporter import export_run
 
     import_plugins(config.plugins)
+    if config.layout is not None:
+        from vistok.export.original import export_original
+
+        for key in ("push", "license", "graphs"):
+            if config[key] is not None:
+                raise ConfigError(f"{key}={config[key]}: layout={config.layout} is without; leave it out")
+        export_original(
+            Path(config.run), Path(config.out), config.layout, config.weights, config.overwrite
+        )
+        return
     graphs = [config.graphs] if isinstance(config.graphs, str) else list(config.graphs or ())
     words = (config.weights, config.overwrite, config.license, config.push, graphs)
     export_run(Path(config.run), Path(config.out), *words)

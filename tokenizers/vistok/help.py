@@ -24,8 +24,6 @@ _FIRST = ("experiment", "tokenizer", "quantizer", "loss", "stage", "data", "logg
 #: How many experiments `train --help` describes.
 _DESCRIBED = 3
 
-_IMPORTER = r'@register\("(\w+)", kind="importer"\)'
-
 
 def overview() -> None:
     """Print `vistok --help`."""
@@ -146,6 +144,7 @@ def export_help() -> None:
         "run=": "a run folder or a checkpoint",
         "out=": "folder to write, for example exported/my_tokenizer",
         "weights=ema": "ema (averaged) or last",
+        "layout=": f"files for the original's code instead: {', '.join(_named('exporter'))}",
         "license=": "of the weights, for the card, such as apache-2.0",
         "push=": "owner/name: also upload it to the Hugging Face Hub",
         "overwrite=false": "true: replace an export",
@@ -183,7 +182,7 @@ def import_help() -> None:
     """Print `import_weights.py --help`."""
     program = typed("import-weights")
     keys = {
-        "source=": ", ".join(["auto", *_importers()]),
+        "source=": ", ".join(["auto", *_named("importer")]),
         "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
         "out=": "folder to write, for example exported/my_tokenizer",
         "image_size=": "for weights that take any size (published: 256)",
@@ -200,10 +199,11 @@ def import_help() -> None:
     )
 
 
-def _importers() -> list[str]:
-    """Return the names of the importers, read off their sources: importing them takes torch."""
+def _named(kind: str) -> list[str]:
+    """Return the names of importers or exporters, read off their sources, which take torch."""
+    pattern = rf'@register\("(\w+)", kind="{kind}"\)'
     sources = (Path(__file__).parent / "systems").rglob("*.py")
-    return sorted(n for p in sources for n in re.findall(_IMPORTER, p.read_text("utf-8")))
+    return sorted(n for p in sources for n in re.findall(pattern, p.read_text("utf-8")))
 
 
 def list_help() -> None:

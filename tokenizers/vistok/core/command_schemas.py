@@ -33,6 +33,7 @@ EXPORT: dict[str, dict[str, Any]] = {
         "run": str,
         "out": str,
         "weights": Literal["ema", "last"],
+        "layout": str | None,
         "license": str | None,
         "push": str | None,
         "graphs": or_null(Names),

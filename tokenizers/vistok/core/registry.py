@@ -16,6 +16,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 _ARTICLES = {
     "part": "a part",
     "importer": "an importer",
+    "exporter": "an exporter",
     "stage": "a stage",
     "task": "a task",
     "metric": "a metric",
@@ -54,7 +55,8 @@ def register(given: Any, kind: str = "part") -> Any:
     Args:
         given: a name, or the class itself.
         kind: "part" for the classes that a config builds, "importer" for functions that convert
-            released weights, "stage", "task" or "metric". Each kind has names of its own.
+            released weights, "exporter" for those that do the reverse, "stage", "task" or "metric".
+            Each kind has names of its own.
 
     Raises:
         ConfigError: if the name is taken, or the class has another one.

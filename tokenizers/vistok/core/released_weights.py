@@ -7,7 +7,7 @@ that is missing or left over is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -41,6 +41,8 @@ class Published:
         tensors: by their published names.
         metadata: what a safetensors file says of itself.
         source: the name of the importer that reads them, for errors.
+        lenient: go on without a tensor that is missing, to find all of these: `missing` lists them,
+            and single zeros stand for them, so that an importer may or may not come to its end.
     """
 
     def __init__(
@@ -48,8 +50,11 @@ class Published:
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, str] | None = None,
         source: str = "",
+        lenient: bool = False,
     ) -> None:
         self.source = source
+        self.lenient = lenient
+        self.missing: list[str] = []
         self.left = dict(tensors)
         self.metadata = dict(metadata or {})
 
@@ -60,7 +65,7 @@ class Published:
             CheckpointError: if there is none.
         """
         self.shape(name)
-        return self.left.pop(name).detach().float()
+        return self.left.pop(name, torch.zeros([1] * 4)).detach().float()
 
     def shape(self, name: str) -> torch.Size:
         """The shape of the tensor `name`, which stays.
@@ -68,9 +73,12 @@ class Published:
         Raises:
             CheckpointError: if there is none.
         """
-        if name not in self.left:
+        if name in self.left:
+            return self.left[name].shape
+        if not self.lenient:
             raise self.misfit(f"'{name}' is missing")
-        return self.left[name].shape
+        self.missing += [name] * (name not in self.missing)
+        return torch.Size([1] * 4)
 
     def move(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """All tensors of some parts, `{theirs: ours}`, under our names."""
@@ -88,9 +96,9 @@ class Published:
             for name in names
         )
 
-    def copy(self) -> Published:
+    def copy(self, lenient: bool = False) -> Published:
         """Return another one with the same tensors, to try something on."""
-        return Published(self.left, self.metadata, self.source)
+        return Published(self.left, self.metadata, self.source, lenient)
 
     def drop(self, *prefixes: str) -> None:
         """Leave out tensors that are known and not needed, such as those of a loss."""
@@ -132,6 +140,14 @@ class Published:
         return CheckpointError(
             f"the file does not look like weights of source={self.source}: {found}"
         )
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names, quoted, and how many more there are."""
+    names = list(names)
+    more = len(names) - most
+    text = ", ".join(f"'{name}'" for name in names[:most]) or "none"
+    return f"{text} (and {more} more)" if more > 0 else text
 
 
 def recognized(why: str, test: Callable[[Published], bool]) -> Callable[[Importer], Importer]:

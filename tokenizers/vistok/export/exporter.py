@@ -71,8 +71,8 @@ def export_run(
     return out
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Check that an export may be written to `out`.
+def check_out(out: Path, overwrite: bool, file: str = "model.safetensors") -> None:
+    """Check that an export, which has a file of its weights, may be written to `out`.
 
     Raises:
         ConfigError: if `out` is there already and `overwrite` is off, or is not an export.
@@ -80,7 +80,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     if out.exists():
         if not overwrite:
             raise ConfigError(f"out={out}: already exists; use overwrite=true or another folder")
-        if not (out / "model.safetensors").exists():
+        if not (out / file).exists():
             raise ConfigError(f"out={out}: not an export, so it is not overwritten")
 
 

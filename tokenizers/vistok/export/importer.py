@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vistok.checkpoints.load import load_weights
 from vistok.core.errors import CheckpointError
 from vistok.core.registry import resolve
+from vistok.core.released_weights import Published, listed
 from vistok.export.exporter import check_out, place_export
-from vistok.export.recognize import family_of, recognize
+from vistok.export.recognize import misfits, nearest_family, recognize
 from vistok.export.released_files import read_released
 from vistok.models.build import build_tokenizer
+from vistok.models.tokenizer import Tokenizer
 
 #: What a released file does not have, for only training needs it.
 _FRESH = re.compile(
@@ -51,13 +54,41 @@ def import_weights(
         resolve(source, kind="importer", key="source")
     check_out(out, overwrite)
     published = read_released(weights, source)
+    untouched = published.copy()
     try:
         if source == "auto":
             source = recognize(published)
-        released = resolve(source, kind="importer", key="source")(published, image_size)
-        published.finish()
+        tokenizer, config = imported_tokenizer(published, source, image_size)
     except CheckpointError as error:
-        raise CheckpointError(f"{weights}: {error}{_hint(weights, source)}") from error
+        raise CheckpointError(f"{weights}: {error}{_reasons(untouched, source)}") from error
+    license = config["released"]["license"]
+    place_export(tokenizer, config, out, {}, None if license == "unknown" else license)
+    print(
+        f"imported {weights} to {out} (source={source}, license: {license})\n"
+        f"  {type(tokenizer).__name__}, {tokenizer.num_tokens} tokens per image of "
+        f"{tokenizer.image_size[0]}x{tokenizer.image_size[1]}\n"
+        f'  python: vistok.load("{out}")'
+    )
+    return out
+
+
+def imported_tokenizer(
+    published: Published,
+    source: str,
+    image_size: int | Sequence[int] | None = None,
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the tokenizer of released weights, for evaluation, and its config.
+
+    Args:
+        published: the tensors; all are taken.
+        source: the name of a registered importer.
+        image_size: see `import_weights`.
+
+    Raises:
+        CheckpointError: if they are other weights.
+    """
+    released = resolve(source, kind="importer", key="source")(published, image_size)
+    published.finish()
     config = {
         "tokenizer": released.tokenizer,
         "quantizer": released.quantizer,
@@ -70,19 +101,23 @@ def import_weights(
     }
     tokenizer = build_tokenizer(config).eval()
     fresh = {k: v for k, v in tokenizer.state_dict().items() if _FRESH.fullmatch(k)}
-    load_weights(tokenizer, fresh | released.state, str(weights))
-    license = None if released.license == "unknown" else released.license
-    place_export(tokenizer, config, out, {}, license)
-    print(
-        f"imported {weights} to {out} (source={source}, license: {released.license})\n"
-        f"  {type(tokenizer).__name__}, {tokenizer.num_tokens} tokens per image of "
-        f"{tokenizer.image_size[0]}x{tokenizer.image_size[1]}\n"
-        f'  python: vistok.load("{out}")'
-    )
-    return out
+    state = fresh | released.state
+    if strange := state.keys() ^ tokenizer.state_dict().keys():
+        missing, left = sorted(strange - state.keys()), sorted(strange & state.keys())
+        raise published.misfit(
+            f"by our names, missing {listed(missing)}; without a place {listed(left)}"
+        )
+    load_weights(tokenizer, state, f"source={source}")
+    return tokenizer, config
 
 
-def _hint(weights: Path, source: str) -> str:
-    """Return which family a file is of, if it is another than `source`."""
-    family = None if source == "auto" else family_of(read_released(weights))
-    return f"; it looks like source={family}" if family not in (None, source) else ""
+def _reasons(published: Published, source: str) -> str:
+    """Return what is missing and left over of a file for `source`, and its nearest family."""
+    if source == "auto":
+        return ""  # the error has it
+    found = misfits(published, resolve(source, kind="importer"))
+    family = nearest_family(published)
+    text = f"; {found}" if found.missing or found.left else ""
+    if family is None:
+        return f"{text}; no family is near"
+    return text + ("" if family == source else f"; it looks like source={family}")

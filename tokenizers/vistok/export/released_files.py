@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vistok.core.errors import CheckpointError
 from vistok.core.released_weights import Published
+from vistok.export.torchscript import is_torchscript, read_torchscript
 
 #: Where training checkpoints keep weights, the averaged ones first.
 _WEIGHTS = ("ema", "state_dict_ema", "ema_state_dict", "model", "state_dict")
@@ -28,13 +30,17 @@ _HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
+#: What reading a damaged file may raise.
+_DAMAGED = (OSError, RuntimeError, EOFError, SafetensorError, ValueError, LookupError, TypeError)
+
+
 def read_released(path: Path, source: str = "") -> Published:
     """Return the tensors of a file or folder by their published names. No code in it is run.
 
     Args:
-        path: a `.safetensors` file, one of `torch.save`, or a folder of Hugging Face with
-            `model.safetensors` or its index. Of a training checkpoint the averaged weights are
-            taken, if it has some.
+        path: a `.safetensors` file, one of `torch.save` or `torch.jit.save`, or a folder of
+            Hugging Face with `model.safetensors` or its index. Of a training checkpoint the
+            averaged weights are taken, if it has some.
         source: the importer's name, for errors.
 
     Raises:
@@ -49,7 +55,7 @@ def read_released(path: Path, source: str = "") -> Published:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
             return Published(load_file(path), metadata, source)
-        content = _load_pickle(path)
+        content = read_torchscript(path) if is_torchscript(path) else _load_pickle(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"weights={path}: refused; it contains more than tensors and plain values, or is "

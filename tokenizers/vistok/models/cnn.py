@@ -28,6 +28,7 @@ from vistok.nn.conv import (
     SpatialAttention,
     Upsample,
     group_norm,
+    norm_of,
 )
 from vistok.nn.data_init import (
     chunks,
@@ -37,23 +38,28 @@ from vistok.nn.data_init import (
     start_conv_,
     start_upsampling_,
 )
+from vistok.nn.patches import fold, haar, unfold_haar
 
 Block = Literal["biased", "unbiased", "output_skip"]
 Side = Annotated[int, whole(1)]  # of a convolution; odd
+Stem = Literal["squares", "haar"]
 Levels = bool | Annotated[Sequence[int], filled_list(Index, "a list of levels, 0 or more")]
 
 
 class _Layers:
-    """Makes the layers of one CNN, all with norms of so many groups."""
+    """Makes the layers of one CNN, all with norms of so many groups, or set by so wide latents."""
 
-    def __init__(self, block: Block, groups: int | None) -> None:
+    def __init__(self, block: Block, groups: int | None, latents: int | None = None) -> None:
         kinds: dict[str, Callable[..., nn.Module]] = {
             "biased": ResBlock,
             "unbiased": partial(ResBlock, bias=False),
             "output_skip": OutputSkipBlock,
         }
-        self.block: Callable[[int, int], nn.Module] = partial(kinds[block], groups=groups)
-        self.attention = partial(SpatialAttention, groups=groups)
+        if latents is not None and block == "output_skip":
+            raise ArgumentError("spatial_norm=true: block=output_skip has no such norms")
+        norms = {"groups": groups} | ({} if latents is None else {"latent_channels": latents})
+        self.block: Callable[[int, int], nn.Module] = partial(kinds[block], **norms)
+        self.attention = partial(SpatialAttention, **norms)
 
     def middle(self, width: int, count: int, attention: bool) -> list[nn.Module]:
         """Return the layers at the lowest resolution."""
@@ -68,7 +74,7 @@ class CNNEncoder(Encoder):
     """Residual blocks with a halving between levels; one latent per cell of the last grid.
 
     VQGAN (Esser et al. 2021, https://arxiv.org/abs/2012.09841). The downsampling factor is
-    `stem * 2 ** (len(channel_multipliers) - 1)`.
+    `stem * 2 ** halvings`.
 
     Args:
         image_size: side in pixels, or (H, W), multiples of the downsampling factor.
@@ -96,6 +102,9 @@ class CNNEncoder(Encoder):
         unit_range: the weights know images in [0, 1].
         norm_groups: groups of all norms, 32 in published networks; None for up to 32 that divide
             the channels into two or more each.
+        stem_kind: what the stem folds into channels: "squares" of pixels, or their "haar" wavelets
+            (Cosmos, https://arxiv.org/abs/2501.03575), of a `stem` that is a power of 2.
+        halvings: levels that end in a halving, the finest first; None for all but the last.
     """
 
     def __init__(
@@ -116,16 +125,19 @@ class CNNEncoder(Encoder):
         latent_kernel: Side | None = None,
         unit_range: bool = False,
         norm_groups: Count | None = None,
+        stem_kind: Stem = "squares",
+        halvings: Index | None = None,
     ) -> None:
         super().__init__()
         check_values(CNNEncoder, locals())
         make = _Layers(block, norm_groups)
         self.unit_range = unit_range
-        factor = stem * 2 ** (len(channel_multipliers) - 1)
-        grid = grid_of(image_size, factor)
+        last = len(channel_multipliers) - 1
+        self.halvings = _halvings(halvings, last)
+        self.stem, self.stem_kind = _stem(stem, stem_kind), stem_kind
+        grid = grid_of(image_size, stem * 2**self.halvings)
         self.grid: tuple[int, int] = grid  # type: ignore[assignment]
         self.num_tokens = grid[0] * grid[1]
-        self.stem = stem
         self.conv_in = nn.Conv2d(
             channels * stem * stem, base_channels, 3, padding=1, bias=block == "biased"
         )
@@ -133,7 +145,6 @@ class CNNEncoder(Encoder):
         self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         layers: list[nn.Module] = []
         width = base_channels
-        last = len(channel_multipliers) - 1
         attends = _attending(attention, level_attention, last)
         for level in range(last + 1):
             for _ in range(num_res_blocks):
@@ -142,7 +153,7 @@ class CNNEncoder(Encoder):
                 if level in attends:
                     layers.append(make.attention(width))
             self.ends[len(layers) - 1] = level
-            if level < last:
+            if level < self.halvings:
                 layers.append(Downsample(width, padding == "centered"))
         self.layers = nn.Sequential(*layers, *make.middle(width, middle_blocks, attention))
         self.norm_out = group_norm(width, groups=norm_groups)
@@ -167,16 +178,18 @@ class CNNEncoder(Encoder):
     def at(self, image_size: tuple[int, int]) -> CNNEncoder:
         """Return the same encoder, weights and all, for images of another size."""
         other = copy.copy(self)
-        other.grid = grid_of(image_size, self.stem * 2 ** (len(self.widths) - 1))
+        other.grid = grid_of(image_size, self.stem * 2**self.halvings)
         other.num_tokens = other.grid[0] * other.grid[1]
         return other
 
     def _folded(self, images: Tensor) -> Tensor:
-        return _fold((images + 1) / 2 if self.unit_range else images, self.stem)
+        images = (images + 1) / 2 if self.unit_range else images
+        return _FOLDS[self.stem_kind](images, self.stem)
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the levels."""
-        return level_taps(self.widths, self.grid)
+        levels = range(len(self.widths))
+        return level_taps(self.widths, self.grid, [max(self.halvings - i, 0) for i in levels])
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -209,6 +222,25 @@ def _conv(channels_in: int, channels_out: int, side: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, side, padding=side // 2)
 
 
+def _halvings(halvings: int | None, last: int) -> int:
+    """Return how many levels end in a halving."""
+    if halvings is not None and halvings > last + 1:
+        raise ArgumentError(f"halvings={halvings}: there are {last + 1} levels")
+    return last if halvings is None else halvings
+
+
+def _stem(stem: int, kind: str) -> int:
+    """Return a stem that can be folded."""
+    if kind == "haar" and stem & (stem - 1):
+        raise ArgumentError(f"stem={stem}: wavelets need a power of 2")
+    return stem
+
+
+#: What a stem does to images, and its inverse.
+_FOLDS = {"squares": fold, "haar": haar}
+_UNFOLDS = {"squares": F.pixel_shuffle, "haar": unfold_haar}
+
+
 def _attending(attention: bool, level_attention: Levels, last: int) -> set[int]:
     """Return the levels with attention."""
     if not attention or level_attention is False:
@@ -219,15 +251,18 @@ def _attending(attention: bool, level_attention: Levels, last: int) -> set[int]:
     return levels
 
 
-def level_taps(widths: Sequence[int], coarsest: tuple[int, int]) -> dict[str, Tap]:
-    """Return the taps `level.{i}` of a CNN, each grid half of the one before.
+def level_taps(
+    widths: Sequence[int], coarsest: tuple[int, int], doublings: Sequence[int] | None = None
+) -> dict[str, Tap]:
+    """Return the taps `level.{i}` of a CNN.
 
     Args:
         widths: channels of each level, 0 the finest.
         coarsest: rows and columns of the last level.
+        doublings: from there to each level; None for grids that are each half of the one before.
     """
     rows, columns = coarsest
-    scales = [2 ** (len(widths) - 1 - level) for level in range(len(widths))]
+    scales = [2**n for n in doublings or reversed(range(len(widths)))]
     grids = [(rows * scale, columns * scale) for scale in scales]
     return {f"level.{i}": Tap(*level) for i, level in enumerate(zip(widths, grids, strict=True))}
 
@@ -238,12 +273,9 @@ def offer_level(taps: Taps, level: int, maps: Tensor) -> None:
         taps.offer(f"level.{level}", maps.flatten(2).transpose(1, 2))
 
 
-def _fold(images: Tensor, side: int) -> Tensor:
-    """Squares of `side` pixels of `(B, C, H, W)` as channels: `(B, C * side ** 2, ...)`."""
-    if images.shape[0] > 0:
-        return F.pixel_unshuffle(images, side) if side > 1 else images
-    _, channels, height, width = images.shape  # which torch 2.15 leaves as they are
-    return images.new_empty(0, channels * side * side, height // side, width // side)
+def _run(layer: nn.Module, x: Tensor, latents: Tensor) -> Tensor:
+    """Return what a layer makes of maps, given latents if it takes them."""
+    return layer(x, latents) if getattr(layer, "takes_latents", False) else layer(x)
 
 
 _ROWS = 20000  # pixels that the last layer is fitted to
@@ -274,6 +306,9 @@ class CNNDecoder(Decoder):
         unbiased_deviation: the deviations of adaptive norms have n - 1 in the denominator.
         unit_range: the encoder's.
         norm_groups: the encoder's.
+        stem_kind: the encoder's.
+        halvings: the encoder's: so many levels end in a doubling, the coarsest first.
+        spatial_norm: the latents set all norms, place by place; see `SpatialNorm` (Emu3).
     """
 
     def __init__(
@@ -295,20 +330,22 @@ class CNNDecoder(Decoder):
         unbiased_deviation: bool = False,
         unit_range: bool = False,
         norm_groups: Count | None = None,
+        stem_kind: Stem = "squares",
+        halvings: Index | None = None,
+        spatial_norm: bool = False,
     ) -> None:
         super().__init__()
         check_values(CNNDecoder, locals())
-        self.grid = grid_of(image_size, stem * 2 ** (len(channel_multipliers) - 1))
+        last = len(channel_multipliers) - 1
+        self.halvings = _halvings(halvings, last)
+        self.stem, self.stem_kind = _stem(stem, stem_kind), stem_kind
+        self.grid = grid_of(image_size, stem * 2**self.halvings)
         self.dim = latent_dim
-        self.stem = stem
         self.widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         self.unit_range = unit_range
-        make, last, width = (
-            _Layers(block, norm_groups),
-            len(channel_multipliers) - 1,
-            self.widths[-1],
-        )
+        latents = latent_dim if spatial_norm else None
+        make, width = _Layers(block, norm_groups, latents), self.widths[-1]
         attends = _attending(attention, level_attention, last)
         self.latent_conv = (
             None if latent_kernel is None else _conv(latent_dim, latent_dim, latent_kernel)
@@ -326,10 +363,11 @@ class CNNDecoder(Decoder):
                 if level in attends:
                     layers.append(make.attention(width))
             self.ends[len(layers) - 1] = level
-            if level:
+            if level > last - self.halvings:
                 layers.append((Upsample if upsample == "nearest" else DepthToSpace)(width))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width, groups=norm_groups)
+        self.norm_out = norm_of(width, norm_groups, latents)
+        self.spatial_norm = spatial_norm
         self.conv_out = nn.Conv2d(width, channels * stem * stem, 3, padding=1)
 
     def reconstruct(
@@ -342,31 +380,33 @@ class CNNDecoder(Decoder):
         """Images `(B, C, H, W)` from `(B, rows * columns, D)`; masked cells count as zero."""
         if mask is not None:
             quantized = quantized * mask[..., None]
-        x = F.pixel_shuffle(self.conv_out(self.features(quantized, taps)), self.stem)
+        x = _UNFOLDS[self.stem_kind](self.conv_out(self.features(quantized, taps)), self.stem)
         return 2 * x - 1 if self.unit_range else x
 
     def features(self, quantized: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Return what the last convolution sees: `(B, base_channels, H / stem, W / stem)`."""
-        latents = quantized.transpose(1, 2).unflatten(2, self.grid)
-        x = self.conv_in(self._mixed(latents))
+        x, latents = self._mixed(quantized.transpose(1, 2).unflatten(2, self.grid))
+        x = self.conv_in(x)
         for number, layer in enumerate(self.layers):
-            x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
+            x = _run(layer, x, latents)
             if number in self.ends:
                 offer_level(taps, self.ends[number], x)
-        return F.silu(self.norm_out(x))
+        return F.silu(self.norm_out(x, latents) if self.spatial_norm else self.norm_out(x))
 
-    def _mixed(self, latents: Tensor) -> Tensor:
-        return latents if self.latent_conv is None else self.latent_conv(latents)
+    def _mixed(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the first convolution sees of latents, and what norms do."""
+        return (latents if self.latent_conv is None else self.latent_conv(latents)), latents
 
     def at(self, image_size: tuple[int, int]) -> CNNDecoder:
         """Return the same decoder, weights and all, for images of another size."""
         other = copy.copy(self)
-        other.grid = grid_of(image_size, self.stem * 2 ** (len(self.widths) - 1))
+        other.grid = grid_of(image_size, self.stem * 2**self.halvings)
         return other
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the levels."""
-        return level_taps(self.widths, self.grid)
+        levels = reversed(range(len(self.widths)))
+        return level_taps(self.widths, self.grid, [min(self.halvings, i) for i in levels])
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
@@ -378,7 +418,7 @@ class CNNDecoder(Decoder):
         latents = quantized[:few].transpose(1, 2).unflatten(2, self.grid)
         if self.latent_conv is not None:
             start_conv_(self.latent_conv, latents)
-        x = self._mixed(latents)
+        x, latents = self._mixed(latents)
         start_conv_(self.conv_in, x)
         x = self.conv_in(x)
         for layer in self.layers:
@@ -386,14 +426,14 @@ class CNNDecoder(Decoder):
             if isinstance(layer, (Upsample, DepthToSpace)):
                 factor = images.shape[2] // (2 * x.shape[2])
                 start_upsampling_(layer, x, F.pixel_unshuffle(images[:few], factor))
-            x = layer(x, latents) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
+            x = _run(layer, x, latents)
         rows, targets = [], []
         # A few images are enough.
         for chunk, latents in chunks(images[:64], quantized[:64], most=8):
             count = _ROWS * len(chunk) // min(64, len(images))
             rows.append(pixels(self.features(latents), 3, count=count))
             wanted = (chunk + 1) / 2 if self.unit_range else chunk
-            targets.append(pixels(F.pixel_unshuffle(wanted, self.stem), count=count))
+            targets.append(pixels(_FOLDS[self.stem_kind](wanted, self.stem), count=count))
         weight, bias = least_squares(torch.cat(rows), torch.cat(targets))
         self.conv_out.weight.copy_(weight.view_as(self.conv_out.weight))
         assert self.conv_out.bias is not None

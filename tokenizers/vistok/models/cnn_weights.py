@@ -2,8 +2,8 @@
 
 Published names differ in how they spell levels and in the order of the decoder's: in one list
 level 0 has the highest resolution (VQGAN, VAR, Open-MAGVIT2), in another the lowest (LlamaGen,
-Janus). Shapes do not tell, for neighbouring levels may be equally wide. But the level of the
-highest resolution has no upsampling, and so the names do.
+Janus). Shapes do not tell, for neighbouring levels may be equally wide. But levels of the highest
+resolution have no upsampling, and so the names do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vistok.core.released_weights import Published, inside
 State = dict[str, Tensor]
 
 _ATTENTION = ("q.weight", "qkv.weight")
+_BLOCK = ("norm1", "conv1", "norm2", "conv2")
 
 
 def cnn_encoder(published: Published, prefix: str = "encoder") -> tuple[dict[str, Any], State]:
@@ -63,13 +64,14 @@ def cnn_decoder(
     part = _Part(published, prefix)
     count = part.num_levels
     highest = [level for level in range(count) if not part.resampling(level)]
-    if highest not in ([0], [count - 1]):
+    first, last = list(range(len(highest))), list(range(count - len(highest), count))
+    if not highest or highest not in (first, last):
         raise CheckpointError(
-            f"'{prefix}': one level, the first or the last, must be without upsampling, found "
-            f"{highest or 'none'} of {count}"
+            f"'{prefix}': the first levels or the last ones, one at least, must be without "
+            f"upsampling, found {highest or 'none'} of {count}"
         )
     # From low to high resolution, as they run.
-    order = list(range(count)) if highest == [count - 1] else list(reversed(range(count)))
+    order = list(range(count)) if highest == last else list(reversed(range(count)))
     layers: list[tuple[str, str]] = part.middle()
     adaptive = f"{prefix}.adaptive.0.gamma.weight" in published.left
     for level in order:
@@ -167,6 +169,7 @@ class _Part:
         if attending and not in_middle:
             raise CheckpointError(f"'{self.prefix}': attention in levels, but not in the middle")
         last = len(levels) - 1
+        halvings = sum(bool(self.resampling(level)) for level in levels)
         return {
             "num_res_blocks": self.num_blocks,
             "attention": in_middle,
@@ -174,6 +177,7 @@ class _Part:
             "block": self._block(),
             "norm_groups": 32,
             "middle_blocks": sum(not self._attends(name) for name in self.middle_layers),
+            **({} if halvings == last else {"halvings": halvings}),
         }
 
     def _block(self) -> str:
@@ -182,9 +186,28 @@ class _Part:
             return "biased"
         return "output_skip" if self.blocks == "res_blocks" else "unbiased"
 
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """Return the parts that a block or attention must have, and one that it may; else none."""
+        if self._attends(name):
+            fused = f"{name}.qkv.weight" in self.published.left
+            return ("norm", *(("qkv",) if fused else "qkv"), "proj_out")
+        if any(self._has(f"{name}.{part}") for part in _BLOCK):
+            return (*_BLOCK, *["nin_shortcut"] * self._has(f"{name}.nin_shortcut"))
+        return ()
+
     def take(self, layers: list[tuple[str, str]]) -> State:
         """Take the tensors of layers, under the names that they have in ours."""
-        names = {name: f"layers.{n}{end}" for n, (name, end) in enumerate(layers)}
+        names, biases = {}, []
+        for n, (name, end) in enumerate(layers):
+            parts, ours = self._parts(name), f"layers.{n}{end}"
+            names |= {f"{name}.{part}": f"{ours}.{part}" for part in parts} or {name: ours}
+            for part in parts:
+                place, always = f"{name}.{part}", not part.startswith(("conv", "nin"))
+                plain = f"{place}.weight" in self.published.left or not self._has(place)
+                if plain and (always or self._block() == "biased"):
+                    biases.append(f"{place}.bias")
+        for name in biases:  # the weights are asked for as parts are moved
+            self.published.shape(name)
         moved = self.published.move(names)
         renamed = (("nin_shortcut", "skip"), ("gamma", "scale"), ("beta", "shift"))
         for theirs, ours in (*renamed, ("proj_out", "proj")):
@@ -230,11 +253,13 @@ def grid_tokenizer(
         decoder_state |= published.move({"post_quant_conv": "latent_conv"})
         for config, state in ((encoder_config, encoder_state), (decoder_config, decoder_state)):
             config["latent_kernel"] = state["latent_conv.weight"].shape[2]
-    sizes = {"image_size": image_size, "channels": encoder_config["channels"]}
+    encoder_config |= encoder or {}
+    channels = encoder_config["channels"] // encoder_config.get("stem", 1) ** 2
+    sizes = {"image_size": image_size, "channels": channels}
     tokenizer = {
         "_target_": target,
         **sizes,
-        "encoder": encoder_config | sizes | (encoder or {}),
+        "encoder": encoder_config | sizes,
         "decoder": decoder_config | sizes | (decoder or {}),
     }
     return tokenizer, inside("encoder", encoder_state) | inside("decoder", decoder_state)

@@ -34,6 +34,8 @@ class AdaptiveGroupNorm(nn.Module):
             cell has a deviation of 0 either way.
     """
 
+    takes_latents = True
+
     def __init__(
         self,
         channels: int,
@@ -64,6 +66,45 @@ class AdaptiveGroupNorm(nn.Module):
         return scale * self.norm(x) + shift
 
 
+class SpatialNorm(nn.Module):
+    """GroupNorm whose scale and shift at each place follow from the latent there.
+
+    MoVQ (Zheng et al. 2022, https://arxiv.org/abs/2209.09002). Starts as a plain norm.
+
+    Args:
+        channels: C of the map that is normalised.
+        latent_channels: D of the latents.
+        groups: of the norm, see `group_norm`.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, groups: int | None = None) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups=groups)
+        self.scale = nn.Conv2d(latent_channels, channels, 1)
+        self.shift = nn.Conv2d(latent_channels, channels, 1)
+        for parameter in (*self.scale.parameters(), *self.shift.parameters()):
+            nn.init.zeros_(parameter)
+        nn.init.ones_(self.scale.bias)  # pyright: ignore[reportArgumentType] (it has one)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` to `(B, C, H, W)`, given latents `(B, D, h, w)`."""
+        # The 1x1 convolutions are cheaper before the resize, and give the same.
+        scale, shift = (
+            F.interpolate(layer(latents), size=x.shape[-2:], mode="nearest")
+            for layer in (self.scale, self.shift)
+        )
+        return scale * self.norm(x) + shift
+
+
+def norm_of(
+    channels: int, groups: int | None = None, latent_channels: int | None = None
+) -> nn.Module:
+    """Return a `group_norm`, or with `latent_channels` a `SpatialNorm` of them."""
+    if latent_channels is None:
+        return group_norm(channels, groups=groups)
+    return SpatialNorm(channels, latent_channels, groups)
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, 3x3 convolution, twice, plus the input (1x1 projected if channels change).
 
@@ -72,15 +113,22 @@ class ResBlock(nn.Module):
         channels_out: C of the output.
         bias: of the convolutions.
         groups: of the norms, see `group_norm`.
+        latent_channels: of the latents that set the norms, see `SpatialNorm`; None for none.
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, bias: bool = True, groups: int | None = None
+        self,
+        channels_in: int,
+        channels_out: int,
+        bias: bool = True,
+        groups: int | None = None,
+        latent_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in, groups=groups)
+        self.takes_latents = latent_channels is not None
+        self.norm1 = norm_of(channels_in, groups, latent_channels)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
-        self.norm2 = group_norm(channels_out, groups=groups)
+        self.norm2 = norm_of(channels_out, groups, latent_channels)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=bias)
         self.skip = (
             nn.Identity()
@@ -88,10 +136,10 @@ class ResBlock(nn.Module):
             else nn.Conv2d(channels_in, channels_out, 1, bias=bias)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *latents: Tensor) -> Tensor:
         """Map `(B, C_in, H, W)` to `(B, C_out, H, W)`."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv1(F.silu(self.norm1(x, *latents)))
+        y = self.conv2(F.silu(self.norm2(y, *latents)))
         return self.skip(x) + y
 
 
@@ -116,7 +164,7 @@ class OutputSkipBlock(ResBlock):
         if not self.keeps_channels:
             self.skip = nn.Conv2d(channels_out, channels_out, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *latents: Tensor) -> Tensor:
         """Map `(B, C_in, H, W)` to `(B, C_out, H, W)`."""
         y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         return y + (x if self.keeps_channels else self.skip(y))
@@ -128,18 +176,22 @@ class SpatialAttention(nn.Module):
     Args:
         channels: C, in and out.
         groups: of the norm, see `group_norm`.
+        latent_channels: of the latents that set the norm, see `SpatialNorm`; None for none.
     """
 
-    def __init__(self, channels: int, groups: int | None = None) -> None:
+    def __init__(
+        self, channels: int, groups: int | None = None, latent_channels: int | None = None
+    ) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups=groups)
+        self.takes_latents = latent_channels is not None
+        self.norm = norm_of(channels, groups, latent_channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *latents: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C, H, W)`."""
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, 3, 1, channels, height * width)
+        qkv = self.qkv(self.norm(x, *latents)).view(batch, 3, 1, channels, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(y.transpose(-1, -2).reshape(batch, channels, height, width))

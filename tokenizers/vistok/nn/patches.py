@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,3 +32,43 @@ def pad_edges(images: Tensor) -> Tensor:
     """
     images = torch.cat([images[:, :, :1], images, images[:, :, -1:]], dim=2)
     return torch.cat([images[..., :1], images, images[..., -1:]], dim=3)
+
+
+def fold(images: Tensor, side: int) -> Tensor:
+    """Squares of `side` pixels of `(B, C, H, W)` as channels: `(B, C * side ** 2, ...)`."""
+    if len(images):
+        return F.pixel_unshuffle(images, side) if side > 1 else images
+    _, channels, height, width = images.shape  # which torch 2.15 leaves as they are
+    return images.new_empty(0, channels * side * side, height // side, width // side)
+
+
+def haar(images: Tensor, side: int) -> Tensor:
+    """Return Haar wavelets of `(B, C, H, W)`: `(B, C * side ** 2, H / side, W / side)`.
+
+    Of four pixels each level takes the mean, and half the mean differences of rows, of columns and
+    of diagonals, of the bands of the level before as well (Cosmos, https://arxiv.org/abs/2501.03575).
+    The first C channels are means over squares of `side` pixels.
+
+    Args:
+        images: their sides multiples of `side`.
+        side: a power of 2.
+    """
+    while side > 1:
+        even, odd = images[..., 0::2, :], images[..., 1::2, :]
+        low, high = (even + odd) / 4, (even - odd) / 4
+        bands = [
+            band[..., 0::2] + sign * band[..., 1::2] for sign in (1, -1) for band in (low, high)
+        ]
+        images, side = torch.cat(bands, dim=1), side // 2
+    return images
+
+
+def unfold_haar(bands: Tensor, side: int) -> Tensor:
+    """Inverse of `haar`: `(B, C * side ** 2, H / side, W / side)` to `(B, C, H, W)`."""
+    while side > 1:
+        means, rows, columns, diagonals = bands.chunk(4, dim=1)
+        low = torch.stack([means + columns, means - columns], dim=-1).flatten(-2)
+        high = torch.stack([rows + diagonals, rows - diagonals], dim=-1).flatten(-2)
+        bands = torch.stack([low + high, low - high], dim=-2).flatten(-3, -2)
+        side //= 2
+    return bands

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
+
+from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, recognized, vector_quantizer
 from vistok.core.values import ImageSize
+from vistok.models.cnn import CNNEncoder
 from vistok.models.cnn_weights import grid_tokenizer, projections
 from vistok.models.grid import GridTokenizer
+from vistok.models.originals import CNNNames, Original, original_grid
+from vistok.models.tokenizer import Tokenizer
 
 
 @register("janus")
@@ -34,3 +40,38 @@ def janus(published: Published, image_size: ImageSize | None) -> Released:
     state |= projections(published) | {"quantizer.embedding": codes}
     quantizer = vector_quantizer(codes, tokenizer["encoder"]["latent_dim"], "cosine")
     return Released(tokenizer, quantizer, state, "DeepSeek Model License")
+
+
+_NAMES = CNNNames("down", "up", "block", ("mid.block_1", "mid.attn_1", "mid.block_2"))
+
+
+@register("janus", kind="exporter")
+def for_janus(tokenizer: Tokenizer) -> Original:
+    """Janus' VQ model, as transformers' `JanusVQVAE` reads it (https://arxiv.org/abs/2410.13848)."""
+    tensors = original_grid(tokenizer, _NAMES)
+    encoder, codes = tokenizer.encoder, tensors["quantize.embedding.weight"]
+    assert isinstance(encoder, CNNEncoder)  # `original_grid` has looked
+    rows, columns = encoder.grid
+    if rows != columns:
+        raise ConfigError(f"its decoder takes squares alone, found a grid of {rows} x {columns}")
+    # It searches by distance: among codes of unit length the nearest is that of the direction.
+    tensors["quantize.embedding.weight"] = F.normalize(codes, dim=1)
+    base = encoder.conv_in.out_channels
+    config = {
+        "architectures": ["JanusVQVAE"],
+        "model_type": "janus_vqgan",
+        "embed_dim": codes.shape[1],
+        "num_embeddings": len(codes),
+        "latent_channels": encoder.dim,
+        "in_channels": tokenizer.channels,
+        "out_channels": tokenizer.channels,
+        "base_channels": base,
+        "channel_multiplier": [width // base for width in encoder.widths],
+        "num_res_blocks": sum(
+            name.startswith("encoder.down.0.block.") and name.endswith("conv1.bias")
+            for name in tensors
+        ),
+        "num_patches": rows,
+    }
+    opened = 'python: transformers.JanusVQVAE.from_pretrained("{out}"), of images in [-1, 1]'
+    return Original(tensors, config, "model.safetensors", opened)

@@ -28,6 +28,7 @@ class KLAutoencoder(GridTokenizer):
         p.has("quant_conv", "post_quant_conv", "encoder.mid.block_1")
         and not p.has("quantize")
         and not p.has("quantizer")
+        and p.shape("quant_conv.weight")[0] == 2 * p.shape("post_quant_conv.weight")[1]
     ),
 )
 def kl_autoencoder(published: Published, image_size: ImageSize | None) -> Released:

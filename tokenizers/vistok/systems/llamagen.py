@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, recognized, vector_quantizer
 from vistok.core.values import ImageSize
 from vistok.models.cnn_weights import grid_tokenizer, projections
 from vistok.models.grid import GridTokenizer
+from vistok.models.originals import CNNNames, Original, original_grid
+from vistok.models.tokenizer import Tokenizer
 
 
 @register("llamagen")
@@ -34,3 +38,15 @@ def llamagen(published: Published, image_size: ImageSize | None) -> Released:
     state |= projections(published) | {"quantizer.embedding": codes}
     quantizer = vector_quantizer(codes, tokenizer["encoder"]["latent_dim"], "cosine")
     return Released(tokenizer, quantizer, state, "MIT")
+
+
+_NAMES = CNNNames("conv_blocks", "conv_blocks", "res", ("mid.0", "mid.1", "mid.2"))
+
+
+@register("llamagen", kind="exporter")
+def for_llamagen(tokenizer: Tokenizer) -> Original:
+    """LlamaGen's `--vq-ckpt` (https://arxiv.org/abs/2406.06525)."""
+    tensors = original_grid(tokenizer, _NAMES)
+    # A ring of the ids of the last images in training, which its loader asks for.
+    tensors["quantize.codebook_used"] = torch.zeros(65536)
+    return Original(tensors, None, "vq.pt", "--vq-ckpt {out}/vq.pt")

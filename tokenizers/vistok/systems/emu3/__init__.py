@@ -1,0 +1,1 @@
+"""Emu3's tokenizer: a CNN over space and short convolutions over time, as images use it."""
