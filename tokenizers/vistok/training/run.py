@@ -94,7 +94,9 @@ def _train(
     if resume is None or words is not None:
         if resume is not None and source:  # which may be gone by now
             config["init_from"] = str(resume)
-        config = {**task_type.resolve(config, words or ()), "init_from": source}
+        config = task_type.resolve(config, words or ())
+        if resume is not None:
+            config = {**config, "init_from": source}
     check_run(config)  # fills in what an older run does not have
     L.seed_everything(config["seed"], verbose=False)
     tell("building the model")
