@@ -66,7 +66,7 @@ class GridTransformer(nn.Module):
         super().__init__()
         self.grid = self.trained_grid = grid
         self.width = width
-        self.interpolation = interpolation
+        self.interpolation: Interpolation | None = interpolation
         self.activation_checkpointing = activation_checkpointing
         self.norm_in = nn.LayerNorm(width) if norm_in else nn.Identity()
         self.positions: nn.Parameter | None = None
@@ -225,7 +225,7 @@ class GridViTEncoder(Encoder):
             self.embed.bias.copy_(shared)
         else:
             assert self.transformer.positions is not None
-            self.transformer.positions += shared
+            self.transformer.positions.add_(shared)
 
 
 @register("grid_vit_decoder")
@@ -335,10 +335,10 @@ class GridViTDecoder(Decoder):
         content = (tokens - shared).square().sum(dim=1).mean().sqrt()
         wanted = shared * (content / (_CONTENT * scale_of(shared.norm())))
         if isinstance(self.embed, nn.Linear):
-            self.embed.bias += wanted - shared
+            self.embed.bias.add_(wanted - shared)
         else:
             assert self.transformer.positions is not None
-            self.transformer.positions += wanted - shared
+            self.transformer.positions.add_(wanted - shared)
         # A few images at a time: between the layers, a paper's size has 3072 channels for a patch.
         features = torch.cat([self.features(part) for part in quantized[:few].split(8)])
         patches = patchify(images[:few], self.patch_size)

@@ -13,6 +13,7 @@ from vistok.core.registry import register
 from vistok.core.released_weights import Published, Released, inside, recognized
 from vistok.core.values import ImageSize
 from vistok.models.grid import GridTokenizer
+from vistok.models.logit_laplace import EDGE
 
 #: Most bits of one id: a token of more has several.
 _ID_BITS = 18
@@ -66,6 +67,9 @@ def bsq_vit(published: Published, image_size: ImageSize | None) -> Released:
         state[name] = _colors_last(state[name], side, transposed=name == "embed.weight")
     decoder_state["head.bias"] = _colors_last(decoder_state["head.bias"], side)
     if painted == 2 * values:
+        # Theirs squeezes images from [-1, 1] into [0.1, 0.9] in front of the encoder.
+        encoder_state["transformer.positions"] += 0.5 * encoder_state["embed.weight"].sum(dim=1)
+        encoder_state["embed.weight"] *= 0.5 - EDGE
         decoder = {"_target_": "logit_laplace_decoder", "decoder": decoder}
         decoder_state = inside("decoder", decoder_state)
     tokenizer = {
