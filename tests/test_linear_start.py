@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers import images_of
+from helpers import config_of, images_of
+from vistok.models.build import build_tokenizer
 from vistok.models.cnn import CNNDecoder, CNNEncoder
-from vistok.nn.conv import DepthToSpace, ResBlock, SpatialAttention, Upsample
+from vistok.nn.conv import DepthToSpace, OutputSkipBlock, ResBlock, SpatialAttention, Upsample
 from vistok.nn.data_init import pixels, start_block_, start_conv_, start_upsampling_
 
 
@@ -75,6 +76,34 @@ def test_blocks_start_as_their_skip():
     wider = ResBlock(8, 16)
     start_block_(wider, maps)
     assert unexplained(pixels(wider(maps)).detach(), pixels(maps)) < 1e-6
+
+
+def test_a_block_that_drops_its_input_starts_as_a_rotation_of_it():
+    """MaskBit's, where channels change: with a last convolution of zero it would say nothing."""
+    torch.manual_seed(0)
+    maps, block = torch.randn(8, 16, 4, 4), OutputSkipBlock(16, 32)
+    start_block_(block, maps)
+    out = block(maps)
+    assert unexplained(pixels(out).detach(), pixels(maps)) < 0.3
+    (out * torch.randn_like(out)).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in block.parameters())
+
+
+def test_maskbit_starts_with_many_codes_and_a_picture():
+    """It started with one code, a grey picture and no gradient in the encoder."""
+    torch.manual_seed(0)
+    words = ["data.image_size=16", "tokenizer.encoder.base_channels=32"]
+    tok = build_tokenizer(config_of("experiment=maskbit_tiny", *words))
+    images = images_of(64)
+    tok.initialize(images)
+    tok.eval()
+    assert tok.tokenize(images).unique().numel() > 50
+    error = (tok.detokenize(tok.tokenize(images)) - images / 255).square().mean()
+    assert error < 0.75 * (images / 255).var()
+    tok.train()
+    output = tok(tok.to_model_range(images[:8]))
+    (output.predictions["image"].value - tok.to_model_range(images[:8])).square().mean().backward()
+    assert tok.encoder.conv_in.weight.grad.abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("latent_dim", [None, 48])

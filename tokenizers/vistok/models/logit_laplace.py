@@ -11,6 +11,7 @@ from vistok.core.errors import ConfigError
 from vistok.core.outputs import Prediction
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
+from vistok.core.torch_internals import with_children
 from vistok.models.decoder import Decoder
 
 #: How far values of [0, 1] are kept from its ends, where the logit is infinite.
@@ -92,6 +93,23 @@ class LogitLaplaceDecoder(Decoder):
             "image": Prediction(pixels, images, "pixels"),
             "distribution": Prediction(raw, images, "logit_laplace"),
         }
+
+    def at(self, image_size: tuple[int, int]) -> LogitLaplaceDecoder:
+        """Return the same decoder, weights and all, for images of another size.
+
+        Raises:
+            ConfigError: if the inner decoder knows one size alone.
+        """
+        if not hasattr(self.decoder, "at"):
+            raise ConfigError(
+                f"image_size={list(image_size)}: {type(self.decoder).__name__} takes images of one "
+                "size alone"
+            )
+        inner = self.decoder.at(image_size)  # type: ignore[operator]
+        other = with_children(self, {"decoder": inner})
+        if hasattr(inner, "num_tokens"):
+            other.num_tokens = inner.num_tokens
+        return other
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the inner decoder."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.nn.conv import DepthToSpace, ResBlock, SpatialAttention, Upsample
+from vistok.nn.conv import DepthToSpace, OutputSkipBlock, ResBlock, SpatialAttention, Upsample
 
 _REFERENCE = 0.5  # in units of what differs between images
 
@@ -81,15 +81,23 @@ def start_upsampling_(layer: Upsample | DepthToSpace, maps: Tensor, wanted: Tens
 def start_block_(block: nn.Module, maps: Tensor) -> None:
     """Let a residual or attention block start as its skip connection.
 
+    One whose skip is from its own output has nothing of its input to hand on: there the two
+    convolutions start as rotations, and the skip adds nothing.
+
     Args:
         block: a layer; others than these blocks are left alone.
         maps: `(M, C, H, W)`, samples of what it sees.
     """
-    if isinstance(block, ResBlock):
+    if isinstance(block, OutputSkipBlock) and not block.keeps_channels:
+        for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
+            maps = F.silu(norm(maps))
+            start_conv_(conv, maps)
+            maps = conv(maps)
+        nn.init.zeros_(block.skip.weight)  # type: ignore[arg-type]
+    elif isinstance(block, ResBlock):
         for parameter in block.conv2.parameters():
             nn.init.zeros_(parameter)
-        # A skip from the block's own output has nothing of its input to hand on.
-        if isinstance(block.skip, nn.Conv2d) and block.skip.in_channels == maps.shape[1]:
+        if isinstance(block.skip, nn.Conv2d):
             start_conv_(block.skip, maps)
     elif isinstance(block, SpatialAttention):
         for parameter in block.proj.parameters():

@@ -36,7 +36,7 @@ def pad_edges(images: Tensor) -> Tensor:
 
 def fold(images: Tensor, side: int) -> Tensor:
     """Squares of `side` pixels of `(B, C, H, W)` as channels: `(B, C * side ** 2, ...)`."""
-    if len(images):
+    if images.shape[0] > 0:
         return F.pixel_unshuffle(images, side) if side > 1 else images
     _, channels, height, width = images.shape  # which torch 2.15 leaves as they are
     return images.new_empty(0, channels * side * side, height // side, width // side)

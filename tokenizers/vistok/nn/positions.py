@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.errors import ArgumentError
+
+#: How positions are read between the places that they were learned at.
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 def sincos_positions(points: Tensor, width: int, grid: tuple[int, int]) -> Tensor:
@@ -87,3 +92,25 @@ def level_points(grids: Sequence[tuple[int, int]], finest: tuple[int, int]) -> T
         scale = torch.tensor([side / part for side, part in zip(finest, grid, strict=True)])
         points.append((grid_points(grid) + 0.5) * scale - 0.5)
     return torch.cat(points)
+
+
+def resize_positions(
+    positions: Tensor,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    interpolation: Interpolation = "bicubic",
+) -> Tensor:
+    """Return learned positions of a grid for another grid of the same area.
+
+    Args:
+        positions: `(rows * columns, D)` in raster order.
+        before: rows and columns that they were learned for.
+        after: rows and columns of the result.
+        interpolation: "bicubic" or "bilinear", both antialiased.
+
+    Returns:
+        `(rows * columns, D)` of the new grid, in the same precision.
+    """
+    grid = positions.float().T.reshape(1, -1, *before)
+    grid = F.interpolate(grid, after, mode=interpolation, align_corners=False, antialias=True)
+    return grid.flatten(2)[0].T.to(positions.dtype)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.checkpoints.find import find_checkpoint_or_export
@@ -17,6 +16,7 @@ from vistok.core.errors import CheckpointError, ConfigError, nearest
 from vistok.core.geometry import as_pair
 from vistok.core.registry import resolve
 from vistok.models.tokenizer import Tokenizer
+from vistok.nn.positions import resize_positions
 
 _MISSING = object()
 
@@ -171,10 +171,7 @@ def _resized(
         new = after[0] // patch, after[1] // patch
         extra = len(given) - old[0] * old[1]
         if extra >= 0 and extra == len(wanted) - new[0] * new[1]:
-            grid = given[extra:].float().T.reshape(1, -1, *old)
-            grid = F.interpolate(grid, new, mode="bicubic", align_corners=False, antialias=True)
-            moved = grid.flatten(2)[0].T.to(given.dtype)
-            return torch.cat([given[:extra], moved])
+            return torch.cat([given[:extra], resize_positions(given[extra:], old, new)])
     return None
 
 
