@@ -73,6 +73,7 @@ class Findings:
         results["protocol"] = self.described
         results["model"], results["machine"] = self.recorded["model"], self.recorded["machine"]
         better = {name: bool(m.higher_is_better) for name, m in job.metrics.items()}
+        better |= {f"p{name}": better[name] for name in job.metrics if f"p{name}" in results}
         results["higher_is_better"] = better
         results["budgets"] = [row for row in budgets if row.get("num_tokens") in job.budgets]
         if self.ids is not None and self.ids.size and job.tokenizer is not None:

@@ -38,6 +38,7 @@ from vistok.evaluation.inputs import Subject
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import FolderPairs, PairSource, TokenizerPairs, source_name
 from vistok.evaluation.rates import codec_settings
+from vistok.evaluation.robustness import Perturbation, Robustness, checked_settings
 from vistok.evaluation.suite import Suite, build_suite
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage
@@ -59,6 +60,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     subject = inputs.subject_of(config)
     inputs.ask_for_data(subject, data_overrides)
     check_counts(config)
+    checked_settings(config["eval"]["robustness"])
     codecs = checked_codecs(config["eval"]["codecs"])
     with inputs.joined_ranks(inputs.choose_device(config["device"])) as device:
         out = Path(config["out"]) if config["out"] else subject.out
@@ -155,12 +157,17 @@ def _of_tokenizer(
     data.setup("validate")
     dtype = inputs.choose_precision(config["precision"], device)
     autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
-    source = TokenizerPairs(tokenizer, data, budgets, given, autocast)
+    strengths = checked_settings(settings["robustness"])
+    seed = settings["robustness"]["seed"]
+    perturbation = Perturbation(tokenizer, strengths, seed) if strengths else None
+    source = TokenizerPairs(tokenizer, data, budgets, given, autocast, perturbation)
     precision = str(dtype or torch.float32).removeprefix("torch.")
     read = [name for name in conditions if name in data.fields]
     # An export holds one set of weights, those to use.
     weights = "ema" if (subject.path / "model.safetensors").exists() else config["weights"]
     described = describe_protocol(tokenizer, data, weights, precision, budgets, given)
+    if strengths:
+        described["robustness"] = {"settings": [list(s) for s in strengths], "seed": seed}
     recorded = {
         "weights": config["weights"],
         "checkpoint": str(subject.source),
@@ -237,9 +244,16 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
         f"{protocol.protocol_hash(described)} {model} {config['batch_size']} {vistok.__version__}"
     )
     progressing = Progressing(out / "unfinished", identity, settings["save_seconds"])
-    rows = run_through(source, measurements, tokens, progressing)
+    strengths = checked_settings(settings["robustness"]) if tokenizer else []
+    robustness = Robustness(strengths, job.metrics, lenient) if strengths else None
+    rows = run_through(source, measurements, tokens, progressing, robustness)
     results = {budget: m.compute() for budget, m in measurements.items()}
-    job.notes += dict.fromkeys(note for m in measurements.values() for note in m.notes)
+    measured = [*measurements.values()]
+    if robustness is not None:
+        means, job.recorded["robustness"] = robustness.compute()
+        results[source.budgets[-1]] |= means
+        measured += robustness.measurements.values()
+    job.notes += dict.fromkeys(note for m in measured for note in m.notes)
     all_rows = [row for part in ranks.gather(rows) for row in part]
     skips = {skip[0]: skip for part in ranks.gather(source.skips) for skip in part}
     ids, labels = tokens.gathered() if tokens else (None, np.zeros(0))
