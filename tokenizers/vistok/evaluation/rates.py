@@ -13,6 +13,7 @@ from vistok.evaluation.codecs import CODECS, COUNTED, SHRINKS, TITLES, codec_cur
 from vistok.evaluation.engine import bar
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import Pairs
+from vistok.metrics.content import ContentMetric
 from vistok.metrics.image import ImageMetric
 
 _CHUNK = 32  # images that a metric gets at a time
@@ -36,7 +37,8 @@ def rate_distortion(
 
     Args:
         pairs: images and what the tokenizer made of them, of one size.
-        metrics: they are reset.
+        metrics: they are reset. Content is left out: it would cost a search in the originals for
+            each codec and size.
         bytes_of: bytes of an image at each number of tokens.
         codecs: their names.
 
@@ -45,6 +47,7 @@ def rate_distortion(
         how bytes are counted ("payload" without headers, "file" with them) and codec, rows of
         `max_bytes`, `payload_bytes`, `file_bytes` and each metric.
     """
+    metrics = {k: m for k, m in metrics.items() if not isinstance(m, ContentMetric)}
 
     def measured(originals: Sequence[Tensor], pictures: Sequence[Tensor]) -> dict[str, float]:
         for metric in metrics.values():
