@@ -80,7 +80,7 @@ class ContentMetric(ImageMetric):
         return {**means, "found": torch.tensor(int(found))}
 
 
-@register("text_kept")
+@register("text_kept", kind="metric")
 class TextKept(ContentMetric):
     """Share of words that read the same, and how alike the readings are: T-ACC and T-NED.
 
@@ -114,7 +114,7 @@ class TextKept(ContentMetric):
         return float(before == after), 1 - edits(before, after) / longer
 
 
-@register("faces_kept")
+@register("faces_kept", kind="metric")
 class FacesKept(ContentMetric):
     """Distance of the faces' vectors before and afterwards, and the share of the same persons.
 
