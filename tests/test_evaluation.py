@@ -120,6 +120,7 @@ def test_what_the_numbers_depend_on_is_in_the_hash_and_nothing_else(evaluated, p
         (("data.val_crop=tv_center",), "images.crop"),
         ((f"data.val={photos}",), "images.reference"),
         (("~eval.metrics.ssim",), "metrics.ssim"),
+        (("eval.code_images=2",), "statistics.images"),
     ):
         other = results_of(evaluated(*words))
         assert other["protocol_hash"] != own["protocol_hash"]

@@ -145,14 +145,11 @@ class Findings:
 
     def _rates(self, results: dict[str, Any], budgets: Sequence[Mapping[str, Any]]) -> None:
         job, settings = self.job, self.config["eval"]
-        tokenizer, count = job.tokenizer, settings["codec_images"]
         results["codecs"] = {}
-        if not (count and self.codecs and tokenizer and tokenizer.channels in (1, 3) and self.rows):
+        if not (self.rows and job.rates(settings, self.codecs)):
             self._curve(results)
             return
-        if not (job.budgets or settings["codecs_always"]):
-            return
-        pairs = self._pick(self._spread(count))
+        pairs = self._pick(self._spread(settings["codec_images"]))
         bytes_of = {row["num_tokens"]: row["bytes"] for row in budgets}
         results["rates"] = rate_distortion(pairs, job.metrics, bytes_of, self.codecs)
         results["codecs"] = results["rates"]["codecs"]["payload"]

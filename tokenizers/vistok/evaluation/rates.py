@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.evaluation.codecs import CODECS, COUNTED, SHRINKS, TITLES, codec_curves
+from vistok.evaluation.codecs import (
+    CODECS,
+    COUNTED,
+    SETTINGS,
+    SHRINKS,
+    TITLES,
+    codec_curves,
+)
 from vistok.evaluation.engine import bar
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import Pairs
@@ -90,10 +97,18 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(images))
 
 
-def codec_settings(codecs: Sequence[str]) -> dict[str, Any]:
-    """Return what the numbers of the codecs depend on, besides their libraries' versions."""
+def codec_settings(codecs: Sequence[str], images: int) -> dict[str, Any]:
+    """Return what the numbers of the codecs depend on, besides their libraries' versions.
+
+    Args:
+        codecs: their names.
+        images: that they are measured on, at most.
+    """
     return {
-        "names": [name for name in CODECS if name in codecs],
+        "settings": {name: SETTINGS[name] for name in CODECS if name in codecs},
+        "images": images,
         "shrinks": list(SHRINKS),
+        "factors": list(FACTORS),
         "chosen_by": "psnr",
+        "counted": list(COUNTED.values()),
     }

@@ -24,8 +24,8 @@ from vistok.data.datamodule import VistokDataModule
 from vistok.data.transforms import Transform
 from vistok.evaluation import inputs, protocol
 from vistok.evaluation.budgets import checked_budgets, print_budgets
-from vistok.evaluation.codecs import checked_codecs
-from vistok.evaluation.codes import TokenSample
+from vistok.evaluation.codecs import checked_codecs, versions
+from vistok.evaluation.codes import TokenSample, statistics_settings
 from vistok.evaluation.described import (
     describe_machine,
     describe_model,
@@ -112,6 +112,12 @@ class Job:
         self.tokenizer, self.sampling = tokenizer, dict(sampling or {})
         self.budgets, self.data = list(budgets), data
         self.notes = list(suite.left_out)
+
+    def rates(self, settings: Mapping[str, Any], codecs: Sequence[str]) -> bool:
+        """Return whether codecs are measured next to the tokenizer."""
+        asked = self.budgets or settings["codecs_always"]
+        able = self.tokenizer is not None and self.tokenizer.channels in (1, 3)
+        return bool(asked and able and codecs and settings["codec_images"])
 
 
 def check_counts(config: Mapping[str, Any]) -> None:
@@ -232,6 +238,10 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
     """Run an evaluation to its end, or from where a kill ended it."""
     tokenizer, source, settings = job.tokenizer, job.source, config["eval"]
     described = whole_protocol(job.protocol, job.metrics)
+    if tokenizer is not None and settings["code_images"]:
+        described["statistics"] = statistics_settings(settings)
+    if job.rates(settings, codecs):
+        described["codecs"] = codec_settings(codecs, settings["codec_images"])
     lenient = settings["missing"] == "leave_out"
     measurements = {
         budget: Measurement(metrics, _usage(tokenizer), budget or None, lenient)
@@ -266,9 +276,8 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
         "images_per_second": source.done / source.seconds if source.seconds else 0.0,
         "machine": describe_machine(config["batch_size"], config_device(job)),
     }
-    if settings["codec_images"] and codecs:
-        described_codecs = codec_settings(codecs)
-        recorded["codec_settings"] = described_codecs
+    if "codecs" in described:
+        recorded["machine"]["codecs"] = versions(codecs)
     progressing.clear()
     return Findings(job, config, out, described, recorded, results, all_rows, ids, labels, codecs)
 
