@@ -175,7 +175,11 @@ def flexible_run(tmp_path_factory, photos):
 def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
     out = tmp_path / "e"
     code, lines, text = cli(
-        "evaluate", f"run={flexible_run}", f"out={out}", "eval.num_tokens=[4,1,2]"
+        "evaluate",
+        f"run={flexible_run}",
+        f"out={out}",
+        "eval.num_tokens=[4,1,2]",
+        "picture_scale=1",
     )
     assert code == 0, lines
     results = json.loads((out / "metrics.json").read_text())

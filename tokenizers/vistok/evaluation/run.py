@@ -151,7 +151,8 @@ def _of_tokenizer(
     budgets = checked_budgets(tokenizer, settings["num_tokens"])
     conditions = list(tokenizer.decoder.conditions)
     values = inputs.data_config(subject.source, overrides, config["batch_size"], conditions)
-    data = build_data(values)
+    with inputs.named_by_val(values):
+        data = build_data(values)
     if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
         raise ConfigError(
             f"data: {data.channels} x {data.image_size} images, but the tokenizer takes "
@@ -159,8 +160,9 @@ def _of_tokenizer(
         )
     given = {k: settings[k] for k in _SAMPLING if settings[k] is not None}
     tokenizer._sampling(given)  # refuses what the decoder does not take
-    data.prepare_data()
-    data.setup("validate")
+    with inputs.named_by_val(values):
+        data.prepare_data()
+        data.setup("validate")
     dtype = inputs.choose_precision(config["precision"], device)
     autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
     strengths = checked_settings(settings["robustness"])
