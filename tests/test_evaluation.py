@@ -120,6 +120,7 @@ def test_what_the_numbers_depend_on_is_in_the_hash_and_nothing_else(evaluated, p
         (("data.val_crop=tv_center",), "images.crop"),
         ((f"data.val={photos}",), "images.reference"),
         (("~eval.metrics.ssim",), "metrics.ssim"),
+        (("eval.code_images=2",), "statistics.images"),
     ):
         other = results_of(evaluated(*words))
         assert other["protocol_hash"] != own["protocol_hash"]
@@ -314,6 +315,10 @@ def test_bad_folders_are_one_clear_line(fails, two_folders, tmp_path):
     base = ["eval=pixels", f"data.val={originals}"]
     (tmp_path / "empty").mkdir()
     fails("evaluate", f"images={tmp_path}/empty", *base, words=("images=", "no images"))
+    fails(
+        "evaluate", f"images={others}", "eval=pixels", f"data.val={tmp_path}/empty",
+        words=("data.val=", "no images"),
+    )  # fmt: skip
     fails("evaluate", f"images={tmp_path}/nope", *base, words=("images=", "no such folder"))
     fails("evaluate", f"images={others}", "eval=pixels", words=("data.val", "which originals"))
     fails("evaluate", f"images={others}", "eval.num_tokens=4", *base, words="have no tokens")
@@ -339,8 +344,18 @@ def test_an_export_asks_which_images(fails, cli, exported, photos, tmp_path):
     assert results_of(tmp_path / "e")["data"] == str(photos)
 
 
-def test_wrong_settings_are_refused(fails, finished_run):
+def test_wrong_settings_are_refused(fails, finished_run, tmp_path):
     run = f"run={finished_run}"
+    (tmp_path / "none").mkdir()
+    fails(
+        "evaluate", run, "data=folder", f"data.val={tmp_path}/none", "eval=pixels",
+        words=("error: data.val=", "no images"),
+    )  # fmt: skip
+    fails("evaluate", run, "eval.robustness.settings=[[2,3]]", words="alpha=2 must be 0 to 1")
+    fails(
+        "evaluate", run, "eval=pixels", "eval.robustness.settings=[[1,3]]",
+        words=("eval.robustness.settings", "needs a Fréchet distance"),
+    )  # fmt: skip
     fails("evaluate", run, "eval=ful", words=("eval=ful", "full"))
     fails("evaluate", run, "eval.codecs=[gif]", words=("eval.codecs", "gif", "jpeg"))
     fails("evaluate", run, "eval.missing=maybe", words=("eval.missing=maybe", "leave_out"))

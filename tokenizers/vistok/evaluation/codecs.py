@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,14 @@ CODECS: dict[str, tuple[Callable[[Tensor, int, int], Coded], int]] = {
 #: How people write them.
 TITLES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jxl": "JPEG XL"}
 
+#: What is the same at every quality, in words.
+SETTINGS = {
+    "jpeg": "baseline, 4:2:0, standard Huffman tables",
+    "webp": "lossy, method 6",
+    "avif": "4:2:0, the encoder's default speed",
+    "jxl": "lossy, the encoder's default effort",
+}
+
 
 def available() -> dict[str, bool]:
     """Return which codecs this environment has."""
@@ -123,6 +132,19 @@ def available() -> dict[str, bool]:
         "avif": bool(features.check("avif")),
         "jxl": importlib.util.find_spec("pillow_jxl") is not None,
     }
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the codecs' libraries, on which their bytes depend a little."""
+    found = {}
+    for name in names:
+        if name == "jxl":
+            found[name] = f"pillow-jxl-plugin {version('pillow-jxl-plugin')}"
+        elif name == "jpeg":
+            found[name] = f"libjpeg {features.version('jpg')}"
+        else:
+            found[name] = f"lib{name} {features.version(name)}"
+    return found
 
 
 def checked_codecs(names: Any) -> list[str]:

@@ -59,6 +59,17 @@ class TokenSample:
 # ---------------------------------------------------------------------- statistics
 
 
+def statistics_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what statistics of ids, effects and the probe depend on, of the group `eval`."""
+    return {
+        "images": settings["code_images"],
+        "longest_ngram": LONGEST,
+        "zipf_least": ZIPF_LEAST,
+        "effect_images": settings["effect_images"],
+        "probe": bool(settings["probe"]),
+    }
+
+
 def statistics(ids: np.ndarray, sizes: Sequence[int]) -> dict[str, Any]:
     """Return statistics of ids.
 

@@ -17,6 +17,7 @@ from vistok.evaluation.codes import TokenSample
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import PairSource
 from vistok.evaluation.results import Rows
+from vistok.evaluation.robustness import Robustness
 
 
 class Progressing:
@@ -68,6 +69,7 @@ def run_through(
     measurements: Mapping[int, Measurement],
     tokens: TokenSample | None,
     progressing: Progressing,
+    robustness: Robustness | None = None,
 ) -> Rows:
     """Take in all images of a source.
 
@@ -76,6 +78,7 @@ def run_through(
         measurements: by number of tokens.
         tokens: keeps ids for the statistics of codes; None for none.
         progressing: where the state goes, and from where a killed evaluation goes on.
+        robustness: measures reconstructions from perturbed tokens; None for none.
 
     Returns:
         A row for each image of this rank.
@@ -90,6 +93,8 @@ def run_through(
             measurement.load_state_dict(state["measurements"][budget])
         if tokens is not None:
             tokens.load_state_dict(state["tokens"])
+        if robustness is not None:
+            robustness.load_state_dict(state["robustness"])
         source.restore(state["skips"])
         if ranks.rank() == 0:
             say(f"going on after {first} of {source.num_batches} batches, where a kill ended it")
@@ -100,6 +105,7 @@ def run_through(
             "rows": rows,
             "measurements": {b: m.state_dict() for b, m in measurements.items()},
             "tokens": None if tokens is None else tokens.state_dict(),
+            "robustness": None if robustness is None else robustness.state_dict(),
             "skips": list(source.skips),
         }
 
@@ -112,6 +118,8 @@ def run_through(
                 values = measurement.update(pairs.originals, pictures, pairs.indices)
                 for name, found in values.items():
                     columns[name if budget == shown else f"{name}@{budget}"] = found.tolist()
+            if robustness is not None:
+                robustness.update(pairs.originals, pairs.perturbed)
             if tokens is not None and pairs.indices is not None:
                 tokens.update(pairs.numbers, pairs.indices, pairs.labels)
             for i, place in enumerate(pairs.numbers):

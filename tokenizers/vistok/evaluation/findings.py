@@ -73,6 +73,7 @@ class Findings:
         results["protocol"] = self.described
         results["model"], results["machine"] = self.recorded["model"], self.recorded["machine"]
         better = {name: bool(m.higher_is_better) for name, m in job.metrics.items()}
+        better |= {f"p{name}": better[name] for name in job.metrics if f"p{name}" in results}
         results["higher_is_better"] = better
         results["budgets"] = [row for row in budgets if row.get("num_tokens") in job.budgets]
         if self.ids is not None and self.ids.size and job.tokenizer is not None:
@@ -144,14 +145,11 @@ class Findings:
 
     def _rates(self, results: dict[str, Any], budgets: Sequence[Mapping[str, Any]]) -> None:
         job, settings = self.job, self.config["eval"]
-        tokenizer, count = job.tokenizer, settings["codec_images"]
         results["codecs"] = {}
-        if not (count and self.codecs and tokenizer and tokenizer.channels in (1, 3) and self.rows):
+        if not (self.rows and job.rates(settings, self.codecs)):
             self._curve(results)
             return
-        if not (job.budgets or settings["codecs_always"]):
-            return
-        pairs = self._pick(self._spread(count))
+        pairs = self._pick(self._spread(settings["codec_images"]))
         bytes_of = {row["num_tokens"]: row["bytes"] for row in budgets}
         results["rates"] = rate_distortion(pairs, job.metrics, bytes_of, self.codecs)
         results["codecs"] = results["rates"]["codecs"]["payload"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from vistok.checkpoints.find import find_checkpoint, run_folder
 from vistok.checkpoints.read import read_config
 from vistok.checkpoints.seals import is_checkpoint
 from vistok.core.configuration import apply_overrides, closed, compose, to_container
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ConfigError, VistokError
 from vistok.core.terminal import typed
 from vistok.data.build import build_data
 from vistok.data.checks import image_size as size_of
@@ -147,7 +147,19 @@ def originals_of(overrides: Sequence[str]) -> tuple[Source, dict[str, Any]]:
         raise ConfigError(f"data={kind}: originals for images= are in a folder or in shards")
     values = _overridden({**_group(kind), "seed": 0}, overrides)
     values["train"] = values["val"]
-    return build_data(values).val_set.source, values
+    with named_by_val(values):
+        return build_data(values).val_set.source, values
+
+
+@contextmanager
+def named_by_val(values: Mapping[str, Any]) -> Iterator[None]:
+    """Name `data.val` in errors about training images, where those are the validation images."""
+    try:
+        yield
+    except VistokError as error:
+        if values.get("train") != values.get("val") or not str(error).startswith("data.train"):
+            raise
+        raise type(error)(str(error).replace("data.train", "data.val", 1)) from error
 
 
 def cut_of(overrides: Sequence[str], values: dict[str, Any]) -> tuple[str, tuple[int, int]] | None:

@@ -26,6 +26,7 @@ from vistok.data.skipped import Skip
 from vistok.data.sources import Source
 from vistok.data.transforms import Transform
 from vistok.evaluation.protocol import stem
+from vistok.evaluation.robustness import Perturbation, Setting
 from vistok.metrics.image import to_uint8
 from vistok.models.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ class Pairs:
         reconstructions: likewise, by number of tokens; by 0 where there are no tokens.
         indices: `(B, N, Q)` ids of all tokens, or None.
         labels: `(B,)` classes, -1 for none.
+        perturbed: reconstructions from perturbed tokens, by strength, where that is measured.
     """
 
     numbers: list[int]
@@ -49,6 +51,7 @@ class Pairs:
     reconstructions: dict[int, Tensor]
     indices: Tensor | None = None
     labels: list[int] = field(default_factory=list)
+    perturbed: dict[Setting, Tensor] = field(default_factory=dict)
 
 
 class PairSource(Protocol):
@@ -94,6 +97,7 @@ class TokenizerPairs:
         budgets: numbers of tokens to measure in addition to all of them.
         sampling: further arguments of `detokenize`.
         autocast: what the networks run in.
+        perturbation: of the tokens, whose reconstructions are measured as well; None for none.
     """
 
     def __init__(
@@ -103,8 +107,10 @@ class TokenizerPairs:
         budgets: Sequence[int] = (),
         sampling: dict[str, Any] | None = None,
         autocast: AbstractContextManager | None = None,
+        perturbation: Perturbation | None = None,
     ) -> None:
         self.tokenizer, self.data, self.sampling = tokenizer, data, sampling or {}
+        self.perturbation = perturbation
         self.budgets = sorted({*budgets, tokenizer.num_tokens})
         self.autocast = autocast or nullcontext()
         self.num_images, self.pick_size = data.num_val, data.eval_batch_size
@@ -124,22 +130,26 @@ class TokenizerPairs:
         """Yield the batches of this rank, without the first ones."""
         for batch in self.data.val_dataloader(first):
             self.skips += [tuple(skip) for skip in batch["skipped"]]
-            yield self._reconstruct(batch)
+            yield self._reconstruct(batch, self.perturbation)
 
     def pick(self, numbers: Sequence[int]) -> Pairs:
         """Return some images by their places."""
         return self._reconstruct(self.data.val_set.__getitems__([(0, n) for n in numbers]))
 
     @torch.no_grad()
-    def _reconstruct(self, batch: dict[str, Any]) -> Pairs:
+    def _reconstruct(
+        self, batch: dict[str, Any], perturbation: Perturbation | None = None
+    ) -> Pairs:
         tokenizer, valid = self.tokenizer, batch["valid"]
         kept = valid.nonzero().flatten().tolist()
+        numbers = [self._number[int(batch["index"][i])] for i in kept]
         images = batch["image"][valid].to(tokenizer.device)
         conditions = {
             name: value[valid.to(value.device)]
             for name, value in tokenizer.conditions_of(batch).items()
         }
         reconstructions: dict[int, Tensor] = {}
+        perturbed: dict[Setting, Tensor] = {}
         indices = torch.zeros(0, tokenizer.num_tokens, tokenizer.quantizer.num_indices).long()
         if kept:
             begun = time.perf_counter()
@@ -155,16 +165,23 @@ class TokenizerPairs:
                             torch.cuda.synchronize()
                         self.seconds += time.perf_counter() - begun
                         self.done += len(kept)
+                if perturbation is not None:
+                    for setting, ids in perturbation.perturbed(indices, numbers):
+                        pictures = tokenizer.detokenize(ids, **self.sampling, **conditions)
+                        perturbed[setting] = to_uint8(pictures)
         else:
             for budget in self.budgets:
                 reconstructions[budget] = images
+            for setting in perturbation.settings if perturbation is not None else []:
+                perturbed[setting] = images
         return Pairs(
-            [self._number[int(batch["index"][i])] for i in kept],
+            numbers,
             [batch["key"][i] for i in kept],
             images,
             reconstructions,
             indices,
             [int(batch["label"][i]) for i in kept],
+            perturbed,
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vistok.data.formats import IMAGE_EXTENSIONS
 
 #: Of the protocol's own layout; it is hashed with the rest.
-FORMAT = 1
+FORMAT = 2
 
 ROUNDING = "clamped to [0, 1], then rounded to 8 bits"
 

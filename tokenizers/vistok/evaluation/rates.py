@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.evaluation.codecs import CODECS, COUNTED, SHRINKS, TITLES, codec_curves
+from vistok.evaluation.codecs import (
+    CODECS,
+    COUNTED,
+    SETTINGS,
+    SHRINKS,
+    TITLES,
+    codec_curves,
+)
 from vistok.evaluation.engine import bar
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import Pairs
+from vistok.metrics.content import ContentMetric
 from vistok.metrics.image import ImageMetric
 
 _CHUNK = 32  # images that a metric gets at a time
@@ -36,7 +44,8 @@ def rate_distortion(
 
     Args:
         pairs: images and what the tokenizer made of them, of one size.
-        metrics: they are reset.
+        metrics: they are reset. Content is left out: it would cost a search in the originals for
+            each codec and size.
         bytes_of: bytes of an image at each number of tokens.
         codecs: their names.
 
@@ -45,6 +54,7 @@ def rate_distortion(
         how bytes are counted ("payload" without headers, "file" with them) and codec, rows of
         `max_bytes`, `payload_bytes`, `file_bytes` and each metric.
     """
+    metrics = {k: m for k, m in metrics.items() if not isinstance(m, ContentMetric)}
 
     def measured(originals: Sequence[Tensor], pictures: Sequence[Tensor]) -> dict[str, float]:
         for metric in metrics.values():
@@ -87,10 +97,18 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(images))
 
 
-def codec_settings(codecs: Sequence[str]) -> dict[str, Any]:
-    """Return what the numbers of the codecs depend on, besides their libraries' versions."""
+def codec_settings(codecs: Sequence[str], images: int) -> dict[str, Any]:
+    """Return what the numbers of the codecs depend on, besides their libraries' versions.
+
+    Args:
+        codecs: their names.
+        images: that they are measured on, at most.
+    """
     return {
-        "names": [name for name in CODECS if name in codecs],
+        "settings": {name: SETTINGS[name] for name in CODECS if name in codecs},
+        "images": images,
         "shrinks": list(SHRINKS),
+        "factors": list(FACTORS),
         "chosen_by": "psnr",
+        "counted": list(COUNTED.values()),
     }

@@ -24,8 +24,8 @@ from vistok.data.datamodule import VistokDataModule
 from vistok.data.transforms import Transform
 from vistok.evaluation import inputs, protocol
 from vistok.evaluation.budgets import checked_budgets, print_budgets
-from vistok.evaluation.codecs import checked_codecs
-from vistok.evaluation.codes import TokenSample
+from vistok.evaluation.codecs import checked_codecs, versions
+from vistok.evaluation.codes import TokenSample, statistics_settings
 from vistok.evaluation.described import (
     describe_machine,
     describe_model,
@@ -38,6 +38,7 @@ from vistok.evaluation.inputs import Subject
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import FolderPairs, PairSource, TokenizerPairs, source_name
 from vistok.evaluation.rates import codec_settings
+from vistok.evaluation.robustness import Perturbation, Robustness, checked_settings
 from vistok.evaluation.suite import Suite, build_suite
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.usage import CodeUsage
@@ -59,6 +60,7 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     subject = inputs.subject_of(config)
     inputs.ask_for_data(subject, data_overrides)
     check_counts(config)
+    checked_settings(config["eval"]["robustness"])
     codecs = checked_codecs(config["eval"]["codecs"])
     with inputs.joined_ranks(inputs.choose_device(config["device"])) as device:
         out = Path(config["out"]) if config["out"] else subject.out
@@ -111,6 +113,12 @@ class Job:
         self.budgets, self.data = list(budgets), data
         self.notes = list(suite.left_out)
 
+    def rates(self, settings: Mapping[str, Any], codecs: Sequence[str]) -> bool:
+        """Return whether codecs are measured next to the tokenizer."""
+        asked = self.budgets or settings["codecs_always"]
+        able = self.tokenizer is not None and self.tokenizer.channels in (1, 3)
+        return bool(asked and able and codecs and settings["codec_images"])
+
 
 def check_counts(config: Mapping[str, Any]) -> None:
     """Raise if a number of something is not a whole number.
@@ -143,7 +151,8 @@ def _of_tokenizer(
     budgets = checked_budgets(tokenizer, settings["num_tokens"])
     conditions = list(tokenizer.decoder.conditions)
     values = inputs.data_config(subject.source, overrides, config["batch_size"], conditions)
-    data = build_data(values)
+    with inputs.named_by_val(values):
+        data = build_data(values)
     if (data.channels, tuple(data.image_size)) != (tokenizer.channels, tokenizer.image_size):
         raise ConfigError(
             f"data: {data.channels} x {data.image_size} images, but the tokenizer takes "
@@ -151,16 +160,22 @@ def _of_tokenizer(
         )
     given = {k: settings[k] for k in _SAMPLING if settings[k] is not None}
     tokenizer._sampling(given)  # refuses what the decoder does not take
-    data.prepare_data()
-    data.setup("validate")
+    with inputs.named_by_val(values):
+        data.prepare_data()
+        data.setup("validate")
     dtype = inputs.choose_precision(config["precision"], device)
     autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
-    source = TokenizerPairs(tokenizer, data, budgets, given, autocast)
+    strengths = checked_settings(settings["robustness"])
+    seed = settings["robustness"]["seed"]
+    perturbation = Perturbation(tokenizer, strengths, seed) if strengths else None
+    source = TokenizerPairs(tokenizer, data, budgets, given, autocast, perturbation)
     precision = str(dtype or torch.float32).removeprefix("torch.")
     read = [name for name in conditions if name in data.fields]
     # An export holds one set of weights, those to use.
     weights = "ema" if (subject.path / "model.safetensors").exists() else config["weights"]
     described = describe_protocol(tokenizer, data, weights, precision, budgets, given)
+    if strengths:
+        described["robustness"] = {"settings": [list(s) for s in strengths], "seed": seed}
     recorded = {
         "weights": config["weights"],
         "checkpoint": str(subject.source),
@@ -225,6 +240,10 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
     """Run an evaluation to its end, or from where a kill ended it."""
     tokenizer, source, settings = job.tokenizer, job.source, config["eval"]
     described = whole_protocol(job.protocol, job.metrics)
+    if tokenizer is not None and settings["code_images"]:
+        described["statistics"] = statistics_settings(settings)
+    if job.rates(settings, codecs):
+        described["codecs"] = codec_settings(codecs, settings["codec_images"])
     lenient = settings["missing"] == "leave_out"
     measurements = {
         budget: Measurement(metrics, _usage(tokenizer), budget or None, lenient)
@@ -237,9 +256,16 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
         f"{protocol.protocol_hash(described)} {model} {config['batch_size']} {vistok.__version__}"
     )
     progressing = Progressing(out / "unfinished", identity, settings["save_seconds"])
-    rows = run_through(source, measurements, tokens, progressing)
+    strengths = checked_settings(settings["robustness"]) if tokenizer else []
+    robustness = Robustness(strengths, job.metrics, lenient) if strengths else None
+    rows = run_through(source, measurements, tokens, progressing, robustness)
     results = {budget: m.compute() for budget, m in measurements.items()}
-    job.notes += dict.fromkeys(note for m in measurements.values() for note in m.notes)
+    measured = [*measurements.values()]
+    if robustness is not None:
+        means, job.recorded["robustness"] = robustness.compute()
+        results[source.budgets[-1]] |= means
+        measured += robustness.measurements.values()
+    job.notes += dict.fromkeys(note for m in measured for note in m.notes)
     all_rows = [row for part in ranks.gather(rows) for row in part]
     skips = {skip[0]: skip for part in ranks.gather(source.skips) for skip in part}
     ids, labels = tokens.gathered() if tokens else (None, np.zeros(0))
@@ -252,9 +278,8 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
         "images_per_second": source.done / source.seconds if source.seconds else 0.0,
         "machine": describe_machine(config["batch_size"], config_device(job)),
     }
-    if settings["codec_images"] and codecs:
-        described_codecs = codec_settings(codecs)
-        recorded["codec_settings"] = described_codecs
+    if "codecs" in described:
+        recorded["machine"]["codecs"] = versions(codecs)
     progressing.clear()
     return Findings(job, config, out, described, recorded, results, all_rows, ids, labels, codecs)
 

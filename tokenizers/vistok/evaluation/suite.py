@@ -36,8 +36,8 @@ def build_suite(
 ) -> Suite:
     """Return the metrics of `eval.metrics`, a set of them for each number of tokens.
 
-    An entry may name the Python `packages` that its network's weights come with, and `scales: auto`
-    for as many scales as the images allow.
+    An entry may name the Python `packages` that its network's weights come with, the `extra` of
+    vistok that installs them, and `scales: auto` for as many scales as the images allow.
 
     Args:
         settings: the group `eval`: `metrics`, and `missing`, which says what becomes of a metric
@@ -61,10 +61,11 @@ def build_suite(
         options = dict(options) if isinstance(options, Mapping) else options
         problem = None
         if isinstance(options, dict):
-            packages = options.pop("packages", ())
+            packages, extra = options.pop("packages", ()), options.pop("extra", None)
             missing = [name for name in packages if importlib.util.find_spec(name) is None]
             if missing:
                 names = " ".join(name.replace("_", "-") for name in missing)
+                names = f"'vistok[{extra}]'" if extra else names
                 problem = f"its network needs pip install {names}"
             if options.get("scales") == "auto":
                 options["scales"] = _scales(smallest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,25 @@ _GIFTS = {
     "distances": "distances between images",
     "vectors": "a vector for each image",
     "logits": "class logits",
+    "text": "text",
+    "faces": "faces",
 }
+
+_Found = TypeVar("_Found")
+
+
+class Region(NamedTuple):
+    """Something that a network finds in an image.
+
+    Attributes:
+        place: where, in pixels; the network's own numbers.
+        value: what: a text, or the vector of a face.
+        confidence: how sure it is.
+    """
+
+    place: tuple[int, ...]
+    value: Any
+    confidence: float
 
 
 class Network(nn.Module):
@@ -31,7 +49,7 @@ class Network(nn.Module):
 
     Attributes:
         name: as the protocol of an evaluation names it.
-        gives: which of "maps", "distances", "vectors" and "logits" it can compute.
+        gives: which of "maps", "distances", "vectors", "logits", "text" and "faces" it can compute.
         least: the smallest side of an image that it takes, in pixels.
         dim: width of the vectors, if it gives some.
         hashes: SHA-256 of the files that its weights come from, by what they hold.
@@ -49,7 +67,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.ones(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
-        self._recalled: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
+        self._recalled: dict[str, list[tuple[Tensor, int, Any]]] = {}
 
     # ------------------------------------------------------------------ what it gives
 
@@ -75,6 +93,14 @@ class Network(nn.Module):
         """Return class logits `(B, classes)` of the vectors."""
         raise NotImplementedError
 
+    def regions(self, images: Tensor) -> list[list[Region]]:
+        """Return what it finds in each image, text or faces."""
+        raise NotImplementedError
+
+    def values(self, images: Tensor, regions: list[list[Region]]) -> list[list[Any]]:
+        """Return what is at those places in other images, as values of regions."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------ what it is
 
     def identity(self) -> dict[str, Any]:
@@ -91,7 +117,7 @@ class Network(nn.Module):
         return json.dumps(self.identity(), sort_keys=True)
 
     def require(self, gift: str, argument: str = "network") -> None:
-        """Raise unless the network gives "maps", "distances", "vectors" or "logits".
+        """Raise unless the network gives "maps", "distances" or whatever is asked for.
 
         Raises:
             ArgumentError: naming what it does give.
@@ -131,7 +157,7 @@ class Network(nn.Module):
             setattr(self, name, torch.as_tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
 
     @torch.no_grad()
-    def recall(self, what: str, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def recall(self, what: str, images: Tensor, compute: Callable[[Tensor], _Found]) -> _Found:
         """Return `compute` of uint8 images, or what it returned for this same tensor just now.
 
         Metrics that look at the same batch through one network share its forward so. The two

@@ -134,7 +134,11 @@ def _read_h5(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(
-    module: torch.nn.Module, tensors: dict[str, Tensor], path: Path, what: str
+    module: torch.nn.Module,
+    tensors: dict[str, Tensor],
+    path: Path,
+    what: str,
+    argument: str = "weights",
 ) -> None:
     """Load tensors that must be exactly those of a module.
 
@@ -148,14 +152,14 @@ def load_strictly(
     counters = {name for name in {*own, *tensors} if name.endswith(".num_batches_tracked")}
     for name in sorted({*own, *tensors} - counters):
         if name not in tensors:
-            raise misfit(path, what, f"'{name}' is missing")
+            raise misfit(path, what, f"'{name}' is missing", argument)
         if name not in own:
-            raise misfit(path, what, f"'{name}' has no place")
+            raise misfit(path, what, f"'{name}' has no place", argument)
         if own[name].shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-            raise misfit(path, what, f"'{name}' is {shapes}")
+            raise misfit(path, what, f"'{name}' is {shapes}", argument)
         if not tensors[name].isfinite().all():
-            raise misfit(path, what, f"'{name}' has values that are not finite")
+            raise misfit(path, what, f"'{name}' has values that are not finite", argument)
     module.load_state_dict(
         {k: tensors[k] if k in tensors and k not in counters else own[k] for k in own}
     )
