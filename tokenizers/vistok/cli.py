@@ -98,7 +98,7 @@ def _export(argv: list[str]) -> None:
         for key in ("push", "license", "graphs"):
             if config[key] is not None:
                 raise ConfigError(
-                    f"{key}={config[key]}: layout={config.layout} is without; leave it out"
+                    f"{key}={config[key]}: not with layout={config.layout}; leave one of them out"
                 )
         export_original(
             Path(config.run), Path(config.out), config.layout, config.weights, config.overwrite
