@@ -24,8 +24,9 @@ from vistok.quantizers.vq import VectorQuantizer
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
-    """Forget what a test registers."""
-    registered()
+    """Forget what a test registers, and nothing that a module registers when it is imported."""
+    for kind in registry._ARTICLES:
+        registered(kind)
     for table in ("_registered", "_names"):
         copy = {kind: dict(names) for kind, names in getattr(registry, table).items()}
         monkeypatch.setattr(registry, table, copy)
