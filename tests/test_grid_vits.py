@@ -17,7 +17,7 @@ from vistok.cli import train
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.export.importer import import_weights
 from vistok.models.build import build_tokenizer
-from vistok.models.grid_vit import GridViTDecoder, GridViTEncoder
+from vistok.models.patch_vit import PatchViTDecoder, PatchViTEncoder
 from vistok.nn.positions import resize_positions
 from vistok.tasks.stages import resolve_stage
 
@@ -91,9 +91,9 @@ def test_learned_positions_are_interpolated(interpolation):
     options = {"patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
     options |= {"channels": 3, "interpolation": interpolation}
     torch.manual_seed(0)
-    net = GridViTEncoder(32, **options)
+    net = PatchViTEncoder(32, **options)
     torch.nn.init.normal_(net.transformer.positions)
-    other = GridViTEncoder([48, 16], **options)
+    other = PatchViTEncoder([48, 16], **options)
     state = net.state_dict()
     table = state["transformer.positions"].view(4, 4, 16).permute(2, 0, 1)[None]
     table = F.interpolate(table, (6, 2), mode=interpolation, antialias=True)
@@ -126,7 +126,7 @@ def test_rotary_positions_are_those_of_a_network_of_that_size():
     options = {"patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
     options |= {"channels": 3, "positions": "rotary"}
     torch.manual_seed(0)
-    net, other = GridViTEncoder(32, **options), GridViTEncoder([16, 64], **options)
+    net, other = PatchViTEncoder(32, **options), PatchViTEncoder([16, 64], **options)
     other.load_state_dict(net.state_dict())
     images = drawn(16, 64)
     assert torch.equal(net.at((16, 64))(images), other(images))
@@ -140,7 +140,7 @@ def test_activation_checkpointing_changes_no_gradient():
     for flag in (False, True):
         torch.manual_seed(0)
         options = {"channels": 3, "patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
-        net = GridViTEncoder(32, **options, activation_checkpointing=flag)
+        net = PatchViTEncoder(32, **options, activation_checkpointing=flag)
         net(drawn(32, 32)).square().sum().backward()
         found.append(net.embed.weight.grad)
     assert torch.equal(*found)
@@ -163,7 +163,7 @@ def test_the_start_from_data_paints_pictures(system, positions):
 
 
 def test_masked_cells_count_as_zero():
-    net = GridViTDecoder(16, 3, 8, 16, 16, 1, 2, head_width=32).eval()
+    net = PatchViTDecoder(16, 3, 8, 16, 16, 1, 2, head_width=32).eval()
     quantized = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, False, True, True]])
     changed = quantized.clone()

@@ -26,8 +26,8 @@ _HEAD = 64
 class BSQViT(GridTokenizer):
     """Vision transformers around the signs of latents on a sphere; one token for each patch.
 
-    Paper: Zhao et al. 2024, https://arxiv.org/abs/2406.07548. Parts: `GridViTEncoder`,
-    `GridViTDecoder`, `BSQ`.
+    Paper: Zhao et al. 2024, https://arxiv.org/abs/2406.07548. Parts: `PatchViTEncoder`,
+    `PatchViTDecoder`, `BSQ`.
     """
 
 
@@ -57,7 +57,7 @@ def bsq_vit(published: Published, image_size: ImageSize | None) -> Released:
     sizes |= {"num_heads": max(1, width // _HEAD)}
     encoder, encoder_state = _transformer(published, "encoder", "conv1")
     decoder, decoder_state = _transformer(published, "decoder", None)
-    decoder |= {"_target_": "grid_vit_decoder", **sizes, "latent_dim": width}
+    decoder |= {"_target_": "patch_vit_decoder", **sizes, "latent_dim": width}
     decoder |= {"channels": 3 * (painted // values), "head_width": None}
     if published.has("decoder.ffn.0"):
         decoder["head_width"] = published.shape("decoder.ffn.0.bias")[0]
@@ -77,7 +77,7 @@ def bsq_vit(published: Published, image_size: ImageSize | None) -> Released:
         "image_size": image_size,
         "channels": 3,
         "latent_dim": width,
-        "encoder": {"_target_": "grid_vit_encoder", **sizes, "channels": 3, **encoder},
+        "encoder": {"_target_": "patch_vit_encoder", **sizes, "channels": 3, **encoder},
         "decoder": decoder,
     }
     state = inside("encoder", encoder_state) | inside("decoder", decoder_state)

@@ -12,5 +12,5 @@ class ViTVQGAN(GridTokenizer):
 
     Paper: Yu et al. 2022, https://arxiv.org/abs/2110.04627. The authors released no code: layers
     are those of the transformer in BSQ-ViT's, https://arxiv.org/abs/2406.07548. Parts:
-    `GridViTEncoder`, `GridViTDecoder` within `LogitLaplaceDecoder`, `VectorQuantizer`.
+    `PatchViTEncoder`, `PatchViTDecoder` within `LogitLaplaceDecoder`, `VectorQuantizer`.
     """

@@ -30,8 +30,8 @@ Positions = Literal["learned", "rotary"]
 #: Strength of the content at the start, over that of a vector that all tokens share.
 _CONTENT = 1.0
 
-#: Of the least squares in `GridViTDecoder.initialize`. Fitted more closely, the last layer blows up
-#: what the weakest components say: ViT-VQGAN's tiny form starts 0.8 dB higher and then falls.
+#: Of the least squares that a decoder starts at. Fitted more closely, the last layer blows up what
+#: the weakest components say: ViT-VQGAN's tiny form starts 0.8 dB higher and falls at first.
 _RIDGE = 0.3
 
 _ROWS = 20000  # patches are enough for a start
@@ -129,8 +129,8 @@ class GridTransformer(nn.Module):
         return rotation(grid_points(self.grid), self.head).to(turn)
 
 
-@register("grid_vit_encoder")
-class GridViTEncoder(Encoder):
+@register("patch_vit_encoder")
+class PatchViTEncoder(Encoder):
     """Patches of an image, through a transformer, to one latent each.
 
     Paper: ViT-VQGAN, Yu et al. 2022, https://arxiv.org/abs/2110.04627; layers as BSQ-ViT was
@@ -167,7 +167,7 @@ class GridViTEncoder(Encoder):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_values(GridViTEncoder, locals())
+        check_values(PatchViTEncoder, locals())
         self.grid = rows, columns = grid_of(image_size, patch_size)
         self.num_tokens = rows * columns
         self.dim = width
@@ -191,7 +191,7 @@ class GridViTEncoder(Encoder):
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, N, W)`."""
         return self.transformer(self.embed(patchify(images, self.patch_size)), taps)
 
-    def at(self, image_size: tuple[int, int]) -> GridViTEncoder:
+    def at(self, image_size: tuple[int, int]) -> PatchViTEncoder:
         """Return the same encoder, weights and all, for images of another size."""
         grid = grid_of(image_size, self.patch_size)
         other = with_children(self, {"transformer": self.transformer.at(grid)})
@@ -228,11 +228,11 @@ class GridViTEncoder(Encoder):
             self.transformer.positions.add_(shared)
 
 
-@register("grid_vit_decoder")
-class GridViTDecoder(Decoder):
+@register("patch_vit_decoder")
+class PatchViTDecoder(Decoder):
     """Latents, one for each patch, through a transformer to pixels.
 
-    Two layers with a tanh between them paint the patches. Papers: as of `GridViTEncoder`.
+    Two layers with a tanh between them paint the patches. Papers: as of `PatchViTEncoder`.
 
     Args:
         image_size: side in pixels, or (H, W), multiples of `patch_size`.
@@ -266,7 +266,7 @@ class GridViTDecoder(Decoder):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_values(GridViTDecoder, locals())
+        check_values(PatchViTDecoder, locals())
         self.grid = rows, columns = grid_of(image_size, patch_size)
         self.num_tokens = rows * columns
         self.dim = latent_dim
@@ -311,7 +311,7 @@ class GridViTDecoder(Decoder):
         """Return what the last layer sees: `(B, rows * columns, head_width or W)`."""
         return self.hidden(self.transformer(self.embed(quantized), taps))
 
-    def at(self, image_size: tuple[int, int]) -> GridViTDecoder:
+    def at(self, image_size: tuple[int, int]) -> PatchViTDecoder:
         """Return the same decoder, weights and all, for images of another size."""
         grid = grid_of(image_size, self.patch_size)
         other = with_children(self, {"transformer": self.transformer.at(grid)})
