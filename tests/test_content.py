@@ -15,7 +15,7 @@ from vistok.evaluation.measure import Measurement
 from vistok.evaluation.suite import build_suite
 from vistok.metrics.content import FacesKept, TextKept, edits
 from vistok.models.networks.faces import DlibFaces
-from vistok.models.networks.text import EasyOCR, collapsed, confidence
+from vistok.models.networks.text import EasyOCR, collapsed, confidence, connected
 from vistok.nn.network import Network, Region
 
 GLYPHS = {
@@ -100,6 +100,16 @@ def test_words_are_found_read_and_lost(reader):
     # A crop is read alike, whatever else is in the batch.
     alone = reader.regions(pages[1:2].float() / 127.5 - 1)
     assert alone[0] == reader.regions(pages.float() / 127.5 - 1)[1]
+
+
+def test_connected_places_are_scipys():
+    from scipy import ndimage
+
+    for seed in range(5):
+        mask = torch.rand(20, 33, generator=torch.Generator().manual_seed(seed)) > 0.45
+        found, (expected, count) = connected(mask), ndimage.label(mask.numpy())
+        pairs = {*zip(found.flatten().tolist(), expected.flatten().tolist(), strict=True)}
+        assert len(pairs) == count + 1 and (0, 0) in pairs
 
 
 @needs_text

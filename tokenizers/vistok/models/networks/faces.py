@@ -7,7 +7,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,14 +109,14 @@ class DlibFaces(Network):
             for image, own in zip(images, regions, strict=True)
         ]
 
-    def _vector(self, pixels: np.ndarray, place: tuple[int, ...]) -> Tensor:
+    def _vector(self, pixels: Any, place: tuple[int, ...]) -> Tensor:
         dlib = self._dlib
         points = [dlib.point(*place[i : i + 2]) for i in range(4, len(place), 2)]
         shape = dlib.full_object_detection(dlib.rectangle(*place[:4]), points)
         return torch.tensor(list(self._embed.compute_face_descriptor(pixels, shape)))
 
 
-def _pixels(image: Tensor) -> np.ndarray:
-    """Return `(H, W, 3)` uint8 of an image `(C, H, W)` in [-1, 1]."""
+def _pixels(image: Tensor) -> Any:
+    """Return an array `(H, W, 3)` uint8 of an image `(C, H, W)` in [-1, 1]."""
     rounded = ((image.expand(3, -1, -1) + 1) * 127.5).round().clamp(0, 255).byte()
-    return np.ascontiguousarray(rounded.permute(1, 2, 0).cpu().numpy())
+    return rounded.permute(1, 2, 0).contiguous().cpu().numpy()

@@ -6,10 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from vistok.core.registry import register
@@ -43,6 +41,7 @@ _CHARACTERS = (
 
 _HEIGHT = 64  # of a line of text, as the reader sees it
 _LEAST_WIDTH = 16  # that its convolutions need
+_LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601
 
 #: Thresholds of the detector's maps, as published with it: a character's edge, a link between two
 #: characters, and the peak that a region of text must have.
@@ -237,7 +236,7 @@ class EasyOCR(Network):
         """Return the words in images `(B, C, H, W)` in [-1, 1], with what they say."""
         height, width = images.shape[2:]
         black = F.pad(images, (0, -width % 32, 0, -height % 32), value=-1.0)
-        maps = self.detector(self.normalized(black)).float().cpu().numpy()
+        maps = self.detector(self.normalized(black)).float().cpu()
         boxes = [_boxes(each[0], each[1], height, width) for each in maps]
         found = []
         for image, places in zip(images, boxes, strict=True):
@@ -255,13 +254,11 @@ class EasyOCR(Network):
     def _read(self, image: Tensor, place: tuple[int, ...]) -> tuple[str, float]:
         """Return the text in a rectangle, and the reader's confidence, 0 to 1."""
         left, top, right, bottom = place
-        crop = image.expand(3, -1, -1)[:, top:bottom, left:right]
-        pixels = ((crop + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
-        line = Image.fromarray(pixels.cpu().numpy()).convert("L")
-        width = max(_LEAST_WIDTH, math.ceil(_HEIGHT * line.width / line.height))
-        array = np.asarray(line.resize((width, _HEIGHT), Image.Resampling.BICUBIC))
-        x = torch.from_numpy(array.copy()).to(image.device).float() / 127.5 - 1
-        likely, ids = self.reader(x[None, None])[0].softmax(dim=1).max(dim=1)
+        crop = image.expand(3, -1, -1)[:, top:bottom, left:right].float()
+        gray = torch.tensordot(crop.new_tensor(_LUMA), crop, dims=1)
+        width = max(_LEAST_WIDTH, math.ceil(_HEIGHT * (right - left) / (bottom - top)))
+        line = F.interpolate(gray[None, None], (_HEIGHT, width), mode="bicubic", antialias=True)
+        likely, ids = self.reader(line.clamp(-1, 1))[0].softmax(dim=1).max(dim=1)
         return collapsed(ids.tolist()), confidence(likely[ids != 0])
 
 
@@ -279,29 +276,37 @@ def confidence(likely: Tensor) -> float:
 
 
 def _boxes(
-    characters: np.ndarray, links: np.ndarray, height: int, width: int
+    characters: Tensor, links: Tensor, height: int, width: int
 ) -> list[tuple[int, int, int, int]]:
-    """Return rectangles (left, top, right, bottom) in pixels of connected places of the maps."""
-    from scipy import ndimage
-
-    text, linked = characters > _EDGE, links > _LINK
-    labels, count = ndimage.label(text | linked)  # type: ignore[misc]
+    """Return rectangles (left, top, right, bottom) in pixels of connected places of two maps."""
+    text = characters > _EDGE
+    labels = connected(text | (links > _LINK))
     boxes = []
-    for number in range(1, count + 1):
+    for number in labels[labels > 0].unique().tolist():
         inside = labels == number
         size = int(inside.sum())
         if size < 10 or characters[inside].max() < _PEAK:
             continue
-        rows, columns = np.nonzero(inside)
-        sides = (np.ptp(rows) + 1, np.ptp(columns) + 1)
+        places = inside.nonzero()
+        sides = (places.amax(0) - places.amin(0) + 1).tolist()
         # The maps hold the middles of characters; words are wider by about what they fill.
         grown = math.sqrt(size * min(sides) / (sides[0] * sides[1]))
-        rows, columns = np.nonzero(inside & text)
-        low = (columns.min() - grown, rows.min() - grown)
-        high = (columns.max() + 1 + grown, rows.max() + 1 + grown)
-        left, top = (max(0, round(2 * float(x))) for x in low)  # maps have half the size
-        right, bottom = (round(2 * float(x)) for x in high)
+        places = (inside & text).nonzero()
+        top, left = (max(0, round(2 * (x - grown))) for x in places.amin(0).tolist())
+        bottom, right = (round(2 * (x + 1 + grown)) for x in places.amax(0).tolist())
         place = (left, top, min(width, right), min(height, bottom))
         if place[2] - place[0] >= 2 and place[3] - place[1] >= 2:
             boxes.append(place)
     return boxes
+
+
+def connected(mask: Tensor) -> Tensor:
+    """Return a number for each place `(H, W)` of a mask, the same where sides touch; else 0."""
+    own = mask.float()[None]
+    labels = torch.arange(1.0, mask.numel() + 1, device=mask.device).view_as(own) * own
+    while True:  # the highest number spreads
+        rows = F.max_pool2d(labels, (3, 1), 1, (1, 0))
+        grown = torch.maximum(rows, F.max_pool2d(labels, (1, 3), 1, (0, 1))) * own
+        if torch.equal(grown, labels):
+            return labels[0].long()
+        labels = grown
