@@ -192,7 +192,7 @@ PIXEL_LOSSES = sorted(
 )
 # Of networks whose weights are not in packages, and of another head; test_perceptual.py has them.
 PIXEL_LOSSES = [
-    n for n in PIXEL_LOSSES if not re.search("lpips|vnext|resnet|hita|maskbit|laplace", n)
+    n for n in PIXEL_LOSSES if not re.search("lpips|vnext|resnet|hita|maskbit|laplace|_vit|vit_", n)
 ]
 PIXEL_LOSSES = [pytest.param(n, marks=NEEDS[n]) if n in NEEDS else n for n in PIXEL_LOSSES]
 

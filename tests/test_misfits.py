@@ -13,7 +13,7 @@ from vistok.evaluation.baseline import baseline_options
 MAY_BE_NULL = {
     "train": {"resume", "init_from", "init_parts", "tokens", "baseline"},
     "eval": {"run", "model", "images", "out", "picture_scale"},
-    "export": {"run", "out", "layout", "license", "push"},
+    "export": {"run", "out", "layout", "license", "push", "graphs"},
 }
 
 

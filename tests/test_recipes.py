@@ -40,8 +40,10 @@ RUNS = {
     "open_magvit2": (256, 270 * 5004.6, 0, None, [0.5, 0.9], 0.0, 0.999, 1.0),
     "maskbit": (256, 1_350_000, 5_000, 1.0, [0.9, 0.999], 1e-4, 0.999, 0.1),
     "rq_vae": (128, 10 * 10_009, 10_009 / 2, None, [0.5, 0.9], 0.0, 0.0, 1.0),
+    "vit_vqgan_.*": (256, 500_000, 50_000, 1.0, [0.9, 0.99], 1e-4, None, 0.5),
+    "bsq_vit": (256, 1_000_000, 5_000, None, [0.9, 0.99], 1e-4, None, 0.5),
 }
-RATES = {"rq_vae": 4e-5, "taming_f16": 12 * 4.5e-6, "vqgan_f16": 12 * 4.5e-6}
+RATES = {"bsq_vit": 1.024e-4, "rq_vae": 4e-5, "taming_f16": 12 * 4.5e-6, "vqgan_f16": 12 * 4.5e-6}
 RATES["autoencoder_f8"] = 24 * 4.5e-6
 
 #: Weights of the terms; squared errors of images in [0, 1] count a quarter of those in [-1, 1].
@@ -54,7 +56,10 @@ TERMS = {
     "restok_l": {"mse": 0.25, "lpips": 1.0, "vit_large_patch16_dinov3.lvd1689m": 1.0},
     "hita_336": {"mse": 2 / 2, "lpips": 1 / 2},
     "taming_f16|vqgan_f16|autoencoder_f8|ibq|open_magvit2": {"l1": 1.0, "lpips": 1.0},
-    "llamagen_vq16|var|rq_vae": LPIPS,
+    "llamagen_vq16|var|rq_vae|emu3": LPIPS,
+    "cosmos_.*": {"l1": 1.0, "lpips": 1.0},
+    "vit_vqgan_.*": {"mse": 1.0, "logit_laplace": 0.1, "lpips": 0.1},
+    "bsq_vit": {"l1": 1.0, "lpips": 0.1},
     "maskbit": {"mse": 4 / 4, "resnet50.tv_in1k": 0.1, "fading_quantizer_loss": 0.02 * 2},
 }
 
@@ -68,12 +73,18 @@ GAN = {
     "hita_336": (0.5 / 2, 20_000, False, "batch", "hinge_non_saturating", None, 1 / 0.5),
     "taming_f16|vqgan_f16": (0.8, 250_001, True, "batch", "hinge", None, None),
     "autoencoder_f8": (0.5, 50_001, True, "batch", "hinge", None, None),
+    "vit_vqgan_.*|bsq_vit": (0.1, 0, False, None, "non_saturating", None, None),
+    "emu3": (0.5, 10_000, False, "batch", "hinge", None, 1 / 0.5),  # after LlamaGen's images
     "llamagen_vq16|var": (0.5, 20_000, False, "batch", "hinge", None, 1 / 0.5),
     "ibq|open_magvit2": (
         0.1, 0, False, "batch", "hinge_non_saturating_mean", (0.05, "logit"), None),
     "maskbit": (0.02, 20_000, False, 4, "hinge", (0.001, "batch"), 1.0),
     "rq_vae": (0.75, 0, True, "batch", "hinge", None, None),
 }  # fmt: skip
+
+
+#: Whose batch, optimizer and length were not published.
+UNPUBLISHED = ("flextok", "var", "cosmos", "emu3")
 
 
 def of(table, name):
@@ -85,7 +96,7 @@ def one_d(name):
     return name.startswith(("titok", "one_d_piece"))
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith(("flextok", "var"))])
+@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith(UNPUBLISHED)])
 def test_the_papers_run(name):
     batch, steps, warmup, clip, betas, decay, ema, last = of(RUNS, name)
     config = config_of(f"experiment={name}")
@@ -123,7 +134,7 @@ def test_the_papers_terms(name):
 def test_the_papers_adversary(name):
     config = config_of(f"experiment={name}")
     own = config["loss"]["terms"].get("adversarial")
-    if name.startswith("flextok"):
+    if name.startswith(("flextok", "cosmos")):
         assert own is None
         return
     weight, step, adaptive, form, game, lecam, clip = of(GAN, name)
@@ -233,7 +244,8 @@ GRIDS = {
     "var": [*CNN, *CODES, "quantizer.scales=[1,2,4,8]"],
     "autoencoder_f8": [*CNN, "tokenizer.encoder.attention=false"],
     "vqgan_f16": [*CNN, *CODES, "tokenizer.latent_dim=64"],
-    **{name: [*CNN, *CODES] for name in ("taming_f16", "llamagen_vq16", "rq_vae")},
+    **{name: [*CNN, *CODES] for name in ("taming_f16", "llamagen_vq16", "rq_vae", "emu3")},
+    **{name: [*CNN, "quantizer.levels=[4,4,4]"] for name in ("cosmos_di8", "cosmos_di16")},
 }
 
 
@@ -277,6 +289,7 @@ def small_adversary(own):
     words = {
         "patch_discriminator": ["base_channels=2", "num_layers=1"],
         "maskbit_discriminator": ["base_channels=4", f"num_stages={shape.get('num_stages')}", "grid=2"],
+        "stylegan_discriminator": ["most_channels=4", "minibatch_group=0"],
         "dino_discriminator": ["layers=[-1,5]", "kernel_size=3"],
     }[shape["_target_"]]  # fmt: skip
     return [f"{TERM}.start_samples=0", *(f"{TERM}.discriminator.{word}" for word in words)]
@@ -286,7 +299,9 @@ def small_tokenizer(name):
     """Words that make the tokenizer small: of 1D systems, the tiny one's shape."""
     if name in GRIDS:
         return GRIDS[name]
-    (tiny,) = [t for t in SIZES if name.startswith(t.removesuffix("tiny"))]
+    (tiny,) = [t for t in SIZES if name.startswith(t.removesuffix("_tiny"))]
+    if "vit" in name:
+        return [f"tokenizer={tiny}", *SIZES[tiny]]
     deep = ["tokenizer.decoder.depth=3"]  # as many blocks as alignments look at
     return [f"tokenizer={tiny}", *SIZES[tiny], *deep, *([] if "flextok" in name else CODES)]
 

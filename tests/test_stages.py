@@ -310,7 +310,7 @@ def test_first_stage_refuses_what_the_proxy_decides(proxy_run, photos):
 
 def test_the_command_for_paper_size_is_the_published_recipe():
     """TiTok's stage 2: 500 k steps of 256 images, warm-up over 5 k, betas of 0.9 and 0.999."""
-    lines = (CONFIGS / "stage/decoder.yaml").read_text().splitlines()
+    lines = (CONFIGS / "stage/titok_decoder.yaml").read_text().splitlines()
     command = "".join(line.lstrip("# ") for line in lines if line.startswith("#   "))
     words = [w for w in shlex.split(command.replace("\\", " ")) if "<" not in w][1:]
     config = config_of(*words)
