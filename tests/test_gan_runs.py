@@ -98,8 +98,8 @@ def test_a_rich_adversary_goes_on_exactly(words, tmp_path, split):
     ("kills", "steps", "ranks"),
     [
         (3, 24, 1),
-        pytest.param(20, 120, 1, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
-        pytest.param(10, 120, 2, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
+        pytest.param(20, 300, 1, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
+        pytest.param(10, 200, 2, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
     ],
 )
 def test_kills_change_nothing_of_either_player(photos, tmp_path, kills, steps, ranks):

@@ -459,7 +459,7 @@ def test_metrics_survive_a_kill_at_any_byte(tmp_path):
     [
         (4, 40, 1),
         pytest.param(2, 20, 2, marks=pytest.mark.ranks),
-        pytest.param(67, 250, 1, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
+        pytest.param(67, 500, 1, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
         pytest.param(33, 250, 2, marks=[pytest.mark.nightly, pytest.mark.timeout(2000)]),
     ],
 )

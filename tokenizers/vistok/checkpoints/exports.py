@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from vistok.core.errors import CheckpointError
+from vistok.core.files import parse_json
 
 CHECKSUMS = "checksums.json"
 
@@ -39,9 +40,9 @@ def check_export(folder: Path) -> None:
             raise CheckpointError(f"{folder}: {CHECKSUMS} is missing; copy the export again")
         return
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         number, files = content["format"], dict(content["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise CheckpointError(f"{path}: damaged ({reason}); copy the export again") from None
     if not isinstance(number, int) or number < 1:
@@ -79,13 +80,13 @@ def tokenizer_hash(folder: Path) -> str:
         CheckpointError: if a file is missing or damaged.
     """
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = parse_json((folder / "config.json").read_bytes())
         decides = {key: config.get(key) for key in ("tokenizer", "quantizer", "data")}
         weights = _sha256(folder / "model.safetensors")
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
         raise CheckpointError(f"{folder}: not an export; {name} is missing from it") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: damaged export ({error})") from None
     text = json.dumps([decides, weights], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from vistok.checkpoints.migrate import migrate_checkpoint, migrate_config
 from vistok.checkpoints.seals import check_seal, checkpoint_files, is_checkpoint, read_seal
 from vistok.checkpoints.validate import check_config, check_content
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.files import parse_json
 
 
 def read_checkpoint(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -190,10 +190,10 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _export_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = parse_json((folder / "config.json").read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: config.json is missing from the export") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder}/config.json: damaged ({str(error)[:120]})") from error
     for part in ("tokenizer", "quantizer"):
         if not isinstance(config, dict) or part not in config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def check_content(content: dict[str, Any], path: Path | str, step: int | None = 
             number = position.get(name, 0)
             right = is_whole(number) and number >= 0
             expect(right, f"{key}.{name}={str(number)[:80]}", "a whole number, 0 or more")
-        named = isinstance(position.get("fingerprint", ""), str)
-        expect(named, f"{key}.fingerprint", "a text")
+        named = position.get("fingerprint", "0")
+        right = isinstance(named, str) and re.fullmatch(r"[0-9a-f]+(-\d+)?", named)
+        expect(bool(right), f"{key}.fingerprint={str(named)[:80]}", "what a run writes")
 
 
 _KINDS: dict[str, type] = {

@@ -36,6 +36,14 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok"
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; what is nested too deeply is a ValueError, as any other damage is."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path, largest: int = 1 << 24) -> dict[str, Any]:
     """Return what a JSON file holds that nothing depends on, such as a summary.
 
@@ -49,8 +57,8 @@ def read_json(path: Path, largest: int = 1 << 24) -> dict[str, Any]:
     try:
         if path.stat().st_size > largest:
             return {}
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

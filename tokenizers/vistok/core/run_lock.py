@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.core.errors import VistokError
+from vistok.core.files import parse_json
 
 LOCK = ".lock"
 
@@ -178,10 +179,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Return what a lock says; an empty one if it is torn, None if there is none."""
     try:
         with open(path, "rb") as file:
-            found = json.loads(file.read(4096))
+            found = parse_json(file.read(4096))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.core.errors import ConfigError, DataError, VistokError, nearest
+from vistok.core.files import parse_json
 from vistok.core.terminal import counted
 from vistok.data.folders import FileSource, FolderSource, images_under, read_file
 from vistok.data.formats import HEAD, IMAGE_EXTENSIONS, image_extension, sniffed
@@ -129,8 +130,8 @@ def _open_pattern(place: str, members: Sequence[str] | None) -> Source:
 def _json(path: Path) -> dict[str, Any]:
     """Read an object from a JSON file."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        content = parse_json(path.read_bytes())
+    except ValueError:
         content = None
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from None

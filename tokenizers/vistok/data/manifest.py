@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from vistok.core.files import parse_json
 
 
 def entries(data: bytes) -> dict[str, dict[str, Any]]:
@@ -15,8 +16,8 @@ def entries(data: bytes) -> dict[str, dict[str, Any]]:
         ValueError: saying what is wrong, in a few words.
     """
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
+        content = parse_json(data)
+    except ValueError:
         raise ValueError("is not JSON") from None
     splits = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(splits, dict):

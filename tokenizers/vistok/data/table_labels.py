@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vistok.core.errors import DataError
+from vistok.core.files import parse_json
 
 _MOST_CLASSES = 100_000
 
@@ -87,8 +88,8 @@ def _is_whole(value: Any) -> bool:
 def class_names(schema: Any, label: str) -> list[str]:
     """Return the names of classes that Hugging Face's library notes in a table."""
     try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        info = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = info.get("info", {}).get("features", {}).get(label, {}).get("names", [])
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, AttributeError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vistok.core.errors import DataError
-from vistok.core.files import replacing
+from vistok.core.files import parse_json, replacing
 
 #: Types of ids, by size.
 DTYPES = ("uint8", "uint16", "uint32")
@@ -148,7 +148,7 @@ class ShardArrays:
     @property
     def left_out(self) -> list[tuple[str, str]]:
         """Return key and reason of the images that could not be used."""
-        return [(key, reason) for key, reason in json.loads(self.notes.get("left_out", "[]"))]
+        return [(key, reason) for key, reason in parse_json(self.notes.get("left_out", "[]"))]
 
     @property
     def has_captions(self) -> bool:
@@ -212,9 +212,9 @@ def open_shard(path: Path, sizes: Sequence[int]) -> ShardArrays:
             notes = dict(checked.metadata() or {})
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         content = np.memmap(path, dtype=np.uint8, mode="r")[8 + length :]
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, ValueError) as error:
         raise DataError(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vistok.core.errors import DataError
-from vistok.core.files import replacing
+from vistok.core.files import parse_json, replacing
 from vistok.core.terminal import counted
 from vistok.data.token_shards import DTYPES, ShardArrays, file_sha256, open_shard, serialized
 
@@ -196,7 +196,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
             f"{folder}: has no {MANIFEST}; not a folder of tokens, or vistok tokenize has not "
@@ -206,7 +206,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: not a folder of tokens") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: not valid JSON ({reason})") from None
     if not isinstance(found, dict) or found.get("kind") != _KIND:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.core.errors import CheckpointError
-from vistok.core.files import replacing
+from vistok.core.files import parse_json, replacing
 from vistok.evaluation.pairs import Pairs
 
 Rows = list[dict[str, Any]]
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
         CheckpointError: if it is damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: could not be read ({error})") from error
 

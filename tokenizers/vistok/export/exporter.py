@@ -19,6 +19,7 @@ from vistok.checkpoints.load import load
 from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.core.files import parse_json
 from vistok.export import hub
 from vistok.export.card import card
 from vistok.export.codebooks import codebook_dims, codebook_tensors
@@ -220,10 +221,10 @@ def run_metrics(checkpoint: Path) -> dict[str, Any]:
     run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):
         try:
-            values = json.loads(path.read_bytes())
+            values = parse_json(path.read_bytes())
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             values = None
         if not isinstance(values, dict):
             print(f"{path}: not readable; the card is written without it")

@@ -20,7 +20,7 @@ from vistok.checkpoints.exports import check_export, tokenizer_hash
 from vistok.checkpoints.hub import find_export
 from vistok.core.console import say
 from vistok.core.errors import ConfigError, DataError, as_written
-from vistok.core.files import replacing
+from vistok.core.files import parse_json, replacing
 from vistok.core.values import is_whole
 
 #: Structure tokens, in the order of their ids.
@@ -108,10 +108,10 @@ def _token(number: int, name: str) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a mapping, found {type(content).__name__}")

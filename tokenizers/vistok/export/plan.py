@@ -14,6 +14,7 @@ import torch
 
 from vistok.checkpoints.exports import tokenizer_hash
 from vistok.core.errors import ConfigError, DataError, as_written
+from vistok.core.files import parse_json
 from vistok.core.values import is_whole
 from vistok.evaluation.inputs import choose_device
 from vistok.export.formats.base import DOCUMENT
@@ -197,8 +198,8 @@ def claim_folder(out: Path, plan: dict[str, Any]) -> None:
             os.link(temporary, path)  # whole, and never in place of another's
         temporary.unlink()
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable ({error}); choose another folder") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: not a plan of vistok tokenize; choose another folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vistok.core.errors import CheckpointError
+from vistok.core.files import parse_json
 from vistok.core.released_weights import Published
 from vistok.export.torchscript import is_torchscript, read_torchscript
 
@@ -74,7 +74,7 @@ def _read_folder(folder: Path, source: str) -> Published:
     try:
         names = [folder / "model.safetensors"]
         if index.is_file():
-            shards = json.loads(index.read_text())["weight_map"].values()
+            shards = parse_json(index.read_text())["weight_map"].values()
             # Of their names alone: what they say of other folders does not count.
             names = [folder / Path(name).name for name in sorted(set(shards))]
         elif not names[0].is_file():

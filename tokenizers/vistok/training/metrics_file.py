@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vistok.core.errors import VistokError
+from vistok.core.files import parse_json
 from vistok.core.ranks import is_first_process
 from vistok.training.lightning_internals import row_to_log
 
@@ -127,7 +128,7 @@ def whole_rows(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, float], int]]
     end = 0
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             return
         if not line.endswith(b"\n") or not isinstance(row, dict) or "step" not in row:

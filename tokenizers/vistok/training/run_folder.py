@@ -206,8 +206,8 @@ def finish(summary: dict[str, Any], task: Task, data: TrainingData, folder: Path
     sets["seconds"] = "this call"
     sets["seconds_of_all_calls"] = sets["steps"] = sets["samples_seen"] = "the whole run"
     for name, value in summary.items():
-        if isinstance(value, (dict, list)) and not value:
-            continue  # no alarms, no health that was measured
+        if isinstance(value, dict) or value == []:
+            continue  # health by name, which summary.json and the page have; no alarms
         on = sets.get(name) or next(
             (t for k, t in sets.items() if k[-1] == "_" and name.startswith(k)), ""
         )

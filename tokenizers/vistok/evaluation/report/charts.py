@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vistok.core.files import parse_json
 from vistok.evaluation.codecs import COUNTED, TITLES
 from vistok.evaluation.plots import Panel, Series
 
@@ -132,7 +132,7 @@ def training_rows(run: Path) -> list[dict[str, float]]:
     if (run / "metrics.jsonl").is_file():
         for line in (run / "metrics.jsonl").read_text().splitlines():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 break  # a kill can cut the last line short
             rows.append({k: v for k, v in row.items() if is_number(v)})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vistok.core.errors import ConfigError, DataError
-from vistok.core.files import replacing
+from vistok.core.files import parse_json, replacing
 from vistok.data.token_shards import ShardArrays
 from vistok.data.tokens import TokenSample, smallest_dtype
 from vistok.export.formats.base import Alphabet, Layout, needed
@@ -159,7 +159,7 @@ class WebDataset(Layout):
     def _sample(members: dict[str, bytes], alphabet: Alphabet, where: str) -> TokenSample:
         try:
             joint = np.load(io.BytesIO(members["tokens.npy"]), allow_pickle=False)
-            about = json.loads(members["json"])
+            about = parse_json(members["json"])
             label = int(members["cls"]) if "cls" in members else None
             key, view = str(about["key"]), int(about["view"])
         except (KeyError, ValueError, TypeError, EOFError, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.core.errors import ArgumentError
+from vistok.core.files import parse_json
 from vistok.core.registry import register
 from vistok.models.networks.files import misfit, read_tensors, sha256_of
 from vistok.models.networks.timm_models import TimmNetwork
@@ -99,6 +99,6 @@ class DreamSim(TimmNetwork):
 def _scale(folder: Path) -> float:
     path = folder / "adapter_config.json"
     try:
-        return float(json.loads(path.read_text())["lora_alpha"])
+        return float(parse_json(path.read_text())["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise misfit(path, _WHAT, error, "adapter") from error
