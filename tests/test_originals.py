@@ -1,4 +1,4 @@
-"""Exports in the layouts of LlamaGen, Janus and TiTok: read back, and by transformers itself."""
+"""Exports in the layouts of LlamaGen, Janus, TiTok and diffusers: read back, and by the libraries themselves."""
 
 import json
 
@@ -19,6 +19,10 @@ GRID = (
     "experiment=llamagen_vq16", "data.image_size=64", "tokenizer.latent_dim=16",
     "tokenizer.encoder.base_channels=32", "tokenizer.encoder.channel_multipliers=[1,1,2]",
     "quantizer.codebook_size=64",
+)  # fmt: skip
+TAMING = (
+    "experiment=taming_f16", *GRID[1:], "tokenizer.encoder.num_res_blocks=1",
+    "tokenizer.decoder.num_res_blocks=2",
 )  # fmt: skip
 TITOK = (
     "experiment=titok_s128", "data.image_size=32", "tokenizer.encoder.num_latent_tokens=12",
@@ -70,6 +74,8 @@ def pictures(tok, count=4):
         ("llamagen", GRID, 1, "vq.pt"),
         ("llamagen", (*GRID, "data.image_size=[32,48]"), 1, "vq.pt"),
         ("janus", GRID, 1, "model.safetensors"),
+        ("diffusers", GRID, 1, "diffusion_pytorch_model.safetensors"),
+        ("diffusers", TAMING, 1, "diffusion_pytorch_model.safetensors"),
         ("titok", TITOK, 1, "model.safetensors"),
         ("titok", (*TITOK, "quantizer.metric=cosine"), 2, "model.safetensors"),
     ],
@@ -81,7 +87,7 @@ def test_what_is_written_is_read_back(layout, words, stages, file, tmp_path, cap
     assert f"layout={layout}" in capsys.readouterr().out
     size = None if layout == "titok" else list(ours.image_size)
     found = vistok.load(import_weights(layout, out / file, tmp_path / "back", size))
-    assert type(found).__name__.lower() == layout
+    assert type(found).__name__.lower() == {"diffusers": "vqgan"}.get(layout, layout)
     images = pictures(ours)
     ids = ours.tokenize(images)
     assert ids.unique().numel() > 8 and torch.equal(found.tokenize(images), ids)
@@ -104,6 +110,24 @@ def test_transformers_reads_janus_with_equal_ids_and_pictures(tmp_path):
     with torch.no_grad():
         expected = theirs.decode(ids[..., 0])
     expected = expected.permute(0, 3, 1, 2) if expected.shape[-1] == 3 else expected
+    found = ours.decode(ours.quantizer.decode(ids))
+    assert (found - expected).abs().max() < 1e-4 and ids.unique().numel() > 8
+
+
+@pytest.mark.parametrize("size", [64, [32, 96]])
+def test_diffusers_reads_a_vqgan_with_equal_ids_and_pictures(tmp_path, size):
+    diffusers = pytest.importorskip("diffusers")
+    run = exported(tmp_path / "run", *TAMING, f"data.image_size={size}")
+    ours, out = vistok.load(run), export_original(run, tmp_path / "theirs", "diffusers")
+    theirs, report = diffusers.VQModel.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+    images = pictures(ours)
+    ids = ours.tokenize(images)
+    with torch.no_grad():
+        latents = theirs.encode(2 * images - 1).latents
+        codes = theirs.quantize(latents)[2][2]
+        expected = theirs.decode(latents).sample
+    assert torch.equal(codes.view(4, -1), ids[..., 0])
     found = ours.decode(ours.quantizer.decode(ids))
     assert (found - expected).abs().max() < 1e-4 and ids.unique().numel() > 8
 
@@ -133,6 +157,8 @@ REFUSED = [
     ("janus", TITOK, "this layout is of a CNN"),
     ("titok", (*TITOK, "tokenizer.decoder.border=edge"), "tokenizer.decoder.border=edge"),
     ("titok", (*TITOK, "tokenizer.encoder.depth=2"), "its blocks are 8 x 512"),
+    ("diffusers", (*TAMING, "tokenizer.decoder.num_res_blocks=1"), "found [1] and [1]"),
+    ("diffusers", (*TAMING, "tokenizer.encoder.norm_groups=16"), "norm_groups=16"),
     ("titan", GRID, "did you mean 'titok'"),
 ]
 

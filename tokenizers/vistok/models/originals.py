@@ -65,8 +65,8 @@ def original_grid(tokenizer: Tokenizer, names: CNNNames) -> State:
         )
     state = _cnn(encoder, "encoder", names) | _cnn(decoder, "decoder", names)
     quantizer = tokenizer.quantizer
-    state |= inside("quant_conv", pointwise(quantizer.project_in, quantizer.dim))
-    state |= inside("post_quant_conv", pointwise(quantizer.project_out, quantizer.dim))
+    state |= inside("quant_conv", _around(encoder, quantizer.project_in))
+    state |= inside("post_quant_conv", _around(decoder, quantizer.project_out))
     return state | {"quantize.embedding.weight": one_codebook(tokenizer)}
 
 
@@ -80,6 +80,16 @@ def one_codebook(tokenizer: Tokenizer) -> Tensor:
     if len(tables) != 1:
         raise ConfigError(f"this layout has one codebook, and the tokenizer {len(tables)}")
     return tables[0]
+
+
+def _around(part: CNNEncoder | CNNDecoder, projection: nn.Module) -> State:
+    """Return what is between a part and the codes: the part's last layer, or the quantizer's."""
+    own = part.latent_conv
+    if own is None:
+        return pointwise(projection, part.dim)
+    if isinstance(projection, nn.Linear):
+        raise ConfigError("this layout has one convolution next to the codes, the tokenizer two")
+    return dict(own.state_dict())
 
 
 def pointwise(layer: nn.Module, width: int) -> State:

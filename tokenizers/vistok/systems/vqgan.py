@@ -13,9 +13,7 @@ from vistok.models.grid import GridTokenizer
 class VQGAN(GridTokenizer):
     """A convolutional encoder and decoder around a codebook; one token per cell of the grid.
 
-    Paper: Esser et al. 2021, https://arxiv.org/abs/2012.09841. The adversarial and perceptual
-    terms of its loss are not here yet: this trains its autoencoder with the losses of the config.
-    Parts: `CNNEncoder`, `CNNDecoder`.
+    Paper: Esser et al. 2021, https://arxiv.org/abs/2012.09841. Parts: `CNNEncoder`, `CNNDecoder`.
     """
 
 
