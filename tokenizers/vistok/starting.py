@@ -38,6 +38,9 @@ def train(argv: list[str]) -> None:
         raise ConfigError(f"resume=: which run? for example: {typed('train')} resume=runs/<run>")
     many = "--multirun" in flags or "-m" in flags
     key = "hydra.sweep.dir" if many else "hydra.run.dir"
+    for word in overrides:
+        if word.startswith(f"{key}=") and word.partition("=")[2].strip("'\"") in ("", "null"):
+            raise ConfigError(f"{word}: name a folder, such as {key}=runs/mine, or leave it out")
     if not value_of(overrides, key):
         if resume == "auto":
             raise ConfigError(f"resume=auto: in which folder? add {key}=runs/<name>")

@@ -244,8 +244,12 @@ def check_memory(config: dict[str, Any]) -> None:
         raise
     tensors = [*tokenizer.parameters(), *tokenizer.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    millions = sum(p.numel() for p in tokenizer.parameters()) / 1e6
-    fits_in_memory(size, f"tokenizer and quantizer: {millions:.0f} M parameters")
+    parts = {
+        name: sum(t.numel() for t in part.state_dict().values())
+        for name, part in tokenizer.named_children()
+    }
+    largest = max(parts, key=parts.__getitem__, default="tokenizer")
+    fits_in_memory(size, f"tokenizer (most of it its {largest})")
 
 
 def check_images(tokenizer: Tokenizer, data: dict[str, Any]) -> None:
