@@ -1,4 +1,4 @@
-"""VQGAN: an image as a 2D grid of tokens, and its released weights."""
+"""VQGAN's tokenizer, and its released weights."""
 
 from __future__ import annotations
 
