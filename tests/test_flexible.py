@@ -83,6 +83,12 @@ def test_one_length_per_batch_or_per_sample():
     assert len(firsts) > 20
 
 
+def test_a_batch_of_one_image_has_a_length_too():
+    tok = tiny_tokenizer("tokenizer.length.per=batch", tokenizer="one_d_piece_tiny").train()
+    shapes = {tok(images_of(1) / 127.5 - 1).quantizer.indices.shape for _ in range(3)}
+    assert shapes == {(1, tok.num_tokens, 1)}
+
+
 def test_lengths_come_from_torchs_generator():
     """What a resumed run restores."""
     policy = LengthPolicy("rounded_up")
