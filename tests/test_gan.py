@@ -144,6 +144,7 @@ def test_stylegan_against_its_formula():
     x = random_images(3, 3, 16, 16)
     torch.testing.assert_close(net(x), stylegan_formula(net.state_dict(), x))
     assert [net.blocks[i].conv_res.weight.shape[:2] for i in (2, 3)] == [(8, 4), (8, 8)]
+    assert net.blocks[0].kernel_size == net.final_conv[0].kernel_size == (3, 3)
     wide = StyleGANDiscriminator([24, 40], base=64, most_channels=8, minibatch_group=2)
     assert wide(random_images(4, 3, 24, 40)).shape == (4, 1)
 

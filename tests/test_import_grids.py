@@ -87,6 +87,16 @@ def test_one_channel(tmp_path):
     assert tok.channels == 1 and torch.equal(tok.tokenize(images), ids)
 
 
+def test_taming_s_discriminator_and_colors_are_left(tmp_path):
+    tensors = published("vqgan")
+    more = {"loss.discriminator.main.0.weight": torch.zeros(2), "colorize": torch.zeros(3)}
+    tok = imported("vqgan", {**more, **tensors}, tmp_path, image_size=32)
+    (tmp_path / "alone").mkdir()
+    alone = imported("vqgan", tensors, tmp_path / "alone", image_size=32)
+    images = pictures(32, 32)
+    assert torch.equal(tok.tokenize(images), alone.tokenize(images))
+
+
 def test_of_a_lightning_checkpoint_the_averages_without_dots_are_taken(tmp_path):
     live, averaged = published("ibq", seed=0), published("ibq", seed=1)
     averages = {f"model_ema.{k.replace('.', '')}": v for k, v in averaged.items()}
