@@ -139,6 +139,18 @@ def stylegan_formula(w, x):
     return x @ w["final_linear.2.weight"].T + w["final_linear.2.bias"]
 
 
+def test_patch_discriminators_begin_as_published():
+    """Convolutions of deviation 0.02, norms around 1 with the same."""
+    torch.manual_seed(0)
+    net = PatchDiscriminator(3, base_channels=32, norm="batch")
+    for layer in net.layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        elif isinstance(layer, torch.nn.BatchNorm2d):
+            assert layer.weight.mean().item() == pytest.approx(1, abs=0.02)
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.5)
+
+
 def test_stylegan_against_its_formula():
     net = shaken(StyleGANDiscriminator(16, base=64, most_channels=8))
     x = random_images(3, 3, 16, 16)

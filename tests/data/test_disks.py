@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shutil
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +105,25 @@ def test_links_are_followed_and_lost_ones_named(tmp_path):
     left = dict(ShardSource([path]).left_out)
     assert set(left) == {"x.tar: gone.jpg", "x.tar: up.jpg", "x.tar: circle.jpg"}
     assert left["x.tar: gone.jpg"] == "is a link to /etc/hosts, not in the tar"
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar")
+@pytest.mark.parametrize("form", ["oldgnu", "posix"])
+def test_sparse_files_are_named_and_what_follows_is_used(tmp_path, form):
+    """Of more holes than a header has room for, as GNU tar writes them."""
+    with open(tmp_path / "hole.png", "wb") as file:
+        for number in range(8):
+            file.seek(number * 300_000)
+            file.write(b"x" * 5000)
+        file.truncate(3_000_000)
+    (tmp_path / "b.png").write_bytes(image(1))
+    command = ["tar", "-S", f"--format={form}", "-C", tmp_path, "-cf", tmp_path / "x.tar"]
+    made = subprocess.run([*command, "hole.png", "b.png"], capture_output=True)
+    if made.returncode or (tmp_path / "x.tar").stat().st_size > 1_000_000:
+        pytest.skip("this tar or file system has no holes")
+    source = ShardSource([tmp_path / "x.tar"])
+    assert [bytes(k) for k in source.keys] == [b"b"]
+    assert dict(source.left_out) == {"x.tar: hole.png": "is a sparse file"}
 
 
 def test_what_is_left_out_is_named(tmp_path, capsys, caplog):
