@@ -201,6 +201,7 @@ def test_every_mistyped_key_is_refused(name):
                 compose(name, [f"{key}x=1"])
 
 
+@pytest.mark.slow
 def test_quantizer_configs_write_out_every_argument():
     """What is not in the YAML could not be overridden without a plus sign."""
     for group, wanted in (("quantizer", QUANTIZERS), ("tokenizer", names("tokenizer"))):

@@ -178,6 +178,7 @@ def test_one_folder_and_two_configs():
     assert not [path for path, text in files_of(ROOT).items() if NAME in f"{path} {text}".lower()]
 
 
+@pytest.mark.slow
 def test_inside_a_checkout_and_gone_again(inside, tmp_path):
     photos, path = make_photos(tmp_path / "photos"), [inside / "tokenizers"]
     sizes = smallest(f"{NAME}_tiny", inside / "configs")
@@ -195,6 +196,7 @@ def test_inside_a_checkout_and_gone_again(inside, tmp_path):
     assert NAME not in listing and "titok_tiny" in listing
 
 
+@pytest.mark.slow
 def test_outside_a_checkout(tmp_path):
     configs = tmp_path / "my_configs"
     for path in (TOKENIZER, EXPERIMENT):

@@ -421,6 +421,7 @@ def test_evaluation(cli, finished_run, tmp_path):
     assert results["skipped_images"] == 0 and results["precision"] == "float32"
 
 
+@pytest.mark.slow
 def test_evaluation_of_other_data_weights_and_exports(cli, finished_run, exported, tmp_path):
     other = make_photos(tmp_path / "other", 5, height=20, width=30)
     results = {}

@@ -144,6 +144,7 @@ def test_every_kind_of_tokens_trains_and_is_evaluated(kind, tmp_path, monkeypatc
     assert 0 <= results["codes_of_training_images"] <= 1
 
 
+@pytest.mark.slow
 @needs_lite0
 def test_pictures_of_an_export(exported, photos, tmp_path, monkeypatch):
     """Three commands lead from photographs to generated pictures."""

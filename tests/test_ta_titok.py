@@ -189,6 +189,7 @@ def words(shards):
     return ["experiment=ta_titok_tiny", *words, f"data.train={shards}", f"data.val={shards}"]
 
 
+@pytest.mark.slow
 def test_a_run_reads_texts_from_shards(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
