@@ -306,6 +306,7 @@ def small_tokenizer(name):
     return [f"tokenizer={tiny}", *SIZES[tiny], *deep, *([] if "flextok" in name else CODES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_of_the_whole_recipe(cli, photos, tmp_path, network_words, name):
     """Of the recipe only sizes, the start of the adversary and the networks are others."""
@@ -332,6 +333,7 @@ def test_a_step_of_the_whole_recipe(cli, photos, tmp_path, network_words, name):
         assert all(float(row["loss/discriminator"]) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STAGES)
 def test_a_step_of_both_stages(cli, photos, proxy_run, tmp_path, network_words, family):  # noqa: F811
     name = {"titok": "titok_s128", "one_d_piece": "one_d_piece_s256"}[family]
