@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""Mutated inputs of runs, each given to a command in a process of its own: `fuzz_runs.py SEED N`.
+"""Run commands on mutated runs, each in a separate process: `fuzz_runs.py SEED N`.
 
 Importing takes longer than a case; it is done once, and every case is a fork. The table says how
 the commands answered: one line with the file or the key, or something worse.
@@ -54,7 +54,7 @@ FREE |= {"format", "weights", "plugins", "debug", "overwrite", "_target_"}
 
 
 class Evil:
-    """What a pickle would run."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -105,7 +105,9 @@ class Fuzz:
             descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            signal.setitimer(signal.ITIMER_PROF, limit)  # of its own time, however slow the machine
+            signal.setitimer(
+                signal.ITIMER_PROF, limit
+            )  # processor time, so a slow machine does not count
             torch.set_num_threads(1)
             code = 70
             try:

@@ -15,7 +15,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def ran(path, argument):
-    """What onnxruntime returns."""
+    """Return the output of onnxruntime for one input."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (only,) = session.get_inputs()
     return torch.from_numpy(session.run(None, {only.name: argument.numpy()})[0])

@@ -162,7 +162,7 @@ def test_without_a_good_state_the_run_ends(fails, words):
 
 
 def test_a_checkpoint_is_gone_back_to_once(fails, words):
-    """The state of step 2 fails again at once, and there is no other."""
+    """Training from the state of step 2 fails again at once, and no older state is left."""
     always = poison(list(range(8, 80, 4)))
     words = [*words, "callbacks.max_skipped_steps=2", "trainer.max_steps=20", always]
     fails("train", *words, "hydra.run.dir=run", words=("2 steps in a row", "no earlier"))

@@ -111,7 +111,7 @@ def test_the_papers_run(name):
 
 
 def kind(term):
-    """What a term of a config compares with: a network, a teacher, or nothing else."""
+    """Return the network or teacher that a term compares with, or the term's own name."""
     network, teacher = term.get("network", {}), term.get("teacher", {})
     return (
         network.get("model") or network.get("_target_") or teacher.get("name") or term["_target_"]

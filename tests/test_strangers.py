@@ -1,4 +1,4 @@
-"""What strangers wrote: refused in one line with file and place, and never executed."""
+"""Files from untrusted sources are refused in one line that names file and place, and run no code."""
 
 import json
 import subprocess

@@ -200,7 +200,7 @@ def finish(summary: dict[str, Any], task: Task, data: TrainingData, folder: Path
     table.add_column("measured on")
     measured = summary.get("val_images", described["num_val"])
     place = described["val"] or described["train"]  # of which a part is held out
-    sets = {"val_": f"{counted(measured, 'image')} of {short(place)}"}
+    sets = {"val_": "validation images", "val_images": ""}
     sets["baseline_"] = sets["val_"]
     sets["codebook_usage"] = sets["perplexity"] = "the last steps of training"
     sets["seconds"] = "this call"
@@ -213,15 +213,11 @@ def finish(summary: dict[str, Any], task: Task, data: TrainingData, folder: Path
         )
         table.add_row(name, written(value), on)
     say(table)
+    say(f"validation images: {counted(measured, 'image')} of {place}")
     if report := data.skipped_report():
         say(f"[yellow]{report}[/yellow]")
     if commands := "\n      ".join(task.next_commands(folder)):
         say(f"pictures: {folder}/pictures\nnext: {commands}")
-
-
-def short(name: str) -> str:
-    """Return the end of a long name of a set of images."""
-    return name if len(name) <= 40 else f"...{name[-37:]}"
 
 
 def written(value: Any) -> str:
