@@ -42,16 +42,24 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks: each rank's loss depends on the share of every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_reduce_sum(grads[0].clone(memory_format=torch.contiguous_format))
+
+
 def all_reduce_mean_with_grad(tensor: Tensor) -> Tensor:
     """Return the mean of `tensor` over the ranks, with a gradient to each rank's share.
 
     Needed where a loss is nonlinear in an average over the global batch (batch entropy).
     """
-    if world_size() == 1:
-        return tensor
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(tensor) / world_size()
+    return tensor if world_size() == 1 else _Sum.apply(tensor) / world_size()
 
 
 @torch.no_grad()

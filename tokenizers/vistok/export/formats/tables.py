@@ -13,6 +13,7 @@ import numpy as np
 
 from vistok.core.errors import ConfigError, DataError
 from vistok.core.files import parse_json, replacing
+from vistok.data.arrays import array_of
 from vistok.data.token_shards import ShardArrays
 from vistok.data.tokens import TokenSample, smallest_dtype
 from vistok.export.formats.base import Alphabet, Layout, needed
@@ -158,7 +159,7 @@ class WebDataset(Layout):
     @staticmethod
     def _sample(members: dict[str, bytes], alphabet: Alphabet, where: str) -> TokenSample:
         try:
-            joint = np.load(io.BytesIO(members["tokens.npy"]), allow_pickle=False)
+            joint = array_of(members["tokens.npy"])
             about = parse_json(members["json"])
             label = int(members["cls"]) if "cls" in members else None
             key, view = str(about["key"]), int(about["view"])
