@@ -274,6 +274,17 @@ def test_a_plain_run_composes_once(started, words):
     assert {**started, "composed": 0} == {**first, "composed": 0}
 
 
+@pytest.mark.parametrize("more", [[], ["hydra.verbose=false"]])
+def test_other_ranks_start_with_the_same_command(started, monkeypatch, more):
+    words = ["name=mine", *more]
+    monkeypatch.setattr(sys, "argv", ["vistok", "train", *words])
+    assert train(words) == 0
+    assert started["argv"][:2] == ["train", "name=mine"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    assert train(words) == 0
+    assert started["argv"][0] == "name=mine"
+
+
 def test_what_only_hydra_can_do_is_left_to_it(started, tmp_path):
     assert train(["+hydra.job.env_set.MARK=here", "hydra.run.dir=a"]) == 0
     assert started["hydra"] and started["mark"] == "here"

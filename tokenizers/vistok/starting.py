@@ -196,14 +196,19 @@ def _train_here(overrides: list[str], folders: list[Path]) -> None:
     if leads() and not value_of(overrides, "hydra.run.dir"):
         folder = claim_new(folder)
     before = sys.argv
-    # Lightning starts the other ranks with these words: they must agree on the folder.
-    command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
     dirs = [f"--config-dir={path}" for path in folders]
-    sys.argv = [before[0], *command, *words, quoted(f"hydra.run.dir={folder}"), *dirs]
+    # The ranks must agree on the folder.
+    sys.argv = _command_of_ranks([*words, quoted(f"hydra.run.dir={folder}"), *dirs])
     try:
         _start_or_resume(config, folder, words)
     finally:
         sys.argv = before
+
+
+def _command_of_ranks(words: list[str]) -> list[str]:
+    """Return the command with which Lightning starts the other ranks: it reads `sys.argv`."""
+    command = sys.argv[1:2] if sys.argv[1:2] == ["train"] else []  # `vistok train`, not train.py
+    return [sys.argv[0], *command, *words]
 
 
 def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> None:
@@ -214,13 +219,12 @@ def _hydra_main(overrides: list[str], folders: list[Path], flags: list[str]) -> 
     failures: list[BaseException] = []
     jobs: list[tuple[Path, list[str], dict[str, Any]]] = []
     before, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    command = before[1:2] if before[1:2] == ["train"] else []  # of `vistok train`, not of train.py
+    command = _command_of_ranks([*overrides, *flags])
 
     def task(config: DictConfig) -> None:
         if any(isinstance(error, (KeyboardInterrupt, Preempted)) for error in failures):
             return  # the sweep is over
-        # Lightning starts the other ranks with these words; Hydra has read its own.
-        sys.argv = [before[0], *command, *overrides, *flags]
+        sys.argv = command  # Hydra has read its own
         folder = _relative(Path(HydraConfig.get().runtime.output_dir))
         words = list(HydraConfig.get().overrides.task)
         try:
