@@ -297,17 +297,18 @@ def test_originals_are_cut_when_asked(cli, fails, tmp_path):
     from vistok.data.transforms import Transform
 
     for path in originals.iterdir():
-        cut = Transform((16, 16), "adm_center")(
+        cut = Transform((16, 24), "adm_center")(
             np.asarray(Image.open(path)), np.random.default_rng(0)
         )
         Image.fromarray(cut).save(others / path.name)
     words = [f"images={others}", f"data.val={originals}", "eval=pixels"]
-    fails("evaluate", *words, words=("000.png is 16x16", "40x60", "data.val_crop=adm_center"))
+    fails("evaluate", *words, words=("000.png is 16x24", "40x60", "data.val_crop=adm_center"))
     fails("evaluate", *words, "data.image_size=16", words=("data.val_crop", "together"))
-    cut = ["data.val_crop=adm_center", "data.image_size=16"]
+    cut = ["data.val_crop=adm_center", "data.image_size=[16,24]"]
     assert cli("evaluate", *words, *cut, "out=e")[0] == 0
     assert results_of(tmp_path / "e")["psnr"] == 100
-    assert results_of(tmp_path / "e")["protocol"]["images"]["crop"] == "adm_center"
+    measured = results_of(tmp_path / "e")["protocol"]["images"]
+    assert (measured["crop"], measured["height"], measured["width"]) == ("adm_center", 16, 24)
 
 
 def test_bad_folders_are_one_clear_line(fails, two_folders, tmp_path):
