@@ -171,7 +171,8 @@ class House:
         """The systems that the code or the path of a module names; of two names, the longer."""
         stems = {Path(f).stem for f in self.files if f.startswith("configs/tokenizer/")}
         names = {*self.systems, *(stem.rpartition("_")[0] for stem in stems)} - {""}
-        classes = {self.parts(name)[0].name: name for name in self.systems}
+        # A class is the system's that comes first: titok's, not titok_conv's, which takes it over.
+        classes = {self.parts(name)[0].name: name for name in reversed(self.systems)}
         words = sorted({*names, *classes}, key=lambda word: (-len(word), word))
         pattern = re.compile(rf"(?<![A-Za-z])({'|'.join(words)})(?![a-z])")
         return {

@@ -13,7 +13,7 @@ from vistok.core.outputs import Prediction
 from vistok.losses import pixels as reconstruction
 from vistok.losses.features import CosineLoss
 from vistok.losses.objective import build_objective
-from vistok.losses.pixels import L1Loss, LogMSELoss, MSELoss
+from vistok.losses.pixels import GradientLoss, L1Loss, LogMSELoss, MSELoss
 
 
 def test_closed_forms():
@@ -94,6 +94,30 @@ def test_the_log_of_a_batch_is_that_of_all_ranks(monkeypatch):
     assert whole.grad is not None
     averaged = torch.stack([part.grad / 2 for part in parts if part.grad is not None])
     assert torch.allclose(averaged, whole.grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 3.0])])
+def test_gradients_against_a_loop_over_pixels(weight):
+    a, b = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
+    wrong = (a - b).double()
+    images = []
+    for image in wrong:
+        down = [(p[y + 1, x] - p[y, x]) ** 2 for p in image for y in range(3) for x in range(5)]
+        right = [(p[y, x + 1] - p[y, x]) ** 2 for p in image for y in range(4) for x in range(4)]
+        images.append(sum(down) / len(down) + sum(right) / len(right))
+    each = torch.stack(images)
+    expected = each.mean() if weight is None else (each * weight).sum() / weight.sum()
+    step = compared(a, b)
+    step.output.predictions["image"] = Prediction(a, b, "pixels", weight)
+    assert GradientLoss()(step).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_constant_offset_has_no_gradients_and_a_seam_has():
+    target = torch.zeros(1, 3, 8, 16)
+    value = target.clone()
+    value[..., 8:] = 0.5  # one seam: of 15 differences along a row
+    assert GradientLoss()(compared(target + 0.3, target)).item() == pytest.approx(0, abs=1e-12)
+    assert GradientLoss()(compared(value, target)).item() == pytest.approx(0.25 / 15)
 
 
 class OneHead(torch.nn.Module):

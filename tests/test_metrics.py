@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from helpers import images_of, tiny_tokenizer
+from vistok.core.errors import ConfigError
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
 from vistok.metrics.image import PSNR, SSIM, to_uint8
+from vistok.metrics.seams import Seams
 
 
 def pair(count=3, size=(32, 48), channels=3):
@@ -133,3 +136,40 @@ def test_comparison_sheet(tmp_path):
         assert picture.size == (22 * 3, 18 * 3)
         assert np.array_equal(np.asarray(picture)[1::3, 1::3], sheet.permute(1, 2, 0).numpy())
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]
+
+
+# ---------------------------------------------------------------------- seams
+
+
+@pytest.mark.parametrize(("size", "channels"), [((32, 32), 3), ((24, 40), 3), ((16, 19), 1)])
+@pytest.mark.parametrize("period", [8, 3])
+def test_seams_against_a_loop_over_pixels(size, channels, period):
+    _, pictures = pair(3, size, channels)
+    across, elsewhere = [], []
+    for picture in pictures.numpy().astype(int):
+        for plane in picture:
+            for rows in (plane, plane.T):
+                for row in rows:
+                    for place in range(1, len(row)):
+                        step = abs(row[place] - row[place - 1])
+                        (elsewhere if place % period else across).append(step)
+    expected = np.mean(across) / np.mean(elsewhere)
+    assert value(Seams(period), (pictures, pictures)) == pytest.approx(expected, rel=1e-6)
+    parts = ((pictures[:2], pictures[:2]), (pictures[2:], pictures[2:]), (pictures[:0],) * 2)
+    assert value(Seams(period), *parts) == pytest.approx(expected, rel=1e-6)
+
+
+def test_seams_of_noise_tiles_and_flat_images():
+    noise = torch.rand(8, 3, 200, 200, generator=torch.Generator().manual_seed(0))
+    smooth = to_uint8(F.avg_pool2d(noise, 9, stride=1))  # 192 px
+    assert value(Seams(), (smooth, smooth)) == pytest.approx(1, abs=0.02)
+    tiles = smooth.float().unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).mean((3, 5), keepdim=True)
+    tiles = tiles.expand(-1, -1, -1, 8, -1, 8).flatten(4, 5).flatten(2, 3)
+    mixed = ((tiles + smooth) / 2).byte()
+    assert value(Seams(), (smooth, mixed)) > 2  # of the reconstructions
+    flat = torch.full_like(smooth, 70)
+    assert value(Seams(), (smooth, flat)) == 1
+    small = smooth[..., :8, :8]
+    assert value(Seams(), (small, small)) == 1  # a single tile
+    with pytest.raises(ConfigError, match="period=1: must be 2 or more"):
+        Seams(1)

@@ -9,6 +9,7 @@ from vistok.core.errors import ConfigError
 from vistok.core.geometry import grid_of
 from vistok.models.flexible import FlexibleTokenizer
 from vistok.models.latent_vit import LatentTransformerDecoder, LatentTransformerEncoder
+from vistok.models.latent_vit_conv import LatentTransformerConvDecoder
 from vistok.models.preprocessing import to_unit_range
 from vistok.models.tokenizer import Tokenizer
 from vistok.nn.attention import attend
@@ -19,9 +20,12 @@ from vistok.nn.positions import grid_points, position_table, spread_points
 from vistok.systems.flextok.decoder import FlowDecoder
 
 both = pytest.mark.parametrize("tokenizer", ["titok_tiny", "vqgan_tiny"])
+with_convolutions = pytest.mark.parametrize(
+    "tokenizer", ["titok_tiny", "titok_conv_tiny", "vqgan_tiny"]
+)
 
 
-@both
+@with_convolutions
 def test_eval_forward_is_detokenize_of_tokenize(tokenizer):
     tok = tiny_tokenizer(tokenizer=tokenizer)
     images = images_of(3)
@@ -40,7 +44,7 @@ def test_eval_forward_is_detokenize_of_tokenize(tokenizer):
     assert rec.min() >= 0 and rec.max() <= 1
 
 
-@both
+@with_convolutions
 @pytest.mark.parametrize(
     ("size", "channels", "batch"), [((16, 32), 3, 2), ((24, 8), 1, 1), ((16, 16), 4, 2)]
 )
@@ -51,7 +55,7 @@ def test_sizes_channels_and_batches(tokenizer, size, channels, batch):
     )
     images = images_of(batch, size, channels)
     ids = tok.tokenize(images)
-    tokens = 4 if tokenizer == "titok_tiny" else height // 8 * (width // 8)
+    tokens = height // 8 * (width // 8) if tokenizer == "vqgan_tiny" else 4
     assert ids.shape == (batch, tokens, 1)
     assert tok.detokenize(ids).shape == images.shape
     tok.train()
@@ -257,6 +261,46 @@ def test_a_convolution_goes_across_the_seams(border):
         around = images[:, :, rows][:, :, :, columns]
     expected = F.conv2d(around, net.smooth.weight, net.smooth.bias)
     assert torch.allclose(net.paint(features), expected, atol=1e-4)
+
+
+def test_residual_convolutions_start_as_the_linear_head():
+    """Set from data, the pixels are those of the linear head that fits the images best."""
+    nets, images = [], torch.randn(6, 3, 16, 24)
+    quantized = torch.randn(6, 6, 12)
+    for cls in (LatentTransformerDecoder, LatentTransformerConvDecoder):
+        torch.manual_seed(0)
+        options = {} if cls is LatentTransformerDecoder else {"cell_size": 4, "cell_channels": 50}
+        net = cls([16, 24], 3, 8, 6, 12, 16, 1, 2, **options)
+        if nets:
+            shared = {k: v for k, v in nets[0].state_dict().items() if "head" not in k}
+            net.load_state_dict(
+                {k: v for k, v in shared.items() if "smooth" not in k}, strict=False
+            )
+        net.initialize(quantized, images)
+        nets.append(net)
+    linear, conv = (net.reconstruct(quantized) for net in nets)
+    assert torch.allclose(conv, linear, atol=1e-5)
+    assert conv.var() > 0.01
+
+
+def test_residual_convolutions_lay_out_cells_and_work_on_them():
+    torch.manual_seed(0)
+    net = awake(LatentTransformerConvDecoder([16, 24], 3, 8, 6, 12, 16, 1, 2, 4, 50, 2))
+    features = torch.randn(2, 6, 16)
+    cells = net.head(features).view(2, 2, 3, 2, 2, 50)  # rows, columns of patches; of cells in them
+    cells = cells.permute(0, 5, 1, 3, 2, 4).reshape(2, 50, 4, 6)
+    for block in net.blocks:
+        y = block.conv1(F.silu(F.group_norm(cells, block.norm1.num_groups, *affine(block.norm1))))
+        y = block.conv2(F.silu(F.group_norm(y, block.norm2.num_groups, *affine(block.norm2))))
+        cells = cells + y
+    last = F.conv2d(cells, net.conv_out.weight, net.conv_out.bias, padding=1)
+    expected = last.view(2, 3, 4, 4, 4, 6).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 24)
+    assert torch.allclose(net.paint(features), expected, atol=1e-4)
+    assert net.last_layer is net.conv_out.weight
+
+
+def affine(norm):
+    return norm.weight, norm.bias, norm.eps
 
 
 def test_a_vit_block_is_torchs():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import vistok
-from helpers import config_of
+from helpers import SIZES, config_of
 from vistok.cli import main
 from vistok.core.errors import ConfigError
 from vistok.export.exporter import place_export
@@ -147,6 +147,8 @@ def test_titok_says_its_sizes(tmp_path):
     assert load_file(out / "model.safetensors")["encoder.positional_embedding"].shape == (5, 512)
 
 
+CONVOLUTIONS = ("experiment=titok_conv_tiny", "data.image_size=16", *SIZES["titok_conv_tiny"])
+
 REFUSED = [
     ("janus", (*GRID, "tokenizer.encoder.stem=2"), "tokenizer.encoder.stem=2"),
     ("llamagen", (*GRID, "tokenizer.encoder.attention=false"), "its encoder has attention between"),
@@ -156,6 +158,7 @@ REFUSED = [
     ("titok", GRID, "it is of TiTok's parts, and the encoder is a CNNEncoder"),
     ("janus", TITOK, "this layout is of a CNN"),
     ("titok", (*TITOK, "tokenizer.decoder.border=edge"), "tokenizer.decoder.border=edge"),
+    ("titok", CONVOLUTIONS, "this one in residual blocks"),
     ("titok", (*TITOK, "tokenizer.encoder.depth=2"), "its blocks are 8 x 512"),
     ("diffusers", (*TAMING, "tokenizer.decoder.num_res_blocks=1"), "found [1] and [1]"),
     ("diffusers", (*TAMING, "tokenizer.encoder.norm_groups=16"), "norm_groups=16"),

@@ -17,6 +17,7 @@ from vistok.training.sharding import blocks_of
 #: are not here it is not known, but they lie in one piece.
 STARTS = {
     "titok_tiny": (1, 1),  # behind the class token
+    "titok_conv_tiny": (1, 1),
     "ta_titok_tiny": (1, 1),
     "one_d_piece_tiny": (1, 1),
     "flextok_tiny": (0, 0),

@@ -16,6 +16,7 @@ NAMES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
+    "seams": "gradient across 8 px borders / elsewhere",
     "hed_vgg": "hed_vgg distance",
     "lite0": "lite0 distance",
     "fd_lite0": "FD-lite0",

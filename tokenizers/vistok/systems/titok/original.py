@@ -10,6 +10,7 @@ from torch import Tensor
 from vistok.core.errors import ConfigError
 from vistok.core.registry import register
 from vistok.models.latent_vit import LatentTransformerDecoder, LatentTransformerEncoder
+from vistok.models.latent_vit_conv import LatentTransformerConvDecoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
 from vistok.models.originals import Original, one_codebook, pointwise
 from vistok.models.proxy_decoder import ProxyDecoder
@@ -41,6 +42,8 @@ def for_titok(tokenizer: Tokenizer) -> Original:
         decoder, LatentTransformerDecoder
     ):
         raise ConfigError(f"it is of TiTok's parts, and the encoder is a {type(encoder).__name__}")
+    if isinstance(decoder, LatentTransformerConvDecoder):
+        raise ConfigError("its decoder ends in TiTok's pixel head, and this one in residual blocks")
     height, width = tokenizer.image_size
     if height != width:
         raise ConfigError(f"its images are squares, found {height} x {width}")
