@@ -19,13 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Tokenizers by name: words of their training. All make 64 ids of 1024 codes of an image of 32 px,
-#: so that what differs is where the ids lie (1D, 2D) and what the loss looks at.
-GRID = ["experiment=vqgan_tiny", "tokenizer.encoder.stem=2"]
+#: Tokenizers by name: words of their training. All make 64 ids of an image of 32 px.
+ONE_D = ["experiment=titok_tiny", "tokenizer.encoder.patch_size=4"]
 TOKENIZERS = {
-    "titok_1d": ["experiment=titok_tiny", "tokenizer.encoder.patch_size=4"],
-    "vqgan_2d": GRID,
-    "vqgan_2d_perceptual": [*GRID, "loss=mse_hed_vgg"],
+    "titok_1d": ONE_D,
+    "vqgan_2d": ["experiment=vqgan_tiny", "tokenizer.encoder.stem=2"],
+    "titok_1d_256_codes": [*ONE_D, "quantizer.codebook_size=256"],
 }
 
 #: The distance of reconstructions from their originals, as that of generated pictures.
