@@ -64,6 +64,11 @@ def timed(times: Path, name: str, *words: str) -> None:
     times.write_text(json.dumps(kept, indent=2) + "\n")
 
 
+def length(steps: str) -> list[str]:
+    """Return the words for so many steps; the last is validated, and so may be the best."""
+    return [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
+
+
 def main(argv: list[str]) -> int:
     """Do what is not done yet, then write the table."""
     words = dict(DEFAULTS)
@@ -88,8 +93,8 @@ def main(argv: list[str]) -> int:
         if not (run / "summary.json").exists():
             timed(
                 times, name, "train", *TOKENIZERS[name], *images, *sized,
-                "baseline.patch_size=null", f"trainer.max_steps={words['steps']}",
-                "optimizer.total_samples=null", f"hydra.run.dir={run}", "resume=auto",
+                "baseline.patch_size=null", "optimizer.total_samples=null",
+                *length(words["steps"]), f"hydra.run.dir={run}", "resume=auto",
             )  # fmt: skip
         if not (run / "eval" / "metrics.json").exists():
             timed(times, f"{name} eval", "eval", f"run={run}", "eval=pixels", f"+eval.metrics.{FD}")
@@ -111,7 +116,7 @@ def main(argv: list[str]) -> int:
                 timed(
                     times, f"{name} {kind}", "train", f"experiment={PRIORS[kind]}",
                     f"tokens={tokens / 'train'}", f"data.val={tokens / 'val'}",
-                    f"data.tokenizer={export}", f"trainer.max_steps={words['prior_steps']}",
+                    f"data.tokenizer={export}", *length(words["prior_steps"]),
                     f"hydra.run.dir={prior}", "resume=auto",
                 )  # fmt: skip
             if not (prior / "eval" / "metrics.json").exists():
