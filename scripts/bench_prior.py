@@ -1,11 +1,12 @@
 """Measure priors: cached sampling against uncached, and a training step against a plain GPT's.
 
-    uv run scripts/bench_prior.py [--tokens 256] [--rounds 5] [--threads 1]
+    uv run scripts/bench_prior.py [--tokens 256] [--rounds 5] [--threads 1] [--precision auto]
 
 Both are ratios within one run, of processor time, the two alternating, so that a busy machine slows
-both; medians.
-The plain GPT is written here as nanoGPT's model is: LayerNorm, GELU, learned positions, biases,
-torch's AdamW, with as many parameters.
+both; medians. The plain GPT is written here as nanoGPT's model is: LayerNorm, GELU, learned
+positions, biases, torch's attention and AdamW, with as many parameters. Both train in the precision
+that vistok's trainer would take here (`auto`: bf16 where the processor computes in it), or in the
+one that is asked for.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vistok.priors.gpt import GPT
 from vistok.priors.layout import Layout
 from vistok.priors.sampling import Sampling
 from vistok.training.optimizers import build_optimizer
+from vistok.training.trainer import precision
 
 
 class PlainBlock(nn.Module):
@@ -83,12 +85,16 @@ def alternate(first: Callable[[], None], second: Callable[[], None], rounds: int
     return [statistics.median(each) for each in times]
 
 
-def stepper(loss: Callable[[], Tensor], module: nn.Module, optimizer: torch.optim.Optimizer):
+def stepper(
+    loss: Callable[[], Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, bf16: bool
+) -> Callable[[], None]:
     """Return a function that takes one training step, with the clipping that both recipes have."""
 
     def step() -> None:
         optimizer.zero_grad()
-        loss().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
 
@@ -104,6 +110,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=4, help="drawn at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=("auto", "bf16", "32"), default="auto")
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
     torch.manual_seed(0)
@@ -128,13 +135,15 @@ def main() -> int:
     print(f"parameters: GPT {parameters(prior):,}, plain {parameters(plain):,}")
     ours = build_optimizer(prior, 1e-3, (0.9, 0.95), 0.05)
     theirs = torch.optim.AdamW(plain.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.05)
+    bf16 = precision(words.precision, "cpu") == "bf16-mixed"
     step, plain_step = alternate(
-        stepper(lambda: prior(ids[..., None], None, labels).nll.mean(), prior, ours),
-        stepper(lambda: plain(ids), plain, theirs),
+        stepper(lambda: prior(ids[..., None], None, labels).nll.mean(), prior, ours, bf16),
+        stepper(lambda: plain(ids), plain, theirs, bf16),
         words.rounds,
     )
-    print(f"training step of {words.batch} x {words.tokens} tokens: GPT {step:.3f} s, plain "
-          f"{plain_step:.3f} s, {plain_step / step:.2f} times as fast")  # fmt: skip
+    print(f"training step of {words.batch} x {words.tokens} tokens in "
+          f"{'bf16' if bf16 else 'float32'}: GPT {step:.3f} s, plain {plain_step:.3f} s, "
+          f"{plain_step / step:.2f} times as fast")  # fmt: skip
     return int(anew / cached < 5 or plain_step / step < 1)
 
 

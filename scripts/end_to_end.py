@@ -3,10 +3,10 @@
     uv run scripts/end_to_end.py out=runs/e2e train='/sets/train-*.tar' val=/sets/val-000000.tar
 
 Trains tokenizers, exports them, tokenizes the images, trains a GPT and MaskGIT on the tokens of
-each, and evaluates everything: PSNR of the tokenizers, likelihood and gFD-lite0 of the priors,
-in `table.md`. What is done is not done again, and a training that was interrupted goes on, so the
-same command continues after any stop. `steps=` and `prior_steps=` set the cost, `tokenizers=` and
-`priors=` what is trained.
+each, and evaluates everything: PSNR and rFD-lite0 of the tokenizers, likelihood and gFD-lite0 of
+the priors, in `table.md`. What is done is not done again, and a training that was interrupted goes
+on, so the same command continues after any stop. `steps=` and `prior_steps=` set the cost,
+`tokenizers=` and `priors=` what is trained.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Tokenizers by name: words of their training. All see images of 32 px.
+#: Tokenizers by name: words of their training. All make 64 ids of an image of 32 px.
+ONE_D = ["experiment=titok_tiny", "tokenizer.encoder.patch_size=4"]
 TOKENIZERS = {
-    "titok_1d": ["experiment=titok_tiny", "tokenizer.encoder.patch_size=4"],
-    "vqgan_2d": ["experiment=vqgan_tiny"],
-    "one_d_piece": ["experiment=one_d_piece_tiny", "tokenizer.encoder.patch_size=4"],
+    "titok_1d": ONE_D,
+    "vqgan_2d": ["experiment=vqgan_tiny", "tokenizer.encoder.stem=2"],
+    "titok_1d_256_codes": [*ONE_D, "quantizer.codebook_size=256"],
 }
+
+#: The distance of reconstructions from their originals, as that of generated pictures.
+FD = "fd_lite0={_target_:frechet,network:{_target_:lite0}}"
 
 PRIORS = {"gpt": "ar_gpt_tiny", "maskgit": "maskgit_prior_tiny"}
 
@@ -60,6 +64,11 @@ def timed(times: Path, name: str, *words: str) -> None:
     times.write_text(json.dumps(kept, indent=2) + "\n")
 
 
+def length(steps: str) -> list[str]:
+    """Return the words for so many steps; the last is validated, and so may be the best."""
+    return [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
+
+
 def main(argv: list[str]) -> int:
     """Do what is not done yet, then write the table."""
     words = dict(DEFAULTS)
@@ -78,15 +87,17 @@ def main(argv: list[str]) -> int:
     places = [Path(words[key]).resolve() for key in ("train", "val")]
     images = ["data=shards", f"data.train={places[0]}", f"data.val={places[1]}"]
     sized = [f"data.image_size={words['size']}", "data.augment=[hflip]", "data.num_workers=0"]
-    rows = []
-    for name in words["tokenizers"].split(","):
+    names = words["tokenizers"].split(",")
+    for name in names:
         run, export, tokens = out / f"{name}_run", out / f"{name}_export", out / f"{name}_tokens"
         if not (run / "summary.json").exists():
             timed(
                 times, name, "train", *TOKENIZERS[name], *images, *sized,
-                "baseline.patch_size=null", f"trainer.max_steps={words['steps']}",
-                "optimizer.total_samples=null", f"hydra.run.dir={run}", "resume=auto",
+                "baseline.patch_size=null", "optimizer.total_samples=null",
+                *length(words["steps"]), f"hydra.run.dir={run}", "resume=auto",
             )  # fmt: skip
+        if not (run / "eval" / "metrics.json").exists():
+            timed(times, f"{name} eval", "eval", f"run={run}", "eval=pixels", f"+eval.metrics.{FD}")
         if not (export / "model.safetensors").exists():
             vistok("export", f"run={run}", f"out={export}")
         for part, place in zip(("train", "val"), places, strict=True):
@@ -96,14 +107,16 @@ def main(argv: list[str]) -> int:
                     times, f"{name} tokens", "tokenize", f"model={export}", "data=shards", source,
                     f"out={tokens / part}",
                 )  # fmt: skip
-        row = {"tokenizer": name, **json.loads((run / "summary.json").read_text())}
-        for kind in words["priors"].split(","):
+    rows = []
+    for kind in words["priors"].split(","):
+        for name in names:
+            run, export, tokens = (out / f"{name}_{part}" for part in ("run", "export", "tokens"))
             prior = out / f"{name}_{kind}"
             if not (prior / "summary.json").exists():
                 timed(
                     times, f"{name} {kind}", "train", f"experiment={PRIORS[kind]}",
                     f"tokens={tokens / 'train'}", f"data.val={tokens / 'val'}",
-                    f"data.tokenizer={export}", f"trainer.max_steps={words['prior_steps']}",
+                    f"data.tokenizer={export}", *length(words["prior_steps"]),
                     f"hydra.run.dir={prior}", "resume=auto",
                 )  # fmt: skip
             if not (prior / "eval" / "metrics.json").exists():
@@ -111,9 +124,11 @@ def main(argv: list[str]) -> int:
                     times, f"{name} {kind} eval", "eval", f"run={prior}",
                     f"prior.images={places[1]}", f"prior.num_samples={words['samples']}",
                 )  # fmt: skip
+            copies = json.loads((run / "eval" / "metrics.json").read_text())
+            told = {"psnr": copies["psnr"], "rfd_lite0": copies["fd_lite0"]}
             found = json.loads((prior / "eval" / "metrics.json").read_text())
-            rows.append({**row, "prior": kind, **found})
-    (out / "table.md").write_text(table(rows))
+            rows.append({**found, "tokenizer": name, "prior": kind, **told})
+            (out / "table.md").write_text(table(rows))
     print(table(rows))
     return 0
 
@@ -121,7 +136,7 @@ def main(argv: list[str]) -> int:
 def table(rows: list[dict]) -> str:
     """Return a table of all tokenizers and priors."""
     columns = (
-        "tokenizer", "val_psnr", "prior", "nll_per_token", "bigram_nll", "unigram_nll",
+        "tokenizer", "psnr", "rfd_lite0", "prior", "nll_per_token", "bigram_nll", "unigram_nll",
         "gfd_lite0", "lite0_precision", "lite0_recall",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

@@ -1,72 +1,30 @@
 """The Hub, by a stand-in of it on this machine: pull with revision and cache, push, and bad names."""
 
-import hashlib
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import vistok
 from helpers import images_of
+from hub_stand_in import TOKEN, Repository, serving
 from token_helpers import small_export
 from vistok.core.errors import CheckpointError, ConfigError
+from vistok.export.hub import push
 
 pytest.importorskip("huggingface_hub")
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Two revisions of one repository; `served` maps a commit to its files by name."""
-
-    served: ClassVar[dict] = {}
-    asked: ClassVar[list] = []
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def do_GET(self, body=True):
-        self.asked.append(self.path)
-        parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:4] == ["api", "models", "me", "tok"]:
-            revision = parts[5] if len(parts) > 5 else "main"
-            commit = COMMITS.get(revision, revision)
-            if commit not in self.served:
-                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
-            if parts[4:5] == ["tree"]:
-                found = self.served[commit].items()
-                tree = [
-                    {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
-                    for n, d in found
-                ]
-                return self.answer(200, json.dumps(tree).encode(), {}, body)
-            files = [{"rfilename": name} for name in self.served[commit]]
-            content = {"id": "me/tok", "sha": commit, "siblings": files, "private": False}
-            return self.answer(200, json.dumps(content).encode(), {}, body)
-        if parts[:3] == ["me", "tok", "resolve"]:
-            commit = COMMITS.get(parts[3], parts[3])
-            data = self.served[commit]["/".join(parts[4:])]
-            etag = hashlib.sha256(data).hexdigest()
-            return self.answer(200, data, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}, body)
-        return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-
-    def answer(self, code, data, headers, body):
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    """me/tok with two revisions; the client reads its settings when it is imported, so they are
+    set in its modules."""
     import huggingface_hub._snapshot_download as snapshots
     import huggingface_hub.constants as constants
     import huggingface_hub.file_download as file_download
@@ -75,30 +33,27 @@ def hub(tmp_path, monkeypatch):
     old = small_export(tmp_path / "old")
     new = small_export(tmp_path / "new", quantizer=("quantizer=vq", "quantizer.codebook_size=12"))
     (new / "code.py").write_text("raise SystemExit('this ran')")
-    Hub.served = {
-        commit: {path.name: path.read_bytes() for path in folder.iterdir()}
-        for commit, folder in ((COMMITS["main"], new), (COMMITS["v1"], old))
-    }
-    Hub.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for module in (constants, hf_api, file_download, snapshots):
-        for name in ("ENDPOINT", "HF_HUB_CACHE"):
-            if hasattr(module, name):
-                monkeypatch.setattr(
-                    module, name, address if name == "ENDPOINT" else str(tmp_path / "cache")
-                )
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    for module in (constants, file_download):
-        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
-            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(hf_api.api, "endpoint", address)
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    monkeypatch.chdir(tmp_path)
-    yield server
-    server.shutdown()
-    server.server_close()
+    repository = Repository()
+    for branch, folder in (("main", new), ("v1", old)):
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        repository.commit(files, branch, COMMITS[branch])
+    with serving({"me/tok": repository}) as (found, address):
+        for module in (constants, hf_api, file_download, snapshots):
+            for name in ("ENDPOINT", "HF_HUB_CACHE"):
+                if hasattr(module, name):
+                    monkeypatch.setattr(
+                        module, name, address if name == "ENDPOINT" else str(tmp_path / "cache")
+                    )
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):
+            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.chdir(tmp_path)
+        yield found
 
 
 def test_load_by_name_with_revision_and_cache(hub, tmp_path):
@@ -106,9 +61,8 @@ def test_load_by_name_with_revision_and_cache(hub, tmp_path):
     for revision, folder in ((None, "new"), ("v1", "old")):
         found = vistok.load("me/tok", revision=revision)
         assert torch.equal(found.tokenize(images), vistok.load(tmp_path / folder).tokenize(images))
-    assert not [path for path in Hub.asked if "code.py" in path]
-    hub.shutdown()
-    hub.server_close()
+    assert not [path for path in hub.asked if "code.py" in path]
+    hub.stop()
     found = vistok.load("me/tok", revision=COMMITS["v1"])  # from the cache
     assert torch.equal(found.tokenize(images), vistok.load(tmp_path / "old").tokenize(images))
 
@@ -121,7 +75,7 @@ def test_what_is_not_there_is_one_line(hub, tmp_path):
 
 
 def test_an_altered_download_is_refused(hub):
-    files = Hub.served[COMMITS["main"]]
+    files = hub.repositories["me/tok"].commits[COMMITS["main"]]
     data = bytearray(files["model.safetensors"])
     data[-1] ^= 1
     files["model.safetensors"] = bytes(data)
@@ -133,33 +87,85 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, tmp_path):
     (tmp_path / "runs").mkdir()
     with pytest.raises(CheckpointError, match="no such run, export or checkpoint"):
         vistok.load("runs/mien")
-    assert Hub.asked == []
+    assert hub.asked == []
 
 
-def test_push_uploads_the_files_of_an_export(tmp_path, monkeypatch):
-    """The calls to the Hub's own client, which does the rest."""
-    import huggingface_hub
-
-    from vistok.export.hub import push
-
-    calls = []
-
-    class Api:
-        def create_repo(self, name, exist_ok):
-            calls.append(("create", name, exist_ok))
-
-        def upload_folder(self, **words):
-            calls.append(("upload", words))
-            return "https://huggingface.co/me/tok/commit/1"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+def test_what_is_pushed_is_what_loads(hub, tmp_path):
+    """Through the Hub's own client: weights by their SHA-256, the rest within the commit."""
     folder = small_export(tmp_path / "export")
-    assert push(folder, "me/tok") == "https://huggingface.co/me/tok/commit/1"
-    assert calls[0] == ("create", "me/tok", True)
-    assert calls[1][1]["folder_path"] == folder and calls[1][1]["repo_id"] == "me/tok"
-    with pytest.raises(ConfigError, match="owner/name"):
-        push(folder, "tok")
+    (folder / "notes.txt").write_text("not of the export")
+    images = images_of(2)
+    expected = vistok.load(folder).tokenize(images)
+
+    address = push(folder, "me/fresh")
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".txt"}
+    repository = hub.repositories["me/fresh"]
+    first = repository.names["main"]
+    assert address.endswith(f"/me/fresh/commit/{first}")
+    assert repository.commits[first] == {".gitattributes": b"*.safetensors filter=lfs\n", **files}
+    weights = {data for name, data in files.items() if name.endswith(".safetensors")}
+    assert set(hub.store.values()) == weights and len(weights) == 2
+    kinds = {line["value"]["path"]: line["key"] for line in hub.commits[0][1:]}
+    assert kinds == {n: "lfsFile" if n.endswith(".safetensors") else "file" for n in files}
+    assert torch.equal(vistok.load("me/fresh").tokenize(images), expected)
+
+    assert push(folder, "me/fresh") == address  # nothing changed: no commit
+    assert len(hub.commits) == 1
+    other = tmp_path / "new"
+    push(other, "me/fresh")
+    assert len(hub.commits) == 2
+    ids = vistok.load(other).tokenize(images)
+    assert torch.equal(vistok.load("me/fresh").tokenize(images), ids)
+    assert torch.equal(vistok.load("me/fresh", revision=first).tokenize(images), expected)
+
+
+def test_a_push_that_is_refused_is_one_line(hub, tmp_path, monkeypatch):
+    folder = small_export(tmp_path / "export")
+
+    def refused(name, error, *words):
+        with pytest.raises(error) as caught:
+            push(folder, name)
+        told = str(caught.value)
+        assert "\n" not in told and all(word in told for word in (f"push={name}", *words)), told
+
+    refused("tok", ConfigError, "owner/name")
+    refused("others/tok", CheckpointError, "403", "rights")
+    monkeypatch.setattr(hub, "do_PUT", lambda self: self.body() and self.answer(403, b"{}"))
+    refused("me/fresh", CheckpointError, "could not be uploaded", ".safetensors")
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    refused("me/fresh", CheckpointError, "401")
+    assert hub.commits == []
+    hub.stop()
+    refused("me/fresh", CheckpointError, "could not be uploaded")
+    asked = len(hub.asked)
     (folder / "vocabulary.json").write_text("{}")
     with pytest.raises(CheckpointError, match="altered"):
-        push(folder, "me/tok")
-    assert len(calls) == 2
+        push(folder, "me/fresh")
+    assert len(hub.asked) == asked
+
+
+@pytest.mark.slow
+def test_the_command_pushes_and_a_fresh_process_loads(finished_run, tmp_path):
+    """As a user types it, with the client's environment variables alone."""
+    load = """
+import sys
+import vistok
+from helpers import images_of
+print(vistok.load(sys.argv[1]).tokenize(images_of(1)).tolist())
+"""
+    with serving({}) as (hub, address):
+        place = {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}  # fmt: skip
+        paths = os.pathsep.join([str(ROOT / "tokenizers"), str(ROOT / "tests")])
+        environment = {**os.environ, **place, "PYTHONPATH": paths}
+
+        def python(*words):
+            done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        folder = tmp_path / "exported"
+        told = python("-m", "vistok", "export", f"run={finished_run}", f"out={folder}", "push=me/mine")  # fmt: skip
+        commit = hub.repositories["me/mine"].names["main"]
+        assert f"{address}/me/mine/commit/{commit}" in told
+        assert python("-c", load, "me/mine") == python("-c", load, str(folder))
+        assert list((tmp_path / "home" / "hub").glob(f"models--me--mine/snapshots/{commit}/model.safetensors"))  # fmt: skip

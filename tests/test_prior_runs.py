@@ -1,5 +1,6 @@
 """Priors through the command line: training, exact resume, ranks, pictures, evaluation, bad input."""
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from ranks import TWO, assert_ended, fork
 from test_pipeline import assert_same, state_of
 from token_folders import make_tokens
 from vistok.checkpoints.load import load_prior
-from vistok.cli import evaluate, tokenize, train
+from vistok.cli import evaluate, main, tokenize, train
 from vistok.core.errors import CheckpointError
 from vistok.data.token_module import TokenDataModule
 from vistok.data.tokens import TokenFolder
@@ -162,8 +163,14 @@ def test_pictures_of_an_export(exported, photos, tmp_path, monkeypatch):
         assert math.isfinite(results[name]), name
     assert results["compared_with"] == str(photos)
     assert results["nearest_distance_of_val"] > 0
+    page = (folder / "report.html").read_text()
     for name in ("samples", "nearest"):
-        assert (folder / "eval" / f"{name}.png").exists()
+        sheet = (folder / "eval" / f"{name}.png").read_bytes()
+        assert base64.b64encode(sheet).decode() in page
+    assert f"{results['gfd_lite0']:.4g}" in page and "<figcaption>Losses" in page
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text() == page
 
 
 def test_what_is_wrong_is_one_line(tokens, fails, exported):

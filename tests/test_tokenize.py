@@ -89,7 +89,7 @@ def test_the_same_command_finds_it_finished_and_adds_formats(made, tmp_path, cap
     assert tokenize(config, words) == manifest
     assert "nothing to do" in capsys.readouterr().out
     assert contents(place / "tokens") == before
-    fewer = settings(place / "export", tmp_path / "tokens", "flip=true", "format=[parquet]")
+    fewer = settings(place / "export", tmp_path / "tokens", "flip=true", "format=parquet")
     tokenize(fewer, words)
     tokenize(fewer | {"format": FORMATS}, words)
     assert contents(tmp_path / "tokens") == before
@@ -369,6 +369,8 @@ def test_512_ranks_that_die_and_are_split_anew(tmp_path):
     ("word", "told"),
     [
         ("format=[megatorn]", "did you mean 'megatron'"),
+        ("format=megatorn", "did you mean 'megatron'"),
+        ("format=3", "format=3: must be of native"),
         ("document=[eos]", "document"),
         ("batch_size=0", "batch_size=0"),
         ("batch_size=1.5", "batch_size=1.5"),

@@ -214,7 +214,7 @@ ARRAYS = {
     ("name", "array", "words"),
     [
         ("ids", None, "no array 'ids'"),
-        ("ids", np.zeros((3, 2), np.float16), "expected uint8, uint16, uint32"),
+        ("ids", np.zeros((3, 2), np.float16), "expected uint8, uint16, uint32, found float16"),
         ("ids", np.zeros((3, 2), np.int64), "expected uint8, uint16, uint32, found int64"),
         ("ids", np.zeros((3, 3), np.uint16), "expected 2"),
         ("ids", np.full((3, 2), 9, np.uint16), "valid are 0 to 6"),

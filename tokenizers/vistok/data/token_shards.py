@@ -22,6 +22,10 @@ DTYPES = ("uint8", "uint16", "uint32")
 
 _NAMES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "I64": "int64"}
 
+#: Types that no array of ours has, to say what was found.
+_OTHERS = {"I8": "int8", "I16": "int16", "I32": "int32", "U64": "uint64"}
+_OTHERS |= {"F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool"}
+
 _CODES = {name: code for code, name in _NAMES.items()}
 
 _CHUNK = 1 << 22  # ids looked at at once
@@ -227,9 +231,10 @@ def open_shard(path: Path, sizes: Sequence[int]) -> ShardArrays:
 
 def _view(content: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
     begin, end = entry["data_offsets"]
-    if entry["dtype"] not in _NAMES:
-        return np.zeros(0)  # which no array may be
-    kind = np.dtype(_NAMES[entry["dtype"]]).newbyteorder("<")
+    name = (_NAMES | _OTHERS).get(entry["dtype"])
+    if name is None:
+        return np.zeros(0, dtype=object)  # which no array may be
+    kind = np.dtype(name).newbyteorder("<")
     return content[begin:end].view(kind).reshape(entry["shape"])
 
 

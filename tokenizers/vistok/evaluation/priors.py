@@ -25,6 +25,7 @@ from vistok.data.token_module import TokenDataModule
 from vistok.evaluation.generation import conditions_for, load_decoder, pictures_of
 from vistok.evaluation.inputs import choose_device, subject_of
 from vistok.evaluation.pictures import grid, save_png, scale_for
+from vistok.evaluation.report.page import write_report
 from vistok.evaluation.results import write_json
 from vistok.evaluation.token_statistics import token_statistics
 from vistok.evaluation.tokens import check_layout, token_data
@@ -39,7 +40,7 @@ _COUNTED = 50_000
 
 
 def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any]:
-    """Evaluate a prior, print a table, write `metrics.json`, `samples.png` and `nearest.png`.
+    """Evaluate a prior; write `metrics.json`, `samples.png`, `nearest.png` and `report.html`.
 
     Args:
         config: resolved `configs/eval.yaml`.
@@ -65,7 +66,8 @@ def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[st
     sampling = _sampling_of(run_config, options)
     place = options["tokenizer"] or data.tokenizer
     tokenizer = load_decoder(place, prior.layout.tokenizer, device) if place else None
-    out = Path(config["out"]) if config["out"] else subject_of(config).out
+    subject = subject_of(config)
+    out, page = (Path(config["out"] or place) for place in (subject.out, subject.page))
 
     results: dict[str, Any] = {**likelihood_of(prior, data), **statistics_of(data)}
     count = options["num_samples"]
@@ -80,6 +82,7 @@ def evaluate_prior(config: dict[str, Any], data_overrides: list[str]) -> dict[st
     results["num_samples"] = count
     write_json(out / "metrics.json", results)
     _print(results, out)
+    say(f"report: {write_report(out, page)}")
     if tokenizer is None and count:
         say(
             "[yellow]no pictures: prior.tokenizer=EXPORT names the export that the tokens were "

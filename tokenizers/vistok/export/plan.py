@@ -65,8 +65,8 @@ class Settings:
         _check(config, "flip", "true or false", lambda value: isinstance(value, bool))
         _check(config, "psnr", "null or dB from 0 to 100", _is_psnr)
         _check(config, "precision", "auto, 32 or bf16", lambda value: str(value) in _PRECISIONS)
-        format = config["format"] or []
-        format = format.split(",") if isinstance(format, str) else list(format)
+        format = [] if config["format"] is None else config["format"]
+        format = format if isinstance(format, list) else str(format).split(",")
         document = config["document"] or []
         if not isinstance(document, list) or any(name not in DOCUMENT for name in document):
             raise ConfigError(
@@ -213,4 +213,4 @@ def claim_folder(out: Path, plan: dict[str, Any]) -> None:
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) < 30 else f"{text[:13]}..."
+    return text if len(text) < 30 else f"{text.strip(chr(34))[:12]}..."

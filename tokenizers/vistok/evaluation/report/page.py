@@ -18,6 +18,7 @@ from vistok.core.terminal import counted
 from vistok.evaluation.inputs import beside
 from vistok.evaluation.plots import Panel, heat, svg
 from vistok.evaluation.report import charts
+from vistok.evaluation.report.generated import generated_html, generated_parts, is_generated
 from vistok.evaluation.report.parts import (
     budgets_shown,
     e,
@@ -60,15 +61,19 @@ def write_report(measured: Path | None, folder: Path) -> Path:
     summary = folder / "summary.json"
     told = read_json(summary) if summary.is_file() else {}
     name = folder.resolve().name
-    parts = [
-        _head(name, results, told),
-        *([_pictures(results, measured)] if measured else []),
-        _curves(results),
-        *([_extremes(results, measured)] if measured else []),
-        *([_codes(results, measured)] if measured else []),
-        _training(rows),
-        _protocol(results),
-    ]
+    if measured and is_generated(results):
+        shown = generated_parts(results, measured)
+    elif measured:
+        shown = [
+            _pictures(results, measured),
+            _curves(results),
+            _extremes(results, measured),
+            _codes(results, measured),
+        ]
+    else:
+        shown = []
+    protocol = _protocol(results) if "protocol" in results else ""
+    parts = [_head(name, results, told), *shown, _training(rows), protocol]
     values = per_image(measured / "per_image.csv", results) if measured else {}
     page = _page(name, "\n".join(filter(None, parts)), script_data(results, values))
     with replacing(folder / "report.html") as file:
@@ -152,7 +157,8 @@ def _head(name: str, results: Mapping[str, Any], told: Mapping[str, Any]) -> str
             f"{model['num_tokens']} tokens, {e(books + slots)}</p>"
         )
     if results:
-        lines.append(f"<p>{measured_html(results)}</p>")
+        words = generated_html(results) if is_generated(results) else measured_html(results)
+        lines.append(f"<p>{words}</p>")
         numbers = _cards(results)
     else:
         lines.append("<p class='soft'>A training; nothing else was measured yet.</p>")
@@ -404,8 +410,6 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _protocol(results: Mapping[str, Any]) -> str:
-    if not results:
-        return ""
     rows = [[key, value] for key, value in leaves(results["protocol"])]
     around = [["checkpoint", results.get("checkpoint")]]
     around += [[f"model.{k}", v] for k, v in (results.get("model") or {}).items()]
