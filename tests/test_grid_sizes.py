@@ -1,13 +1,16 @@
 """Every grid family at sizes that are not square, with one channel, and at other sizes than trained."""
 
+import io
 import math
 
 import pytest
 import torch
+from PIL import Image
 
-from helpers import TINY, config_of, make_photos, metrics_of
+from helpers import TINY, config_of, metrics_of, picture
 from vistok.cli import train
 from vistok.core.registry import registered
+from vistok.data.shards import ShardWriter
 from vistok.models.build import build_tokenizer
 from vistok.models.grid import GridTokenizer
 
@@ -106,8 +109,11 @@ def test_images_of_different_sizes_get_the_ids_that_each_has_alone(name):
 @pytest.mark.parametrize("name", ["llamagen_tiny", "vit_vqgan_tiny"])
 def test_aspect_buckets_train(name, tmp_path, monkeypatch):
     """Pictures of three shapes, with an adversary that judges each at its own size."""
-    for number, (height, width) in enumerate(((24, 24), (24, 48), (48, 24))):
-        make_photos(tmp_path / "photos" / str(number), 8, height=height, width=width)
+    with ShardWriter(tmp_path / "shards", "train") as writer:
+        for number in range(24):
+            file, shape = io.BytesIO(), ((24, 24), (24, 48), (48, 24))[number % 3]
+            Image.fromarray(picture(number, *shape)).save(file, "png")
+            writer.write(file.getvalue(), "png", size=shape)
     seen, forward = set(), GridTokenizer.forward
 
     def spied(self, images, *args, **more):
@@ -119,7 +125,7 @@ def test_aspect_buckets_train(name, tmp_path, monkeypatch):
     words = [w for w in TINY if not w.startswith(("tokenizer.", "quantizer.", "data.image_size"))]
     small = ["tokenizer.encoder.base_channels=32"] * (name not in WIDE)
     job = [
-        f"experiment={name}", *words, *small, "data=folder", f"data.train={tmp_path / 'photos'}",
+        f"experiment={name}", *words, *small, "data=shards", f"data.train={tmp_path}/shards/*.tar",
         "data.image_size=16", "data.buckets=[[16,16],[16,32],[32,16]]", "data.val_fraction=0.2",
         "data.batch_size=2", "quantizer.codebook_size=16", "trainer.max_steps=9", "adversary=patch",
         "loss.terms.adversarial.start=0", "loss.terms.adversarial.warmup=0",
