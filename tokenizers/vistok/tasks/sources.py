@@ -77,7 +77,7 @@ def _warm_players(terms: Mapping[str, Any], told: Sequence[str]) -> None:
     trained already, the gradient of an untrained discriminator would undo what it has learned.
     """
     for name, options in terms.items():
-        if not isinstance(options, Mapping) or "warmup" not in options or options.get("weights"):
+        if not isinstance(options, dict) or "warmup" not in options or options.get("weights"):
             continue
         keys = {f"loss.terms.{name}.{key}" for key in ("warmup", "warmup_samples")}
         if keys.isdisjoint(told) and not (options["warmup"] or options.get("warmup_samples")):
