@@ -74,7 +74,7 @@ def _warm_players(terms: Mapping[str, Any], told: Sequence[str]) -> None:
     """Let players without weights and warm-up learn alone first, in place, unless words say not.
 
     Recipes whose discriminator has no warm-up train both from scratch. Of a tokenizer that is
-    trained already, the gradient of an untrained discriminator would undo what it has learned.
+    trained already, the gradient of an untrained discriminator is noise that moves it away.
     """
     for name, options in terms.items():
         if not isinstance(options, dict) or "warmup" not in options or options.get("weights"):
