@@ -2,6 +2,7 @@
 
     python scripts/bench_quantizers.py                                   # all; an hour and a half
     python scripts/bench_quantizers.py methods=vq,simvq sizes=8192x32 out=bench.json
+    python scripts/bench_quantizers.py methods=ibq sizes=131072x256 tokens=256  # an image of 256 px
     python scripts/bench_quantizers.py methods=peaks                     # memory of all configs
 
 Keys: `methods` (of METHODS below), `sizes` (codes x channels, for the codebook methods), `tokens`,
@@ -86,7 +87,11 @@ def serve(connection, build, args, options, width, tokens, threads, memory_gb) -
         # Latents near codes of unit scale, as in training; all contenders see the same ones.
         z = torch.randn(tokens, width).requires_grad_()
         train(z[:64].detach().requires_grad_())
-        answer: object = {"memory_mb": peak_of(train, z)}
+        held = peak_of(train, z)
+        z.grad = None
+        with torch.no_grad():
+            encode(z[:64].detach())
+            answer: object = {"memory_mb": held, "encode_mb": peak_of(encode, z.detach())}
         while True:
             connection.send(answer)
             command = connection.recv()
@@ -195,8 +200,9 @@ def receive(connection) -> object:
 def table(cases: dict[str, dict]) -> str:
     """Markdown, one row per contender; ratios of processor time are to ours in the same case."""
     lines = [
-        "| method | size | who | train ms | cpu | × ours | peak MB | encode ms | cpu | × ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | size | who | train ms | cpu | × ours | peak MB "
+        "| encode ms | cpu | × ours | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, results in cases.items():
         base = results.get("ours", {})
@@ -204,7 +210,7 @@ def table(cases: dict[str, dict]) -> str:
             cells = [*key.split(" "), name]
             for kind in ("train", "encode"):
                 if "error" in row:
-                    cells += ["", "", "", ""] if kind == "train" else [row["error"][:40], "", ""]
+                    cells += ["", "", "", ""] if kind == "train" else [row["error"][:40], *[""] * 3]
                     continue
                 time, cpu = row.get(f"{kind}_ms", 0.0), row.get(f"{kind}_cpu_ms", 0.0)
                 own = base.get(f"{kind}_cpu_ms")
@@ -212,8 +218,7 @@ def table(cases: dict[str, dict]) -> str:
                     cells += ["", "", ""]
                 else:
                     cells += [f"{time:.3g}", f"{cpu:.3g}", f"{cpu / own:.2f}" if own else ""]
-                if kind == "train":
-                    cells.append(f"{row['memory_mb']:.0f}")
+                cells.append(f"{row['memory_mb' if kind == 'train' else 'encode_mb']:.0f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -4,13 +4,16 @@
     python scripts/bench_training.py experiments=titok_tiny,vqgan_tiny batch=32 out=bench.json
     python scripts/bench_training.py precisions=32,32+compile,bf16,bf16+compile
     python scripts/bench_training.py precisions=32 parts=true            # where a step's time goes
+    python scripts/bench_training.py experiments=llamagen_vq16 loss=mse adversary=none batch=1 \
+        official=LlamaGen                                                # next to the authors' code
 
 Keys: `experiments` (of configs/experiment), `batch`, `precisions` (32, bf16 as autocast, 16 on a
 GPU; 32+high and 32+medium as `trainer.matmul_precision`; each with `+compile`, as `compile=true`
-trains), `device`, `threads` (0: as torch has it),
-`seconds` (of measuring each experiment), `textbook` (false: without), `parts` (true: also the time
-of each operator, by torch's profiler, and of each product by itself) and `out` (a JSON file). Any
-other `key=value` goes to the experiment's config.
+trains), `device`, `threads` (0: as torch has it), `seconds` (of measuring each experiment),
+`textbook` (false: without), `official` (a checkout of https://github.com/FoundationVision/LlamaGen),
+`clock` (wall; processor: time of the process alone, on a machine that others use, with
+`threads=1`), `parts` (true: also the time of each operator, by torch's profiler, and of each
+product by itself) and `out` (a JSON file). Any other `key=value` goes to the experiment's config.
 
 A training step is forward, loss, backward, clipping, AdamW and the quantizer's `after_step` on
 images that are there already; encode is `tokenize` in eval mode. Operations are counted by torch,
@@ -20,7 +23,9 @@ once, of the products in forward and backward alone. Beside it stand
 - `own products`: the matrix products of this very step, with its shapes and layouts, one after the
   other and nothing between them, into memory that is there already;
 - `textbook`: a step of TiTok written down plainly, in float32, from `nn.MultiheadAttention`,
-  `nn.Conv2d` and `AdamW` without options, of the same sizes; for tokenizers of TiTok's parts.
+  `nn.Conv2d` and `AdamW` without options, of the same sizes; for tokenizers of TiTok's parts;
+- `official`: step and encode of LlamaGen's own VQ-16 or VQ-8, in float32, with the squared error,
+  its quantizer's losses, clipping at 1 and its `Adam`.
 
 Everything has a process of its own, and all take turns, so that a busy machine disturbs all alike;
 medians over the rounds count. Memory is the process's peak (on a GPU, of the allocator), with the
@@ -53,6 +58,8 @@ DEFAULTS = {
     "threads": "0",
     "seconds": "40",
     "textbook": "true",
+    "official": "",
+    "clock": "wall",
     "parts": "false",
     "out": "",
 }
@@ -72,6 +79,8 @@ COLUMNS = (
     ("own_products_gflops", "{:.0f}"),
     ("share_of_own", "{:.2f}"),
     ("times_textbook", "{:.2f}"),
+    ("times_official", "{:.2f}"),
+    ("encode_times_official", "{:.2f}"),
     ("peak_mib", "{:.0f}"),
 )
 
@@ -85,14 +94,16 @@ def serve(case: dict[str, Any], pipe: Connection) -> None:
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     torch.manual_seed(0)
-    calls, facts = textbook(case) if case["precision"] == "textbook" else ours(case)
+    build = {"textbook": textbook, "official": official}.get(case["precision"], ours)
+    calls, facts = build(case)
+    clock = {"wall": time.perf_counter, "processor": time.process_time}[case["clock"]]
     pipe.send((list(calls), facts))
     while (name := pipe.recv()) is not None:
-        begin = time.perf_counter()
+        begin = clock()
         parts = calls[name]()
         if case["device"] == "cuda":
             torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - begin, parts))
+        pipe.send((clock() - begin, parts))
 
 
 def ours(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
@@ -266,6 +277,13 @@ def textbook(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
     return {"step": step}, {"flops": flops}
 
 
+def official(case: dict[str, Any]) -> tuple[Calls, dict[str, Any]]:
+    """Step and encode of the authors' code, and what they cost."""
+    from official_llamagen import calls_of
+
+    return calls_of(Path(case["official"]), config_of(case), case["batch"], case["device"])
+
+
 # ---------------------------------------------------------------------- turns
 
 
@@ -296,11 +314,12 @@ def measure(cases: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]
     for pipe in pipes:
         pipe.send(None)
     medians = [{name: statistics.median(ts) for name, ts in own.items()} for own in times]
-    plain = next(
-        (m["step"] for c, m in zip(cases, medians, strict=True) if c["precision"] == "textbook"),
-        None,
-    )
-    rows = [row(*each, plain) for each in zip(cases, medians, facts, strict=True)]
+    others = {
+        case["precision"]: times
+        for case, times in zip(cases, medians, strict=True)
+        if case["precision"] in ("textbook", "official")
+    }
+    rows = [row(*each, others) for each in zip(cases, medians, facts, strict=True)]
     for case, line, inside in zip(cases, rows, parts, strict=True):
         if case["parts"]:
             line["parts"] = {
@@ -314,9 +333,12 @@ def measure(cases: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]
 
 
 def row(
-    case: dict[str, Any], spent: dict[str, float], facts: dict[str, Any], plain: float | None
+    case: dict[str, Any],
+    spent: dict[str, float],
+    facts: dict[str, Any],
+    others: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """One line of the table."""
+    """One line of the table; `others` are the times of what stands beside."""
     batch, flops = case["batch"], facts["flops"]
     values = {
         "experiment": case["experiment"],
@@ -328,10 +350,13 @@ def row(
         "gflops": flops / spent["step"] / 1e9,
         **facts,
     }
-    if plain is not None:
-        values["times_textbook"] = plain / spent["step"]
-    if "product" in spent:
+    for name, times in others.items():
+        values[f"times_{name}"] = times["step"] / spent["step"]
+        if "encode" in times and "encode" in spent:
+            values[f"encode_times_{name}"] = times["encode"] / spent["encode"]
+    if "encode" in spent:
         values["encode_images_per_s"] = batch / spent["encode"]
+    if "product" in spent:
         values["product_gflops"] = 2 * REPEATS * SIDE**3 / spent["product"] / 1e9
         values["own_products_gflops"] = facts["own_flops"] / spent["own"] / 1e9
         values["share"] = values["gflops"] / values["product_gflops"]
@@ -378,6 +403,8 @@ def main(argv: list[str]) -> int:
         precisions = values["precisions"].split(",")
         if values["textbook"] == "true" and is_titok(experiment, overrides):
             precisions.append("textbook")
+        if values["official"]:
+            precisions.append("official")
         cases = [
             {
                 "experiment": experiment,
@@ -385,7 +412,9 @@ def main(argv: list[str]) -> int:
                 "batch": int(values["batch"]),
                 "device": values["device"],
                 "threads": int(values["threads"]),
-                "parts": values["parts"] == "true" and precision != "textbook",
+                "parts": values["parts"] == "true" and precision not in ("textbook", "official"),
+                "official": values["official"],
+                "clock": values["clock"],
                 "overrides": overrides,
             }
             for precision in precisions

@@ -66,13 +66,16 @@ def test_the_textbook_is_titok(bench):
 
 
 def test_the_table_has_a_line_for_each_contender(bench, capsys):
+    others = {"textbook": {"step": 2.0}}
     rows = [
-        bench.row({**case("32"), "precision": p}, {"step": s}, {"flops": 1e9, "peak_mib": 1.0}, 2.0)
+        bench.row(
+            {**case("32"), "precision": p}, {"step": s}, {"flops": 1e9, "peak_mib": 1.0}, others
+        )
         for p, s in (("32", 0.5), ("textbook", 2.0))
     ]
     lines = bench.table(rows).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["32", "textbook"]
-    compiled = bench.row(case("32+compile"), {"step": 1.0}, {"flops": 1e9}, None)
+    compiled = bench.row(case("32+compile"), {"step": 1.0}, {"flops": 1e9}, {})
     assert compiled["precision"] == "32+compile"
     assert bench.longest({"a": 0.001, "b": 0.002}).splitlines()[2:4] == [
         "| b | 2.0 |",

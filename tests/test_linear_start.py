@@ -63,6 +63,22 @@ def test_upsampling_gives_the_pixels_at_its_new_size(kind):
     assert out.var().item() == pytest.approx(1, abs=0.6)
 
 
+def test_upsampling_is_nearest_pixels_and_a_convolution():
+    """Value and gradients of the definition; the sum of four shifted kernels is one of 4 x 4."""
+    torch.manual_seed(0)
+    maps, layer = torch.randn(2, 6, 5, 7).double(), Upsample(6).double()
+    wanted, inputs = [], (maps.requires_grad_(), layer.conv.weight, layer.conv.bias)
+    probe = torch.randn(2, 6, 10, 14).double()
+    for forward in (
+        layer,
+        lambda x: layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")),
+    ):
+        out = forward(maps)
+        wanted.append((out, *torch.autograd.grad((out * probe).sum(), inputs)))
+    for found, expected in zip(*wanted, strict=True):
+        assert torch.allclose(found, expected, atol=1e-12)
+
+
 def test_blocks_start_as_their_skip():
     maps = torch.randn(2, 8, 4, 4)
     for block in (ResBlock(8, 8), SpatialAttention(8)):

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import vistok
-from helpers import SIZES, config_of
-from vistok.cli import main
+from helpers import SIZES, TINY, config_of
+from vistok.cli import main, train
 from vistok.core.errors import ConfigError
-from vistok.export.exporter import place_export
+from vistok.export.exporter import export_run, place_export
 from vistok.export.importer import import_weights
 from vistok.export.original import export_original
 from vistok.models.build import build_tokenizer
@@ -29,6 +29,12 @@ TITOK = (
     "quantizer=vq_8192x64", "quantizer.codebook_size=128", "quantizer.codebook_dim=8",
     "quantizer.metric=euclidean",
 )  # fmt: skip
+
+COMMON = [
+    *(word for word in TINY if not word.startswith(("tokenizer.", "quantizer.", "data.image_size"))),
+    "data=folder", "data.val_fraction=0.2", "adversary=none", "trainer.max_steps=3",
+    "trainer.global_batch_size=null",
+]  # fmt: skip
 
 
 def exported(out, *words, stages=1, means=0.0):
@@ -132,9 +138,38 @@ def test_diffusers_reads_a_vqgan_with_equal_ids_and_pictures(tmp_path, size):
     assert (found - expected).abs().max() < 1e-4 and ids.unique().numel() > 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "words", "file"),
+    [
+        ("llamagen", GRID, "vq.pt"),
+        ("janus", GRID, "model.safetensors"),
+        ("diffusers", TAMING, "diffusion_pytorch_model.safetensors"),
+        ("titok", (*TITOK, "tokenizer.encoder.latent_means=false"), "model.safetensors"),
+    ],
+)
+def test_what_was_trained_here_is_read_back(layout, words, file, tmp_path, photos):
+    run, out = tmp_path / "run", tmp_path / "theirs"
+    assert train([*words, *COMMON, f"data.train={photos}", f"hydra.run.dir={run}"]) == 0
+    ours = vistok.load(export_run(run, tmp_path / "ours"))
+    found = import_weights(
+        layout, export_original(run, out, layout) / file, tmp_path / "back", *ours.image_size[:1]
+    )
+    images = pictures(ours, 8)
+    ids = ours.tokenize(images)
+    assert torch.equal(vistok.load(found).tokenize(images), ids) and ids.unique().numel() > 8
+    expected = ours.detokenize(ids)
+    assert (vistok.load(found).detokenize(ids) - expected).abs().max() < 1e-4
+    assert expected.std() > 0.01
+    if layout == "titok":  # and once more, of what has learned from there
+        more = [*words[:1], *COMMON, f"data.train={photos}", f"init_from={found}"]
+        assert train([*more, f"hydra.run.dir={tmp_path / 'on'}"]) == 0
+        export_original(tmp_path / "on", tmp_path / "again", layout)
+
+
 def test_titok_has_no_means_of_latents(tmp_path):
     run = exported(tmp_path / "run", *TITOK, means=0.1)
-    with pytest.raises(ConfigError, match=r"layout=titok: .*encoder\.latent_means are not 0"):
+    with pytest.raises(ConfigError, match=r"layout=titok: .*encoder\.latent_means=false"):
         export_original(run, tmp_path / "theirs", "titok")
 
 

@@ -278,6 +278,25 @@ def test_state_dict_round_trip(name):
 
 
 @everywhere
+def test_one_that_is_frozen_hands_on_gradients_and_stays(name):
+    """As behind an encoder that is fine-tuned for ids that others have learned."""
+    quantizer = train(build(name), [latents(4, 16)] * 2).requires_grad_(False)
+    before = state(quantizer)
+    for _ in range(2):
+        z = latents(4, 16).requires_grad_()
+        output = quantizer(z)
+        (total_loss(quantizer, output) + output.quantized.square().mean()).backward()
+        assert z.grad is not None and z.grad.any()
+        quantizer.discard_step()
+    kept = {
+        key: value for key, value in before.items() if not key.endswith(("usage.counts", "steps"))
+    }
+    assert all(torch.equal(quantizer.state_dict()[key], value) for key, value in kept.items())
+    quantizer.after_step()  # nothing has been gathered
+    assert all(torch.equal(quantizer.state_dict()[key], value) for key, value in kept.items())
+
+
+@everywhere
 def test_gradients_reach_the_latents_and_every_loss_has_a_weight(name):
     quantizer = build(name)
     z = latents(4, 16).requires_grad_()

@@ -29,7 +29,7 @@ def checked_budgets(tokenizer: Tokenizer, budgets: Any) -> list[int]:
     if not isinstance(tokenizer, FlexibleTokenizer) and set(wanted) - {most}:
         raise ConfigError(
             f"eval.num_tokens={budgets}: {type(tokenizer).__name__} has a fixed length of {most} "
-            "tokens; other budgets need a flexible tokenizer (docs/flexible_length.md)"
+            "tokens; other budgets need a flexible tokenizer (docs/guide/flexible_length.md)"
         )
     return sorted(set(wanted))
 

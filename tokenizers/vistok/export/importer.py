@@ -18,9 +18,7 @@ from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
 
 #: What a released file does not have, for only training needs it.
-_FRESH = re.compile(
-    r"quantizer\.(.*\.)?(stats\..*|usage\..*|initialized|steps)|encoder\.latent_means"
-)
+_FRESH = re.compile(r"quantizer\.(.*\.)?(stats\..*|usage\..*|initialized|steps)")
 
 
 def import_weights(

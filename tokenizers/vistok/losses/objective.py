@@ -207,6 +207,24 @@ class Objective(nn.Module):
         for player in self.players.values():
             player.start()
 
+    def fresh_players(self) -> list[str]:
+        """Return a line for each player that starts untrained: when it learns, and when it counts.
+
+        Call it after `resolve`.
+        """
+        lines = []
+        for name, player in self.players.items():
+            counts = self.entries[name].start_samples
+            learns = max(0, counts - player.warmup_samples)
+            if getattr(player, "weights", None) is None:
+                lines.append(
+                    f"{name} is untrained: it learns alone from image {learns} to {counts}, and "
+                    "counts from there on"
+                    if learns < counts
+                    else f"{name} is untrained, and counts from image {counts} on without warm-up"
+                )
+        return lines
+
     def equip(self, make_optimizer: MakeOptimizer) -> None:
         """Give every player its optimizer."""
         for player in self.players.values():

@@ -57,6 +57,8 @@ class LatentTransformerEncoder(Encoder):
             serves, which the norms hardly bend. FSQ's range stays where it is: with less than
             about 1 the latents would leave it before they are of use. 0 or more.
         norm_in: normalise the sequence before the first block.
+        latent_means: take a learned vector off each latent; see `initialize`. Without them the
+            encoder is as published, so that TiTok's own code reads it (`layout=titok`).
     """
 
     #: Options of the blocks, see `Block`.
@@ -78,6 +80,7 @@ class LatentTransformerEncoder(Encoder):
         attention: AttentionKind = "dense",
         content: NonNegative = 0.125,
         norm_in: bool = True,
+        latent_means: bool = True,
     ) -> None:
         super().__init__()
         self.patch_grid = grid_of(image_size, patch_size)
@@ -106,7 +109,8 @@ class LatentTransformerEncoder(Encoder):
         points = spread_points(num_latent_tokens, self.patch_grid, nested)
         self.latent_positions = nn.Parameter(position_table(points, width, head, self.patch_grid))
         # A latent says nothing new about its own place: its mean over images is taken off.
-        self.latent_means = nn.Parameter(torch.zeros(num_latent_tokens, width))
+        means = torch.zeros(num_latent_tokens, width)
+        self.latent_means = nn.Parameter(means) if latent_means else None
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width) * 0.02)
         self.mask: Tensor | None
         prefix = len(self.patch_positions) + class_token
@@ -115,7 +119,8 @@ class LatentTransformerEncoder(Encoder):
 
     def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, K, W)`; `block.{i}` are the patches."""
-        return self.latents(images, taps) - self.latent_means
+        latents = self.latents(images, taps)
+        return latents if self.latent_means is None else latents - self.latent_means
 
     def latents(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """The latent tokens `(B, K, W)` behind the last norm, their means still in them."""
@@ -152,6 +157,8 @@ class LatentTransformerEncoder(Encoder):
         self.patch_embed.bias.zero_()
         self.patch_embed.weight[:count] = weight
         self.patch_embed.bias[:count] = -weight @ mean
+        if self.latent_means is None:
+            return
         latents = torch.cat([self(chunk).float() for chunk in chunks(images)])
         self.latent_means += latents.mean(dim=0)
 

@@ -93,6 +93,7 @@ def released_latent_vit(published: Published, image_size: int | None, target: st
         **common,
         **_sizes(state, "encoder"),
         "patch_size": patch_size,
+        "latent_means": False,
     }
     decoder = {
         **common,

@@ -103,8 +103,7 @@ class Tokenizer(Preprocessing, nn.Module):
 
         "latents" and "codes" are what the quantizer gets and returns.
         """
-        own = Tap(self.encoder.dim, self.encoder.grid)
-        shapes = {"latents": own, "codes": own}
+        shapes = dict.fromkeys(("latents", "codes"), Tap(self.encoder.dim, self.encoder.grid))
         for part, module in (("encoder", self.encoder), ("decoder", self.decoder)):
             shapes |= {f"{part}.{name}": tap for name, tap in module.tap_shapes().items()}
         return shapes
@@ -137,7 +136,8 @@ class Tokenizer(Preprocessing, nn.Module):
         """Keep parts as they are: no gradient, no statistics, in eval mode from now on.
 
         Args:
-            parts: dotted names of submodules, such as "encoder" or "decoder.pixel_decoder".
+            parts: dotted names of submodules, such as "encoder" or "decoder.pixel_decoder". A
+                quantizer whose encoder learns is in training mode, so that gradients get there.
         """
         for name in parts:
             self.get_submodule(name).requires_grad_(False)
@@ -149,6 +149,8 @@ class Tokenizer(Preprocessing, nn.Module):
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()
+        if "quantizer" in self.frozen and any(p.requires_grad for p in self.encoder.parameters()):
+            self.quantizer.train(mode)
         return self
 
     calibrates = False  # whether `calibrate` measures something, with `init=random` too
@@ -408,7 +410,7 @@ class Tokenizer(Preprocessing, nn.Module):
     def _refuse_length(self, what: str) -> NoReturn:
         raise ConfigError(
             f"{what}: {type(self).__name__} has a fixed length of {self.num_tokens} tokens; other "
-            "budgets need a flexible tokenizer (docs/flexible_length.md)"
+            "budgets need a flexible tokenizer (docs/guide/flexible_length.md)"
         )
 
     def _sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -436,8 +438,7 @@ class Tokenizer(Preprocessing, nn.Module):
 
     def _check_range(self, ids: Tensor) -> None:
         if ids.numel():
-            low = ids.amin(dim=(0, 1)).tolist()
-            high = ids.amax(dim=(0, 1)).tolist()
+            low, high = (found.tolist() for found in ids.flatten(0, 1).aminmax(dim=0))
             for slot, size in enumerate(self.quantizer.codebook_sizes):
                 if low[slot] < 0 or high[slot] >= size:
                     bad = low[slot] if low[slot] < 0 else high[slot]

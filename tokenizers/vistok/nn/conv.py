@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -216,7 +217,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the size by nearest neighbours, then a 3x3 convolution."""
+    """Double the size by nearest neighbours, then a 3x3 convolution.
+
+    Three neighbours along a side are copies of two, so that a pixel is the sum of 2x2 products and
+    not of 3x3. On CPUs both are one transposed convolution, with 4/9 of the operations and without
+    the large map between them; the numbers agree up to rounding. On GPUs that is not measured.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -224,7 +230,15 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C, 2H, 2W)`."""
+        if x.device.type == "cpu":
+            return F.conv_transpose2d(x, self._spread(), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def _spread(self) -> Tensor:
+        """Return what a pixel adds to the 4 x 4 around its 2 x 2 copies, `(C, C, 4, 4)`."""
+        turned = self.conv.weight.flip(2, 3).transpose(0, 1)
+        places = ((0, 1, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0))
+        return torch.stack([F.pad(turned, place) for place in places]).sum(0)
 
 
 class DepthToSpace(nn.Module):

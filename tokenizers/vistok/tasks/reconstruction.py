@@ -84,6 +84,8 @@ class Reconstruction(Task):
             _say_start(f"{', '.join(parts) or 'all weights'} of {source}", "weights")
             if moved:
                 _say_start(f"{', '.join(moved)} interpolated", "weights")
+            for line in self.objective.fresh_players():
+                _say_start(line, "weights")
         if (parts or not source) and (from_data or tokenizer.calibrates):
             images = data.init_batches(self._init_images())
             if from_data:
@@ -115,6 +117,7 @@ class Reconstruction(Task):
     def after_step(self) -> dict[str, Tensor]:
         """Apply the codebook statistics."""
         if "quantizer" in self.tokenizer.frozen:
+            self.tokenizer.quantizer.discard_step()
             return {}
         numbers = self.tokenizer.quantizer.after_step([self.trainer.optimizers[0]])
         return {f"quantizer/{name}": value for name, value in numbers.items()}

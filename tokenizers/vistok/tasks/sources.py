@@ -20,6 +20,9 @@ from vistok.nn.positions import resize_positions
 
 _MISSING = object()
 
+#: Share of a fine-tuning in which a fresh player, such as a discriminator, learns alone.
+_WARMUP = 0.05
+
 
 def resolve_source(config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return a config with the architecture and the sizes of `init_from`.
@@ -39,6 +42,7 @@ def resolve_source(config: dict[str, Any], words: Sequence[str]) -> dict[str, An
     own = read_config(path)
     config = copy.deepcopy(config)
     told = [word.lstrip("+~").partition("=")[0] for word in words]
+    _warm_players((config.get("loss") or {}).get("terms") or {}, told)
     tokenizer = copy.deepcopy(own["tokenizer"])
     composed = config["tokenizer"]
     other = resolve(tokenizer["_target_"]) is not resolve(composed["_target_"])
@@ -64,6 +68,22 @@ def resolve_source(config: dict[str, Any], words: Sequence[str]) -> dict[str, An
                 _set(quantizer, key.split(".")[1:], _at(config, key))
         config["quantizer"] = quantizer
     return config
+
+
+def _warm_players(terms: Mapping[str, Any], told: Sequence[str]) -> None:
+    """Let players without weights and warm-up learn alone first, in place, unless words say not.
+
+    Recipes whose discriminator has no warm-up train both from scratch. Of a tokenizer that is
+    trained already, the gradient of an untrained discriminator is noise that moves it away.
+    """
+    for name, options in terms.items():
+        if not isinstance(options, dict) or "warmup" not in options or options.get("weights"):
+            continue
+        keys = {f"loss.terms.{name}.{key}" for key in ("warmup", "warmup_samples")}
+        if keys.isdisjoint(told) and not (options["warmup"] or options.get("warmup_samples")):
+            options["warmup"] = _WARMUP
+            if not options.get("start_samples"):
+                options["start"] = max(options.get("start") or 0.0, _WARMUP)
 
 
 def parts_of(config: Mapping[str, Any]) -> tuple[str, ...]:

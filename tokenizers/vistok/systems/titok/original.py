@@ -47,10 +47,10 @@ def for_titok(tokenizer: Tokenizer) -> Original:
     height, width = tokenizer.image_size
     if height != width:
         raise ConfigError(f"its images are squares, found {height} x {width}")
-    if encoder.latent_means.any():
+    if encoder.latent_means is not None and encoder.latent_means.any():
         raise ConfigError(
-            "its encoder takes no means off the latents, and encoder.latent_means are not 0; those "
-            "of an import are, while its encoder stays as it is"
+            "its encoder takes no means off the latents, which differ from token to token, so no "
+            "other weight can hold them; train with tokenizer.encoder.latent_means=false"
         )
     codes, two_stages = one_codebook(tokenizer), isinstance(decoder, ProxyDecoder)
     # Ours sees images in [-1, 1], and folds pixels as (row, column, channel).
