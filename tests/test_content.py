@@ -150,7 +150,7 @@ def test_rapidocr_finds_reads_and_loses_lines():
 
 def test_rapidocr_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
-    with pytest.raises(ArgumentError, match="^rapidocr: needs pip install rapidocr onnxruntime"):
+    with pytest.raises(ArgumentError, match=r"^rapidocr: needs pip install rapidocr onnxruntime"):
         RapidOCR()
 
 
