@@ -121,11 +121,11 @@ def coded(images: Tensor, codec: str, limits: Sequence[int]) -> list[tuple[int, 
 
     pictures: list[Tensor] = []
 
-    def keep(_: Tensor, made: Tensor) -> dict[str, float]:
-        pictures.append(made)
-        return {}
+    def keep(made: Sequence[Tensor]) -> list[dict[str, float]]:
+        pictures.extend(made)
+        return [{} for _ in made]
 
-    points = codec_curves(images, limits, [codec], "payload", keep)[codec] if limits else []
+    points = codec_curves(images, limits, codec, measure=keep)["payload"]
     return [(int(p["max_bytes"]), made) for p, made in zip(points, pictures, strict=True)]
 
 
