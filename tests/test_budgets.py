@@ -70,7 +70,7 @@ def test_curves_take_the_best_size(name):
     """Beside all sizes and qualities tried one by one."""
     codec, highest = CODECS[name]
     images = images_of(3, 48)
-    points = codec_curves(images, [40, 400])[name]
+    points = codec_curves(images, [40, 400], name)["payload"]
     assert [p["max_bytes"] for p in points] == [40, 400]
     taken = set()
     for point in points:
@@ -104,8 +104,8 @@ def test_small_pictures_keep_their_place():
 
 def test_curves_leave_out_what_does_not_fit():
     images = images_of(4, 32)
-    curves = codec_curves(images, [1, 150, 400])
-    for name, points in curves.items():
+    for name in ("jpeg", "webp"):
+        points = codec_curves(images, [1, 150, 400], name)["payload"]
         assert [p["max_bytes"] for p in points] == [150, 400], name
         assert points[0]["psnr"] < points[1]["psnr"]
         assert all(p["payload_bytes"] <= p["max_bytes"] for p in points)
@@ -271,7 +271,8 @@ def test_jpeg_xl_is_a_bare_codestream():
 
 def test_bytes_are_counted_both_ways():
     images = images_of(2, 32)
-    for counted in ("payload", "file"):
-        (point,) = codec_curves(images, [700], ["jpeg"], counted)["jpeg"]
+    curves = codec_curves(images, [700], "jpeg", ["payload", "file"])
+    for counted, (point,) in curves.items():
         assert point[f"{counted}_bytes"] <= 700
+        assert point == pytest.approx(codec_curves(images, [700], "jpeg", [counted])[counted][0])
     assert point["payload_bytes"] < 150  # headers take most of 700 bytes

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import images_of, needs_faces, needs_text, picture
+from helpers import images_of, needs_faces, needs_rapidocr, needs_text, picture
 from vistok.core.errors import ArgumentError, DataError
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.suite import build_suite
 from vistok.metrics.content import FacesKept, TextKept, edits
 from vistok.models.networks.faces import DlibFaces
+from vistok.models.networks.rapid_text import RapidOCR
 from vistok.models.networks.text import EasyOCR, collapsed, confidence, connected
 from vistok.nn.network import Network, Region
 
@@ -117,6 +118,40 @@ def test_small_and_gray_pages(reader):
     page = drawn("HELLO")[:1, 20:68, 6:140][None].float() / 127.5 - 1  # no multiple of 32
     assert [region.value for region in reader.regions(page)[0]] == ["HELLO"]
     assert reader.regions(-torch.ones(1, 3, 16, 16)) == [[]]
+
+
+@needs_rapidocr
+def test_rapidocr_finds_reads_and_loses_lines():
+    reader = RapidOCR().eval()
+    pages = torch.stack([drawn("HELLO"), drawn("HOLE"), torch.full_like(drawn("H"), 90)])
+    found = reader.regions(pages.float() / 127.5 - 1)
+    assert [[region.value for region in own] for own in found] == [["HELLO"], ["HOLE"], []]
+    left, top, right, bottom = found[0][0].place
+    # Ink reaches from 14 to 130 and from 30 to 58.
+    assert 0 <= left <= 14 and 14 <= top <= 30 and 130 <= right <= 146 and 58 <= bottom <= 74
+    # The package's own reading of the same rectangle, in its order of colors.
+    pages[0, 0] = 30
+    own = reader._engine(
+        np.ascontiguousarray(pages[0].permute(1, 2, 0).numpy()[top:bottom, left:right, ::-1]),
+        use_det=False, use_cls=False, use_rec=True,
+    )  # fmt: skip
+    (again,) = reader.values(pages[:1].float() / 127.5 - 1, found[:1])
+    assert again == [own.txts[0]]
+    metric = TextKept(reader)
+    rubbed = pages.clone()
+    rubbed[1, :, :, 14 + 3 * 24 :] = 225  # without its last letter
+    metric.update(pages[1:], rubbed[1:])
+    assert {k: v.item() for k, v in metric.compute().items()} == {
+        "accuracy": 0.0, "similarity": 0.75, "found": 1,
+    }  # fmt: skip
+    assert reader.identity()["sha256"].keys() == {"detector", "reader"}
+    assert reader.regions(-torch.ones(1, 1, 16, 16)) == [[]]
+
+
+def test_rapidocr_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(ArgumentError, match=r"^rapidocr: needs pip install rapidocr onnxruntime"):
+        RapidOCR()
 
 
 def by_recursion(a, b):

@@ -427,11 +427,12 @@ def test_the_state_of_another_evaluation_is_not_taken_up(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does(finished_run, tmp_path):
-    """Each of 7 images once, though they do not divide by two; equal to 1e-6."""
+    """Each of 7 images once, though they do not divide by two; equal to 1e-6. Codecs by one."""
     photos = make_photos(tmp_path / "photos", 7)
     (photos / "003.png").write_bytes(b"no picture")
     words = [f"run={finished_run}", f"data.val={photos}", "eval=pixels", "batch_size=2"]
     words += ["data.num_workers=0", "data.max_skipped_share=1"]
+    words += ["eval.codecs=[jpeg]", "eval.codecs_always=true"]
     one = start([*words, f"out={tmp_path}/one"])
     import socket
 
@@ -451,6 +452,7 @@ def test_two_ranks_measure_what_one_does(finished_run, tmp_path):
     for key in ("psnr", "ssim", "codebook_usage", "perplexity", "dead_codes"):
         assert second[key] == pytest.approx(first[key], rel=1e-6), key
     assert second["codes"] == first["codes"]
+    assert second["rates"] == first["rates"] and first["rates"]["codecs"]["payload"]["jpeg"]
     tables = [(tmp_path / n / "per_image.csv").read_text() for n in ("one", "two")]
     keys = [[line.split(",")[1] for line in table.splitlines()] for table in tables]
     assert keys[0] == keys[1] and len(keys[0]) == 7

@@ -58,26 +58,55 @@ def kmeans_baseline(
     Returns:
         `baseline_kmeans_psnr` (dB) and `baseline_kmeans_codes`, or nothing.
     """
-    height, width = tokenizer.image_size
-    if height % patch_size or width % patch_size:
+    bits, device = tokenizer.bits_per_image, tokenizer.device
+    codebook = patch_codebook(data, bits, patch_size, num_patches, iterations, device)
+    if codebook is None:
         return {}
-    grid = grid_of((height, width), patch_size)
-    num_codes = round(2 ** (tokenizer.bits_per_image / (grid[0] * grid[1])))
-    if not 2 <= num_codes <= 4096:
-        return {}
-    num_images = min(data.num_train, -(-num_patches // (grid[0] * grid[1])))
-    device = tokenizer.device
-    images = data.init_batches(num_images).to(device)
-    patches = patchify(images.float() / 255, patch_size).flatten(0, 1)[:num_patches]
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the same codes however the run was trained
-        torch.manual_seed(0)
-        codebook, _ = kmeans(patches, num_codes, iterations)
     psnr = PSNR().to(device)
     for batch in data.val_dataloader():
         originals = batch["image"][batch["valid"]].to(device)
         psnr.update(originals, quantize_patches(originals, codebook, patch_size))
-    return {"baseline_kmeans_psnr": psnr.compute().item(), "baseline_kmeans_codes": num_codes}
+    return {"baseline_kmeans_psnr": psnr.compute().item(), "baseline_kmeans_codes": len(codebook)}
+
+
+def patch_codebook(
+    data: Any,
+    bits: float,
+    patch_size: int,
+    num_patches: int,
+    iterations: int,
+    device: torch.device | str = "cpu",
+) -> Tensor | None:
+    """Return a k-means codebook `(K, patch)` over patches of training images, in [0, 1].
+
+    It is the same however a run was trained, and on every rank; all of them must call it.
+
+    Args:
+        data: a DataModule that is set up.
+        bits: of an image, which decide K.
+        patch_size: side of a patch in pixels.
+        num_patches: patches to train on.
+        iterations: of Lloyd's algorithm.
+        device: where it is computed and returned.
+
+    Returns:
+        None if patches do not tile the images, or their codes are not 2 to 4096.
+    """
+    height, width = data.image_size
+    if height % patch_size or width % patch_size:
+        return None
+    grid = grid_of((height, width), patch_size)
+    exponent = bits / (grid[0] * grid[1])
+    num_codes = round(2**exponent) if exponent < 16 else 0
+    if not 2 <= num_codes <= 4096:
+        return None
+    num_images = min(data.num_train, -(-num_patches // (grid[0] * grid[1])))
+    images = data.init_batches(num_images).to(device)
+    patches = patchify(images.float() / 255, patch_size).flatten(0, 1)[:num_patches]
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices):  # the same codes however the run was trained
+        torch.manual_seed(0)
+        return kmeans(patches, num_codes, iterations)[0]
 
 
 def quantize_patches(images: Tensor, codebook: Tensor, patch_size: int) -> Tensor:

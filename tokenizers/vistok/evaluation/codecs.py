@@ -200,12 +200,12 @@ def mean_psnr(originals: Tensor, pictures: Tensor) -> dict[str, float]:
 def codec_curves(
     images: Tensor,
     max_bytes: Iterable[int],
-    codecs: Iterable[str] = ("jpeg", "webp"),
-    counted: str = "payload",
-    measure: Callable[[Tensor, Tensor], Mapping[str, Any]] = mean_psnr,
+    name: str,
+    counted: Sequence[str] = ("payload",),
+    measure: Callable[[Sequence[Tensor]], Sequence[Mapping[str, Any]]] | None = None,
     advance: Callable[[int], None] = lambda images: None,
-) -> dict[str, list[dict[str, float]]]:
-    """Return metrics of each codec at a number of bytes.
+) -> dict[str, list[dict[str, Any]]]:
+    """Return metrics of a codec at a number of bytes.
 
     For every image and size in `SHRINKS` the quality is searched so that the result just fits;
     the size that gives the highest PSNR counts.
@@ -213,36 +213,43 @@ def codec_curves(
     Args:
         images: `(B, C, H, W)` uint8, C 1 or 3.
         max_bytes: limits; one that some image exceeds even at the lowest quality is left out.
-        codecs: their names.
-        counted: `payload` (bytes without headers) or `file` (with headers) has to fit.
-        measure: from originals and pictures, both `(B, C, H, W)` uint8, to numbers.
+        name: of the codec.
+        counted: what has to fit, each by itself: `payload` (bytes without headers), `file` (with).
+        measure: from pictures `(B, C, H, W)` uint8 of all limits that are left to numbers of each;
+            None for PSNR.
         advance: told of each image that is done.
 
     Returns:
-        For each codec a list of `max_bytes`, mean `payload_bytes` and `file_bytes`, and what
-        `measure` returns.
+        For each way of counting a list of `max_bytes`, mean `payload_bytes` and `file_bytes`, and
+        what `measure` returns.
     """
-    limits, curves = sorted(set(max_bytes)), {}
-    for name in codecs:
-        codec, highest = CODECS[name]
-        found: dict[int, list[Coded | None]] = {limit: [] for limit in limits}
-        for image in images:  # an image's codings are forgotten before the next one's
-            sizes = [cache(partial(_coded, codec, image, shrink)) for shrink in SHRINKS]
-            for limit in limits:
-                found[limit].append(_best_size(image, sizes, highest, limit, counted))
-            advance(1)
-        curves[name] = []
-        for limit, results in found.items():
-            coded = [c for c in results if c is not None]
-            if not coded or len(coded) < len(images):
-                continue
-            point = {
+    codec, highest = CODECS[name]
+    places = [(way, limit) for way in counted for limit in sorted(set(max_bytes))]
+    found: dict[tuple[str, int], list[Coded | None]] = {place: [] for place in places}
+    for image in images:  # an image's codings are forgotten before the next one's
+        sizes = [cache(partial(_coded, codec, image, shrink)) for shrink in SHRINKS]
+        for way, limit in places:
+            found[way, limit].append(_best_size(image, sizes, highest, limit, way))
+        advance(1)
+    points: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {way: [] for way in counted}
+    pictures: list[Tensor] = []
+    for (way, limit), results in found.items():
+        coded = [c for c in results if c is not None]
+        if not coded or len(coded) < len(images):
+            continue
+        points.append(
+            {
                 "max_bytes": limit,
                 "payload_bytes": math.fsum(c.payload for c in coded) / len(coded),
                 "file_bytes": math.fsum(c.file for c in coded) / len(coded),
             }
-            pictures = torch.stack([c.picture for c in coded])
-            curves[name].append(point | dict(measure(images, pictures)))
+        )
+        curves[way].append(points[-1])
+        pictures.append(torch.stack([c.picture for c in coded]))
+    measure = measure or (lambda made: [mean_psnr(images, each) for each in made])
+    for point, numbers in zip(points, measure(pictures), strict=True):
+        point |= numbers
     return curves
 
 

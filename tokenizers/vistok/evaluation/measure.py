@@ -24,6 +24,7 @@ class Measurement:
         usage: counts codes; None where there are no ids.
         num_tokens: how many of each image's tokens count; None for all.
         lenient: leave a metric out that these images do not suffice for.
+        alone: this rank measures without the others.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class Measurement:
         usage: CodeUsage | None = None,
         num_tokens: int | None = None,
         lenient: bool = False,
+        alone: bool = False,
     ) -> None:
         self.metrics = dict(metrics)
+        self.alone = alone
         self.lenient = lenient
         self.notes: list[str] = []  # what people should know, once it is computed
         # Of metrics that are means over images: float64 sums, and how many images they are of.
@@ -71,9 +74,9 @@ class Measurement:
         return values
 
     def compute(self) -> dict[str, float]:
-        """Return plain numbers over all batches and ranks; every rank must call it."""
+        """Return plain numbers over all batches and ranks; every rank calls it, unless alone."""
         results: dict[str, float] = {}
-        of_ranks = gather(self.sums)
+        of_ranks = [self.sums] if self.alone else gather(self.sums)
         for name, metric in self.metrics.items():
             if means := [sums[name] for sums in of_ranks if name in sums]:
                 count = sum(count for _, count in means)
@@ -82,6 +85,7 @@ class Measurement:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 try:
+                    metric.sync_on_compute = not self.alone
                     results.update(flat(name, metric.compute()))
                 except DataError as error:
                     if not self.lenient:

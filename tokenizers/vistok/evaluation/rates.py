@@ -21,7 +21,7 @@ from vistok.evaluation.engine import bar
 from vistok.evaluation.measure import Measurement
 from vistok.evaluation.pairs import Pairs
 from vistok.metrics.content import ContentMetric
-from vistok.metrics.image import ImageMetric
+from vistok.metrics.image import ImageMetric, MeanPerImage
 
 _CHUNK = 32  # images that a metric gets at a time
 
@@ -55,42 +55,54 @@ def rate_distortion(
         `max_bytes`, `payload_bytes`, `file_bytes` and each metric.
     """
     metrics = {k: m for k, m in metrics.items() if not isinstance(m, ContentMetric)}
+    originals = _stack([image for pair in pairs for image in pair.originals])
+    # The same tensors each time, so that networks look at the originals' once.
+    chunks = list(originals.split(_CHUNK))
 
-    def measured(originals: Sequence[Tensor], pictures: Sequence[Tensor]) -> dict[str, float]:
-        for metric in metrics.values():
-            metric.reset()
-            metric.sync_on_compute = False  # rank 0 is alone here
-        measurement = Measurement(metrics, lenient=True)
-        for start in range(0, len(originals), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            measurement.update(_stack(originals[chunk]), _stack(pictures[chunk]))
-        return measurement.compute()
+    def measured(made: Sequence[Tensor]) -> list[dict[str, float]]:
+        return _measured(metrics, chunks, made)
 
-    originals = [image for pair in pairs for image in pair.originals]
-    device = originals[0].device
-    rows = []
-    for budget in sorted(bytes_of):
-        pictures = [image for pair in pairs for image in pair.reconstructions[budget]]
-        row = {"num_tokens": budget, "bytes": bytes_of[budget]}
-        rows.append(row | measured(originals, pictures))
+    budgets = sorted(bytes_of)
+    made = [_stack([i for pair in pairs for i in pair.reconstructions[b]]) for b in budgets]
+    rows = [
+        {"num_tokens": budget, "bytes": bytes_of[budget]} | numbers
+        for budget, numbers in zip(budgets, measured(made), strict=True)
+    ]
     largest = max(bytes_of.values())
     limits = {*bytes_of.values(), *(largest * factor for factor in FACTORS)}
-    curves: dict[str, Any] = {}
-    for counted in COUNTED:
-        curves[counted] = {}
-        for codec in codecs:
-            what = f"{TITLES[codec]} {COUNTED[counted]}"
-            with bar(what, len(originals)) as advance:
-                found = codec_curves(
-                    _stack(originals).cpu(),
-                    limits,
-                    [codec],
-                    counted,
-                    lambda a, b: measured(list(a.to(device)), list(b.to(device))),
-                    advance,
-                )
-            curves[counted] |= found
+    curves: dict[str, Any] = {counted: {} for counted in COUNTED}
+    for codec in codecs:
+        with bar(TITLES[codec], len(originals)) as advance:
+            found = codec_curves(originals.cpu(), limits, codec, list(COUNTED), measured, advance)
+        for counted, points in found.items():
+            curves[counted][codec] = points
     return {"images": len(originals), "tokenizer": rows, "codecs": curves}
+
+
+def _measured(
+    metrics: Mapping[str, ImageMetric], chunks: Sequence[Tensor], made: Sequence[Tensor]
+) -> list[dict[str, float]]:
+    """Return the metrics of several sets of pictures of the same originals, by this rank alone."""
+    means = {name: m for name, m in metrics.items() if isinstance(m, MeanPerImage)}
+    measurements = [Measurement(means, lenient=True, alone=True) for _ in made]
+    for number, chunk in enumerate(chunks):
+        for measurement, pictures in zip(measurements, made, strict=True):
+            measurement.update(chunk, _chunk(pictures, number, chunk))
+    results = [measurement.compute() for measurement in measurements]
+    others = {name: m for name, m in metrics.items() if name not in means}
+    for found, pictures in zip(results, made, strict=True):
+        for metric in others.values():  # which keep what they have seen
+            metric.reset()
+        measurement = Measurement(others, lenient=True, alone=True)
+        for number, chunk in enumerate(chunks):
+            measurement.update(chunk, _chunk(pictures, number, chunk))
+        found |= measurement.compute()
+    return results
+
+
+def _chunk(pictures: Tensor, number: int, like: Tensor) -> Tensor:
+    """Return the pictures of a chunk of originals, on its device."""
+    return pictures[number * _CHUNK : number * _CHUNK + len(like)].to(like.device)
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:

@@ -33,8 +33,9 @@ class Perceptual(MeanPerImage):
     def values(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Return `(B,)`, 0 or more."""
         network: Network = self.network.module  # type: ignore[assignment]
-        a, b = (network.maps(x.float() / 127.5 - 1) for x in (originals, reconstructions))
-        return network.distances(b, a)
+        # Originals are compared with several reconstructions: budgets and codecs.
+        a = network.recall("maps", originals, network.maps, kept=1)
+        return network.distances(network.maps(reconstructions.float() / 127.5 - 1), a)
 
     def options(self) -> dict[str, Any]:
         """Return the network."""

@@ -157,7 +157,9 @@ class Network(nn.Module):
             setattr(self, name, torch.as_tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
 
     @torch.no_grad()
-    def recall(self, what: str, images: Tensor, compute: Callable[[Tensor], _Found]) -> _Found:
+    def recall(
+        self, what: str, images: Tensor, compute: Callable[[Tensor], _Found], kept: int = 2
+    ) -> _Found:
         """Return `compute` of uint8 images, or what it returned for this same tensor just now.
 
         Metrics that look at the same batch through one network share its forward so. The two
@@ -167,6 +169,7 @@ class Network(nn.Module):
             what: is computed.
             images: `(B, C, H, W)` uint8.
             compute: takes images in [-1, 1].
+            kept: how many are remembered.
         """
         if images.is_inference():  # its changes are not counted
             return compute(images.float() / 127.5 - 1)
@@ -175,10 +178,10 @@ class Network(nn.Module):
             if tensor is images and version == version_of(images):
                 known.append(known.pop(number))
                 return found
+        del known[: max(0, len(known) + 1 - kept)]  # first: they may be large
         with torch.autocast(images.device.type, enabled=False):
             found = compute(images.float() / 127.5 - 1)
         known.append((images, version_of(images), found))
-        del known[:-2]
         return found
 
 
