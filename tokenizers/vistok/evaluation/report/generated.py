@@ -19,7 +19,7 @@ _SHEETS = {
 
 def is_generated(results: Mapping[str, Any]) -> bool:
     """Return whether these are results of a prior, and not of a tokenizer."""
-    return "sampling" in results
+    return "num_samples" in results
 
 
 def generated_html(results: Mapping[str, Any]) -> str:
