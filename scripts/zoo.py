@@ -41,13 +41,17 @@ import zoo_table as table  # noqa: E402
 #: Presets that are not trained, and why.
 LEFT_OUT = {"ta_titok_tiny": "its decoder reads a text, which plain photographs do not have"}
 
+ADAPTIVE = "loss.terms.adversarial.adaptive=true"
+
 #: Rows next to a preset: its name and more words.
 TWINS: dict[str, list[str]] = {
     "one_d_piece_tiny, full": ["tokenizer.length.distribution=full"],
     "titok_tiny, adversary": ["adversary=patch"],
+    "titok_tiny, adaptive adversary": ["adversary=patch", ADAPTIVE],
     "llamagen_tiny, adversary": ["adversary=patch"],
+    "llamagen_tiny, adaptive adversary": ["adversary=patch", ADAPTIVE],
     "llamagen_tiny, hed_vgg": ["loss=mse_hed_vgg"],
-    "llamagen_tiny, hed_vgg, adversary": ["loss=mse_hed_vgg", "adversary=patch"],
+    "llamagen_tiny, hed_vgg, adaptive adversary": ["loss=mse_hed_vgg", "adversary=patch", ADAPTIVE],
 }
 
 #: Rows that are trained with each of `seeds`.

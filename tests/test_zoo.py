@@ -47,7 +47,9 @@ def test_all_tiny_presets_of_tokenizers_are_rows(zoo):
     assert len(set(slugs)) == len(slugs)
 
 
-@pytest.mark.parametrize("name", ["one_d_piece_tiny, full", "llamagen_tiny, hed_vgg, adversary"])
+@pytest.mark.parametrize(
+    "name", ["one_d_piece_tiny, full", "llamagen_tiny, hed_vgg, adaptive adversary"]
+)
 def test_twins_are_composed(zoo, name):
     from helpers import config_of
 
