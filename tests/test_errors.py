@@ -400,7 +400,8 @@ def test_a_real_disk_that_is_full(cli, words, small_disk, room):
     """Wherever the room ends: one line says so, and what was there goes on from there."""
     run, fill = small_disk / "run", small_disk / "fill"
     fill.write_bytes(b"x" * ((8192 - room) << 10))
-    words = [*words, f"hydra.run.dir={run}", "callbacks.checkpoint_every=2", "trainer.max_steps=6"]
+    words = [*words, "experiment=titok_tiny", f"hydra.run.dir={run}"]  # three checkpoints fit
+    words += ["callbacks.checkpoint_every=2", "trainer.max_steps=6"]
     code, lines, out = cli("train", *words)
     if code:
         assert len(lines) == 1 and "No space left" in lines[0], out
