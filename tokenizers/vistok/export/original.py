@@ -122,7 +122,8 @@ def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
             continue
         parameters = inspect.signature(resolve(other["_target_"])).parameters
         for key, value in one.items():
-            if key == "channels":  # of what a stem folds
+            # Channels are those of what a stem folds; means that are not zero were refused before.
+            if key in ("channels", "latent_means"):
                 continue
             there = other.get(key, parameters[key].default if key in parameters else None)
             if None not in (value, there) and not isinstance(value, dict) and value != there:
