@@ -302,6 +302,9 @@ def test_second_stage_refuses_images_of_another_shape(stages, photos, word):
 
 def test_first_stage_refuses_what_the_proxy_decides(proxy_run, photos):
     words = [*WORDS, *data_words(photos), "stage=proxy", f"stage.proxy={proxy_run}"]
+    with pytest.raises(ConfigError, match=r"^stage=proxy: .*; .* add experiment=titok_tiny$"):
+        resolve_stage(config_of(*words), words)
+    words += ["experiment=titok_tiny"]
     resolve_stage(config_of(*words), [*words, "tokenizer.decoder.patch_size=8"])
     words += ["tokenizer.decoder.patch_size=4"]
     with pytest.raises(ConfigError, match=r"stage=proxy takes tokenizer\.decoder\.patch_size=8"):
@@ -434,7 +437,7 @@ def test_a_source_without_its_stage_is_told(key, chosen, owner):
     ("words", "message"),
     [
         (
-            ["stage=proxy", "loss=mse"],
+            ["experiment=titok_tiny", "stage=proxy", "loss=mse"],
             r"^loss\.terms\.reconstruction\.of=image: ProxyDecoder predicts .*: codes \(logits\)",
         ),
         (["loss=proxy_codes"], r"^loss\.terms\.codes\.of=codes: Latent.*: image \(pixels\)"),

@@ -33,6 +33,7 @@ def words(photos, tmp_path, monkeypatch):
 
 def words_of(photos):
     return [
+        "experiment=titok_tiny",  # whose best step is not the last
         *TINY,
         "data=folder",
         f"data.train={photos}",

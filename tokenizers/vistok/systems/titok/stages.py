@@ -41,7 +41,7 @@ class LearnCodes(Stage):
         if tokenizer["decoder"].get("_target_") != "latent_vit_decoder":
             raise ConfigError(
                 "stage=proxy: needs a tokenizer with a latent_vit_decoder, found "
-                f"{tokenizer['decoder'].get('_target_')}"
+                f"{tokenizer['decoder'].get('_target_')}; for example add experiment=titok_tiny"
             )
         side = cell_side(proxy.image_size, grid, f"stage.proxy={source.path}")
         kept = {key: value for key, value in tokenizer["decoder"].items() if key != "border"}
