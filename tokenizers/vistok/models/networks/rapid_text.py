@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,10 +75,10 @@ class RapidOCR(Network):
             result = self._engine(pixels, use_det=True, use_cls=False, use_rec=False)
             corners = getattr(result, "boxes", None)
             own = []
-            for quad in [] if corners is None else np.asarray(corners):
-                left, top = (max(0, int(v)) for v in np.floor(quad.min(axis=0)))
-                right, bottom = np.ceil(quad.max(axis=0)).astype(int)
-                place = (left, top, min(width, int(right)), min(height, int(bottom)))
+            for quad in [] if corners is None else torch.as_tensor(corners):
+                left, top = (max(0, int(v)) for v in quad.amin(dim=0).floor())
+                right, bottom = (int(v) for v in quad.amax(dim=0).ceil())
+                place = (left, top, min(width, right), min(height, bottom))
                 if place[2] - left >= 2 and place[3] - top >= 2:
                     own.append(Region(place, *self._read(pixels, place)))
             found.append(own)
@@ -92,17 +91,17 @@ class RapidOCR(Network):
             for pixels, own in zip(self._pixels(images), regions, strict=True)
         ]
 
-    def _pixels(self, images: Tensor) -> list[np.ndarray]:
+    def _pixels(self, images: Tensor) -> list[Any]:
         """Return images `(B, C, H, W)` in [-1, 1] as BGR arrays `(H, W, 3)` uint8."""
         self.check(images.shape[1], (images.shape[2], images.shape[3]))
         bytes_ = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         bgr = bytes_.expand(-1, 3, -1, -1).flip(1).permute(0, 2, 3, 1).cpu().contiguous()
         return list(bgr.numpy())
 
-    def _read(self, pixels: np.ndarray, place: tuple[int, ...]) -> tuple[str, float]:
+    def _read(self, pixels: Any, place: tuple[int, ...]) -> tuple[str, float]:
         """Return the text in a rectangle, and the reader's confidence, 0 to 1."""
         left, top, right, bottom = place
-        crop = np.ascontiguousarray(pixels[top:bottom, left:right])
+        crop = pixels[top:bottom, left:right].copy()  # contiguous
         result = self._engine(crop, use_det=False, use_cls=False, use_rec=True)
         texts, scores = getattr(result, "txts", None), getattr(result, "scores", None)
         return (texts[0], float(scores[0])) if texts and scores else ("", 0.0)
