@@ -90,6 +90,7 @@ def steps(settings: Mapping[str, Any], clock: Clock) -> list[Row]:
                 "batch": 2 if tiny else int(settings["batch"]),
                 "device": settings["device"],
                 "threads": 0,
+                "clock": "wall",
                 "parts": False,
                 "overrides": words,
             }

@@ -18,7 +18,9 @@ from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
 
 #: What a released file does not have, for only training needs it.
-_FRESH = re.compile(r"quantizer\.(.*\.)?(stats\..*|usage\..*|initialized|steps)")
+_FRESH = re.compile(
+    r"quantizer\.(.*\.)?(stats\..*|usage\..*|initialized|steps)|encoder\.latent_means"
+)
 
 
 def import_weights(
