@@ -269,6 +269,7 @@ def test_the_global_batch_is_split(total, ranks, largest, expected):
         assert size * batches * ranks == total and size <= largest
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_batch_at_once(words, tmp_path):
     more = ["quantizer.dead_code_threshold=0", "trainer.max_steps=9"]
     assert train([*words, *more, "data.batch_size=8", "hydra.run.dir=one"]) == 0

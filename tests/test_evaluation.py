@@ -106,6 +106,7 @@ def evaluated(finished_run, photos, tmp_path_factory):
     return call
 
 
+@pytest.mark.slow
 def test_what_the_numbers_depend_on_is_in_the_hash_and_nothing_else(evaluated, photos):
     own = results_of(evaluated())
     assert own["protocol_hash"] == protocol_hash(own["protocol"])

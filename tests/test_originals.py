@@ -82,8 +82,11 @@ def pictures(tok, count=4):
         ("janus", GRID, 1, "model.safetensors"),
         ("diffusers", GRID, 1, "diffusion_pytorch_model.safetensors"),
         ("diffusers", TAMING, 1, "diffusion_pytorch_model.safetensors"),
-        ("titok", TITOK, 1, "model.safetensors"),
-        ("titok", (*TITOK, "quantizer.metric=cosine"), 2, "model.safetensors"),
+        pytest.param("titok", TITOK, 1, "model.safetensors", marks=pytest.mark.slow),
+        pytest.param(
+            *("titok", (*TITOK, "quantizer.metric=cosine"), 2, "model.safetensors"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_written_is_read_back(layout, words, stages, file, tmp_path, capsys):

@@ -196,6 +196,7 @@ print(json.dumps([built, sorted(registered()), sorted(registered("importer"))]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["hita", "flextok"])
 def test_a_system_goes_with_its_folder(system, tmp_path):
     """Nothing else knows of it: not a list, not the help, not another system."""

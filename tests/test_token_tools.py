@@ -315,6 +315,7 @@ def test_survival_by_hand(place, tmp_path):
 # ---------------------------------------------------------------------- the page
 
 
+@pytest.mark.slow
 def test_the_pages_language_model_learns(place, tmp_path):
     """The block of docs/guide/tokens.md as it stands there, below the unigram entropy."""
     text = (ROOT / "docs" / "guide" / "tokens.md").read_text()

@@ -12,6 +12,7 @@ def test_whole_inputs_are_accepted(monkeypatch, tmp_path):
         assert fuzz.outcome(*case, tmp_path)[0] == "accepted", case
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_fuzz(tmp_path):
     counts, wrong = fuzz.fuzz(0.03, tmp_path)
     assert not wrong, "\n".join(wrong)
