@@ -338,7 +338,7 @@ def row(
     facts: dict[str, Any],
     others: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """One line of the table; `others` are the times of what stands beside."""
+    """Return one line of the table; `others` are the times that it is compared with."""
     batch, flops = case["batch"], facts["flops"]
     values = {
         "experiment": case["experiment"],

@@ -31,7 +31,7 @@ def calls_of(
         device: such as "cpu".
 
     Raises:
-        FileNotFoundError: if it is no such checkout.
+        FileNotFoundError: if it is not a checkout of LlamaGen.
     """
     place = checkout / "tokenizer" / "tokenizer_image"
     if not (place / "vq_model.py").is_file():

@@ -1,4 +1,4 @@
-"""Whether reconstructions fall apart into tiles."""
+"""Measure visible borders between the tiles of a reconstruction."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class RapidOCR(Network):
         )
 
     def options(self) -> dict[str, Any]:
-        """Return the package's version: it finds and cuts out lines by rules of its own."""
+        """Return the package's version, on which the detected lines depend."""
         return {"version": self.version}
 
     def regions(self, images: Tensor) -> list[list[Region]]:
