@@ -1,5 +1,6 @@
 """Configs to modules and back: the registry lets in what is ours, and nothing else."""
 
+import json
 import sys
 import zipfile
 
@@ -150,6 +151,21 @@ def test_load_prefers_the_best_and_the_averaged_weights(finished_run, tmp_path):
     assert not torch.equal(averaged.state_dict()[key], raw.state_dict()[key])
     with pytest.raises(ConfigError, match="weights=best"):
         vistok.load(finished_run, weights="best")
+
+
+def test_the_best_may_be_the_validation_after_the_last_step(finished_run):
+    with open(finished_run / "metrics.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    scores = {row["step"]: row["val/psnr"] for row in rows if "val/psnr" in row}
+    assert list(scores) == [4, 7]  # validated every 4 steps, and at the end
+    best, last = (
+        torch.load(finished_run / "checkpoints" / name, weights_only=True)
+        for name in ("best.ckpt", "last.ckpt")
+    )
+    assert scores[best["global_step"]] == max(scores.values())
+    for content in (best, last):
+        (state,) = [v for k, v in content["callbacks"].items() if k.startswith("Checkpoints")]
+        assert state["best"] == pytest.approx(max(scores.values()), abs=1e-4)
 
 
 def test_the_config_is_in_the_checkpoint(finished_run):

@@ -168,11 +168,21 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Save what is best."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.save_if_best(trainer, module)
+
+    def save_if_best(self, trainer: L.Trainer, module: Any) -> bool:
+        """Save `best.ckpt` if the last validation beats all before, and return whether it does.
+
+        Every rank must call this.
+        """
         name, mode = module.monitor
         score = module.results[name] if mode == "max" else -module.results[name]
-        if trainer.state.fn == TrainerFn.FITTING and score > self.best:
-            self.best = score
-            self.save(trainer, BEST)
+        if not score > self.best:  # nor where it is NaN
+            return False
+        self.best = score
+        self.save(trainer, BEST)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score so far, the larger the better."""

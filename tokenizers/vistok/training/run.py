@@ -175,6 +175,9 @@ def _train(
         raise Preempted(f"preempted at step {trainer.global_step}, which is saved")
     if task.validated_step != trainer.global_step:
         trainer.validate(task, datamodule=data, verbose=False)  # type: ignore[arg-type]
+        if checkpoints.save_if_best(trainer, task):
+            checkpoints.save(trainer)  # which holds the best score, for a run that goes on
+            writer.join()
     summary = task.summary(trainer) | task.guard.summary() | task.health.summary()
     summary |= {"steps": trainer.global_step, "samples_seen": data.samples_seen}
     if resume is not None:
