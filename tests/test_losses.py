@@ -129,11 +129,16 @@ class OneHead(torch.nn.Module):
 class Fake(torch.nn.Module):
     """As much of a tokenizer as an objective reads."""
 
-    def __init__(self, channels=3, image_size=(32, 32), **weights):
+    def __init__(self, channels=3, image_size=(32, 32), whole=False, **weights):
         super().__init__()
+        self.whole = whole
         self.channels, self.image_size = channels, image_size
         self.quantizer, self.decoder = torch.nn.Module(), OneHead()
         self.quantizer.loss_weights = weights
+
+    @property
+    def heads(self):
+        return self.decoder.heads | ({"whole_image": "pixels"} if self.whole else {})
 
     def tap_shapes(self):
         return {}
@@ -223,11 +228,14 @@ PIXEL_LOSSES = [pytest.param(n, marks=NEEDS[n]) if n in NEEDS else n for n in PI
 
 @pytest.mark.parametrize("name", PIXEL_LOSSES)
 def test_every_loss_config_builds_and_is_zero_or_least_at_the_target(name):
-    made = build_objective(config_of(f"loss={name}")["loss"], Fake())
+    made = build_objective(config_of(f"loss={name}")["loss"], Fake(whole="whole" in name))
     target = torch.rand(2, 3, 32, 32) * 2 - 1
-    exact = made(compared(target.clone(), target))["total"]
-    near, far = (made(compared(target + d, target))["total"] for d in (0.1, 0.3))
-    assert exact < near < far
+    totals = []
+    for offset in (0.0, 0.1, 0.3):
+        step = compared(target + offset, target)
+        step.output.predictions["whole_image"] = step.prediction
+        totals.append(made(step)["total"])
+    assert totals[0] < totals[1] < totals[2]
 
 
 def test_proxy_codes_are_a_cross_entropy():

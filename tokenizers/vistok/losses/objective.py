@@ -17,6 +17,7 @@ from vistok.core.sample_random import aside
 from vistok.core.signatures import check_values
 from vistok.core.values import Index, NonNegative, Share
 from vistok.losses.gradients import adaptive_scale, carried, leaf_of
+from vistok.models.flexible import WHOLE, FlexibleTokenizer
 from vistok.models.term import MakeOptimizer, Player, Step, Term, check_taps
 from vistok.models.tokenizer import Tokenizer
 
@@ -329,6 +330,7 @@ def build_objective(
             raise ConfigError(f"{here}._target_={options['_target_']}: not a term of the objective")
         _check_fit(built, entries[name], tokenizer, here)
         terms[name] = built
+    _check_whole(terms, entries, tokenizer)
     return Objective(terms, entries, quantizer)
 
 
@@ -348,7 +350,17 @@ def _entry(options: Mapping[str, Any], key: str, weight: float | None = None) ->
 
 def _check_fit(member: Term | Player, entry: Entry, tokenizer: Tokenizer, key: str) -> None:
     """Raise if a term cannot compare the prediction that it names, or a tap does not exist."""
-    heads, decoder = tokenizer.decoder.heads, type(tokenizer.decoder).__name__
+    heads, decoder = tokenizer.heads, type(tokenizer.decoder).__name__
+    drawn = entry.of.removeprefix(WHOLE)
+    if member.accepts and entry.of not in heads and drawn != entry.of and drawn in heads:
+        raise ConfigError(
+            f"{key}.of={entry.of}: there is no second prediction from the whole code; "
+            + (
+                f"set tokenizer.length.whole=true, or {key}.of={drawn}"
+                if isinstance(tokenizer, FlexibleTokenizer)
+                else f"{type(tokenizer).__name__} has one length: set {key}.of={drawn}"
+            )
+        )
     if member.accepts and entry.of not in heads:
         known = ", ".join(f"{name} ({kind})" for name, kind in heads.items())
         raise ConfigError(
@@ -381,3 +393,16 @@ def _check_fit(member: Term | Player, entry: Entry, tokenizer: Tokenizer, key: s
         check_taps(tokenizer, member.taps)
     except ArgumentError as error:
         raise ConfigError(f"{key}.{error}") from error
+
+
+def _check_whole(
+    terms: Mapping[str, Term | Player], entries: Mapping[str, Entry], tokenizer: Tokenizer
+) -> None:
+    """Raise if the whole code is decoded in every step and no term looks at it."""
+    second = [name for name in tokenizer.heads if name not in tokenizer.decoder.heads]
+    compared = {entries[name].of for name, term in terms.items() if term.accepts}
+    if second and not compared & set(second):
+        raise ConfigError(
+            f"tokenizer.length.whole=true: no term of the loss compares {' or '.join(second)}; set "
+            f"loss=log_mse_whole, loss.terms.NAME.of={second[0]} or tokenizer.length.whole=false"
+        )

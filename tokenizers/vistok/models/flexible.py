@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from vistok.core.errors import ConfigError
+from vistok.core.outputs import Prediction
 from vistok.core.registry import register
+from vistok.core.taps import NO_TAPS, Taps
 from vistok.core.values import Count, ImageSize
 from vistok.models.arguments import as_budgets, as_lengths, as_numbers, as_tensor, in_words
 from vistok.models.decoder import Decoder
@@ -19,6 +21,9 @@ from vistok.models.length import LengthPolicy, LevelPolicy
 from vistok.models.tokenizer import Tokenizer
 from vistok.quantizers.base import Quantizer
 
+#: Begins the names of the predictions from all tokens.
+WHOLE = "whole_"
+
 
 @register("flexible_tokenizer")
 class FlexibleTokenizer(Tokenizer):
@@ -26,6 +31,10 @@ class FlexibleTokenizer(Tokenizer):
 
     All N tokens are encoded and quantized; then, in training, the length policy says how many
     the decoder gets. So the ids of a shorter budget are a prefix of those of a longer one.
+
+    With `length.whole` the decoder works twice in a step, from the one encoding of it: from the
+    tokens that were kept, and from the whole code. The second predictions have the names of the
+    first with "whole_" before them ("whole_image"). Features are tapped from the first alone.
 
     Args:
         encoder: images to latents.
@@ -56,7 +65,7 @@ class FlexibleTokenizer(Tokenizer):
                 f"code, so a prefix is not a code; {type(self).__name__} keeps its full length",
                 stacklevel=2,
             )
-            length = LengthPolicy("full")
+            length = LengthPolicy("full", whole=length.whole)
         self.length = length
 
     # ------------------------------------------------------------------ training
@@ -82,6 +91,34 @@ class FlexibleTokenizer(Tokenizer):
         kept = self.length(batch, length)  # on the host: a shape depends on it
         cut = quantized[:, : int(kept[0])] if batch else quantized
         return cut, None, prefix_mask(kept, length).to(latents.device)
+
+    def predict(
+        self,
+        latents: Tensor,
+        quantized: Tensor,
+        signal: Tensor,
+        taps: Taps,
+        conditions: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Prediction], Tensor | None]:
+        """Return the predictions from the tokens kept and, with `length.whole`, from all of them.
+
+        Where the batch keeps exactly the whole code, the second are the first.
+        """
+        kept, mask, shown = self.keep(latents, quantized)
+        drawn = whole = self.decoder(kept, signal, mask, taps=taps, **conditions)
+        if not self.length.whole:
+            return drawn, shown
+        total = self.encoder.num_tokens  # there may be padding behind
+        if mask is not None or kept.shape[1] != total:
+            whole = self.decoder(quantized[:, :total], signal, None, taps=NO_TAPS, **conditions)
+        return drawn | {f"{WHOLE}{name}": found for name, found in whole.items()}, shown
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """Return the decoder's and, with `length.whole`, the same of the whole code."""
+        drawn = self.decoder.heads
+        whole = {f"{WHOLE}{name}": kind for name, kind in drawn.items()}
+        return drawn | whole if self.length.whole else drawn
 
     # ------------------------------------------------------------------ what users call
 

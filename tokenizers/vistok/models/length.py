@@ -38,17 +38,20 @@ class LengthPolicy(nn.Module):
             "full": always N, the tokenizer of one length that the others are compared with.
         per: "sample" draws one k for each image, "batch" one for all images of an optimizer step,
             on all ranks and in all batches that it accumulates: their shapes agree.
+        whole: the decoder also predicts from all N tokens in every step; see `FlexibleTokenizer`.
     """
 
     def __init__(
         self,
         distribution: Annotated[str, _DISTRIBUTION] = "uniform",
         per: Literal["sample", "batch"] = "sample",
+        whole: bool = False,
     ) -> None:
         super().__init__()
         check_values(LengthPolicy, locals())
         self.distribution = distribution
         self.per = per
+        self.whole = whole
 
     def forward(
         self, batch: int, num_tokens: int, device: torch.device | str | None = None
@@ -88,9 +91,12 @@ class LevelPolicy(nn.Module):
         shortest: the shortest length, at most N; levels of a pyramid 1, 1, 2, 4, ... end at powers
             of two, and so must this.
         full_probability: of keeping all, 0 to 1.
+        whole: as of `LengthPolicy`.
     """
 
-    def __init__(self, shortest: Count = 4, full_probability: Share = 0.8) -> None:
+    def __init__(
+        self, shortest: Count = 4, full_probability: Share = 0.8, whole: bool = False
+    ) -> None:
         super().__init__()
         check_values(LevelPolicy, locals())
         if shortest & (shortest - 1):
@@ -98,6 +104,7 @@ class LevelPolicy(nn.Module):
         self.shortest = shortest
         self.full_probability = full_probability
         self.per = "sample"
+        self.whole = whole
 
     def forward(
         self, batch: int, num_tokens: int, device: torch.device | str | None = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError, ConfigError
 from vistok.core.geometry import as_pair
-from vistok.core.outputs import QuantizerOutput, TokenizerOutput
+from vistok.core.outputs import Prediction, QuantizerOutput, TokenizerOutput
 from vistok.core.registry import register
 from vistok.core.taps import NO_TAPS, Tap, Taps
 from vistok.core.terminal import counted
@@ -92,11 +92,26 @@ class Tokenizer(Preprocessing, nn.Module):
         # Dropped after quantizing, as in the published methods: the quantizer sees all tokens.
         output = self.quantize(latents)
         collected.offer("codes", output.quantized)
-        kept, mask, shown = self.keep(latents, output.quantized)
-        predictions = self.decoder(
-            kept, signal, mask, taps=collected.inside("decoder"), **conditions
-        )
+        inside = collected.inside("decoder")
+        predictions, shown = self.predict(latents, output.quantized, signal, inside, conditions)
         return TokenizerOutput(predictions, output, shown, collected.features)
+
+    def predict(
+        self,
+        latents: Tensor,
+        quantized: Tensor,
+        signal: Tensor,
+        taps: Taps,
+        conditions: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Prediction], Tensor | None]:
+        """Return the predictions of `heads`, and the mask `(B, N)` of the tokens kept for them."""
+        kept, mask, shown = self.keep(latents, quantized)
+        return self.decoder(kept, signal, mask, taps=taps, **conditions), shown
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """Return the kinds of the predictions of a training step by name: those of the decoder."""
+        return self.decoder.heads
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return the shapes of all features that `taps` may name.
@@ -368,32 +383,6 @@ class Tokenizer(Preprocessing, nn.Module):
     def device(self) -> torch.device:
         """Return where the weights are."""
         return next(self.parameters()).device
-
-    def to_model_range(self, images: Any) -> Tensor:
-        """Check images `(B, C, H, W)`, uint8 or float in [0, 1], and map them to [-1, 1].
-
-        Raises:
-            ConfigError: if shape, type or range is another.
-        """
-        expected, found = (self.channels, *self.image_size), as_tensor(images)
-        if found is None or found.ndim != 4 or tuple(found.shape[1:]) != expected:
-            raise ConfigError(
-                f"images: expected (B, {', '.join(map(str, expected))}), "
-                f"found {in_words(images) if found is None else tuple(found.shape)}; "
-                "give a tensor or an array (B, C, H, W)"
-            )
-        images = found.to(self.device)
-        if images.dtype == torch.uint8:
-            return images.float() / 127.5 - 1
-        if not images.is_floating_point():
-            raise ConfigError(f"images: expected uint8 or float in [0, 1], found {images.dtype}")
-        low, high = (images.min().item(), images.max().item()) if images.numel() else (0, 1)
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also refuses NaN
-            raise ConfigError(
-                f"images: floats must lie in [0, 1], found [{low:.3g}, {high:.3g}]; "
-                "pass uint8, or map them first"
-            )
-        return images.float() * 2 - 1
 
     def _budget(self, ids: Tensor, num_tokens: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Ids of the budget and a mask `(B, n)` if budgets differ; here there is only one."""
