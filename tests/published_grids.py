@@ -62,7 +62,7 @@ LAYOUTS = {
     "gumbel": Layout(),
     "llamagen": Layout("res", "mid", codes=8),
     "janus": Layout(lowest_first=True, codes=8),
-    "var": Layout(fused=True, around=3),
+    "var": Layout(fused=True, around=3, other=(32, 48)),
     "ibq": Layout(blocks=(4, 5)),
     "rq_vae": Layout(),
     "open_magvit2": Layout(
@@ -272,11 +272,13 @@ class Oracle:
         table, left, ids = self.p["quantize.embedding.weight"], z, []
         served = (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)  # which convolution, by the released rule
         for scale, phi in zip((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), served, strict=True):
-            small = F.interpolate(left, size=(scale, scale), mode="area")
+            # Of a grid that is not square, sides in proportion.
+            small = [(2 * side * scale + 16) // 32 for side in z.shape[2:]]
+            small = F.interpolate(left, size=[max(1, side) for side in small], mode="area")
             ids.append(torch.cdist(small.flatten(2).transpose(1, 2), table).argmin(-1))
             layer = table[ids[-1]].transpose(1, 2).view_as(small)
             if scale < 16:
-                layer = F.interpolate(layer, size=(16, 16), mode="bicubic")
+                layer = F.interpolate(layer, size=z.shape[2:], mode="bicubic")
             layer = 0.5 * layer + 0.5 * self.conv(f"quantize.quant_resi.qresi_ls.{phi}", layer)
             left = left - layer
         return torch.cat(ids, 1)[..., None], z - left

@@ -17,11 +17,12 @@ from vistok.models.grid import GridTokenizer
 FAMILIES = [
     f"{name}_tiny"
     for name in (
-        "bsq_vit", "cosmos", "emu3", "ibq", "llamagen", "maskbit", "open_magvit2", "rq_vae", "taming",
-        "var", "vit_vqgan", "vqgan",
+        "autoencoder", "bsq_vit", "chameleon", "cosmos", "emu3", "ibq", "janus", "llamagen", "maskbit",
+        "maskgit_vqgan", "open_magvit2", "rq_vae", "taming", "taming_gumbel", "var", "vit_vqgan",
+        "vqgan",
     )
 ]  # fmt: skip
-WIDE = ("bsq_vit_tiny", "vit_vqgan_tiny", "vqgan_tiny")  # that are small as they are
+WIDE = ("bsq_vit_tiny", "maskgit_vqgan_tiny", "vit_vqgan_tiny", "vqgan_tiny")  # that are small as they are
 SIZE, OTHER = (64, 96), (32, 64)
 
 
@@ -41,7 +42,7 @@ def images_of(count, size, channels=1):
 
 
 def test_no_family_is_forgotten():
-    """Of the systems that are registered; Chameleon has no decoder, Janus is LlamaGen's network."""
+    """Of the systems that are registered."""
     kinds = [kind for kind in registered().values() if isinstance(kind, type)]
     grids = {
         kind.__name__.lower().removesuffix("tokenizer")
@@ -49,9 +50,10 @@ def test_no_family_is_forgotten():
         if issubclass(kind, GridTokenizer)
     }
     found = {name.removesuffix("_tiny").replace("_", "") for name in FAMILIES}
-    same = {"taming": "vqgan"}  # VQGAN as published, and with a stem
-    left = {"grid", "chameleon", "janus", "klautoencoder"}
-    assert grids - left == {same.get(name, name) for name in found}
+    # VQGAN as published, with Gumbel codes, with a stem, and with MaskGIT's CNN.
+    same = dict.fromkeys(("taming", "taminggumbel", "maskgitvqgan"), "vqgan")
+    same["autoencoder"] = "klautoencoder"
+    assert grids - {"grid"} == {same.get(name, name) for name in found}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -53,7 +53,8 @@ def test_ids_and_pictures_are_the_published_ones(family, tmp_path, capsys):
     side = 64 if family in ("var", "cosmos_di16") else 32
     tok, oracle = imported("auto", tensors, tmp_path, image_size=side), Oracle(family, tensors)
     assert f"source=auto: {source}, for" in capsys.readouterr().out
-    for size in [(side, side)] + [LAYOUTS[family].other] * (family != "var"):
+    assert '"license": "unknown"' not in (tmp_path / "out" / "config.json").read_text()
+    for size in ((side, side), LAYOUTS[family].other):
         images, sized = pictures(*size), tok.at(size)
         ids, codes = oracle.codes(images.double())
         assert torch.equal(sized.tokenize(images), ids) and ids.unique().numel() > 8
@@ -249,10 +250,11 @@ def test_ids_are_those_of_transformers(model, tmp_path):
         table = theirs.quantize.embedding.weight
         table.copy_(F.normalize(torch.randn(table.shape, generator=generator), dim=1))
     tok = imported(model, theirs.state_dict(), tmp_path, image_size=32)
-    images = pictures(32, 32)
-    ids = theirs.encode(2 * images - 1).image_tokens.view(2, -1)
-    assert ids.unique().numel() > 4
-    assert torch.equal(tok.tokenize(images)[..., 0], ids)
+    for size in ((48, 64), (32, 32)):
+        images = pictures(*size)
+        ids = theirs.encode(2 * images - 1).image_tokens.view(2, -1)
+        assert ids.unique().numel() > 4
+        assert torch.equal(tok.at(size).tokenize(images)[..., 0], ids)
     if model == "chameleon":
         with pytest.raises(ConfigError, match="have no decoder"):
             tok.detokenize(ids[..., None])

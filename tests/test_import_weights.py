@@ -405,6 +405,8 @@ def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
     save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
     size = 16 if source in ANY_SIZE else None
     tok = vistok.load(import_weights(source, file, tmp_path / "out", image_size=size))
+    license = "unknown" if source in ("one_d_piece", "restok") else "Apache-2.0"
+    assert f'"license": "{license}"' in (tmp_path / "out" / "config.json").read_text()
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     p = {k: v.double() for k, v in tensors.items()}
     ids, pictures = oracle(p, images.double(), **{k: v.double() for k, v in given.items()})
@@ -416,6 +418,22 @@ def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
         tok.quantizer.decode(ids[..., None]), **given
     )  # not clamped: all of them count
     assert torch.allclose((raw + 1) / 2, pictures.float(), atol=1e-4)
+
+
+def test_maskgit_vqgan_is_recognized_and_takes_sizes_that_are_not_square(tmp_path, capsys):
+    tensors = maskgit()
+    save_file(tensors, tmp_path / "w.safetensors")
+    out = import_weights("auto", tmp_path / "w.safetensors", tmp_path / "out", image_size=16)
+    assert "source=auto: maskgit_vqgan, for it has" in capsys.readouterr().out
+    assert '"license": "Apache-2.0"' in (out / "config.json").read_text()
+    tok, p = vistok.load(out), {k: v.double() for k, v in tensors.items()}
+    for size in ((16, 24), (32, 16)):
+        images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+        ids, pictures = oracle_maskgit(p, images.double())
+        sized = tok.at(size)
+        assert torch.equal(sized.tokenize(images)[..., 0], ids) and ids.unique().numel() > 3
+        raw = sized.decode(sized.quantizer.decode(ids[..., None]))
+        assert torch.allclose((raw + 1) / 2, pictures.float(), atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["one_d_piece", "restok"])

@@ -33,9 +33,10 @@ RUNS = {
     "restok_l": (256, 1_000_000, 5_000, 10.0, [0.9, 0.95], 1e-4, 0.9999, 0.1),
     # Its losses are half of the published ones, and so is the largest norm.
     "hita_336": (256, 250_000, 4 * 1_281_000 / 256, 0.5, [0.9, 0.95], 0.0, 0.9999, 1.0),
-    "(taming|vqgan)_f16": (12, None, 0, None, [0.5, 0.9], 0.0, 0.0, 1.0),
-    "autoencoder_f8": (24, None, 0, None, [0.5, 0.9], 0.0, 0.0, 1.0),
-    "llamagen_vq16": (128, 400_000, 0, 1.0, [0.9, 0.95], 0.0, 0.0, 1.0),
+    "(taming|vqgan)_f16|taming_f8|chameleon": (12, None, 0, None, [0.5, 0.9], 0.0, 0.0, 1.0),
+    "autoencoder_(f8|f16)": (24, None, 0, None, [0.5, 0.9], 0.0, 0.0, 1.0),
+    "llamagen_vq(8|16)|janus": (128, 400_000, 0, 1.0, [0.9, 0.95], 0.0, 0.0, 1.0),
+    "maskgit_vqgan": (256, 1_000_000, 0, None, [0.0, 0.99], 0.0, None, 1.0),
     "ibq": (256, 330 * 5004.6, 0, None, [0.5, 0.9], 0.0, 0.999, 1.0),
     "open_magvit2": (256, 270 * 5004.6, 0, None, [0.5, 0.9], 0.0, 0.999, 1.0),
     "maskbit": (256, 1_350_000, 5_000, 1.0, [0.9, 0.999], 1e-4, 0.999, 0.1),
@@ -44,7 +45,8 @@ RUNS = {
     "bsq_vit": (256, 1_000_000, 5_000, None, [0.9, 0.99], 1e-4, None, 0.5),
 }
 RATES = {"bsq_vit": 1.024e-4, "rq_vae": 4e-5, "taming_f16": 12 * 4.5e-6, "vqgan_f16": 12 * 4.5e-6}
-RATES["autoencoder_f8"] = 24 * 4.5e-6
+RATES |= dict.fromkeys(("autoencoder_f8", "autoencoder_f16"), 24 * 4.5e-6)
+RATES |= dict.fromkeys(("taming_f8", "chameleon"), 12 * 4.5e-6)
 
 #: Weights of the terms; squared errors of images in [0, 1] count a quarter of those in [-1, 1].
 UNIT = {"mse": 0.25, "lpips": 1.0, "convnext_small.fb_in1k": 0.1}
@@ -55,8 +57,12 @@ TERMS = {
     "(gigatok|retok)_.*": {**LPIPS, "vit_base_patch14_dinov2.lvd142m": 0.5},
     "restok_l": {"mse": 0.25, "lpips": 1.0, "vit_large_patch16_dinov3.lvd1689m": 1.0},
     "hita_336": {"mse": 2 / 2, "lpips": 1 / 2},
-    "taming_f16|vqgan_f16|autoencoder_f8|ibq|open_magvit2": {"l1": 1.0, "lpips": 1.0},
-    "llamagen_vq16|var|rq_vae|emu3": LPIPS,
+    "taming_f(8|16)|chameleon|vqgan_f16|autoencoder_(f8|f16)|ibq|open_magvit2": {
+        "l1": 1.0,
+        "lpips": 1.0,
+    },
+    "llamagen_vq(8|16)|janus|var|rq_vae|emu3": LPIPS,
+    "maskgit_vqgan": {"mse": 0.25, "lpips": 0.1},
     "cosmos_.*": {"l1": 1.0, "lpips": 1.0},
     "vit_vqgan_.*": {"mse": 1.0, "logit_laplace": 0.1, "lpips": 0.1},
     "bsq_vit": {"l1": 1.0, "lpips": 0.1},
@@ -71,11 +77,11 @@ GAN = {
     "retok_.*": (0.5, 0, False, "batch", "hinge", None, 10 / 0.5),
     "restok_l": (0.5, 20_000, False, "batch", "hinge", (0.001, "batch"), 10.0),
     "hita_336": (0.5 / 2, 20_000, False, "batch", "hinge_non_saturating", None, 1 / 0.5),
-    "taming_f16|vqgan_f16": (0.8, 250_001, True, "batch", "hinge", None, None),
-    "autoencoder_f8": (0.5, 50_001, True, "batch", "hinge", None, None),
-    "vit_vqgan_.*|bsq_vit": (0.1, 0, False, None, "non_saturating", None, None),
+    "taming_f(8|16)|chameleon|vqgan_f16": (0.8, 250_001, True, "batch", "hinge", None, None),
+    "autoencoder_(f8|f16)": (0.5, 50_001, True, "batch", "hinge", None, None),
+    "vit_vqgan_.*|bsq_vit|maskgit_vqgan": (0.1, 0, False, None, "non_saturating", None, None),
     "emu3": (0.5, 10_000, False, "batch", "hinge", None, 1 / 0.5),  # after LlamaGen's images
-    "llamagen_vq16|var": (0.5, 20_000, False, "batch", "hinge", None, 1 / 0.5),
+    "llamagen_vq(8|16)|janus|var": (0.5, 20_000, False, "batch", "hinge", None, 1 / 0.5),
     "ibq|open_magvit2": (
         0.1, 0, False, "batch", "hinge_non_saturating_mean", (0.05, "logit"), None),
     "maskbit": (0.02, 20_000, False, 4, "hinge", (0.001, "batch"), 1.0),
@@ -237,14 +243,17 @@ CNN = ["tokenizer.encoder.base_channels=32", "tokenizer.encoder.channel_multipli
 CNN += ["tokenizer.encoder.num_res_blocks=1", "tokenizer.decoder.num_res_blocks=1"]
 BITS = ["tokenizer.latent_dim=6", "quantizer.codebook_size=64"]
 CODES = ["quantizer.codebook_size=16"]
+SIXTEENS = ("taming_f16", "llamagen_vq16", "llamagen_vq8", "janus", "chameleon", "rq_vae", "emu3")
 GRIDS = {
     "open_magvit2": [*CNN, *BITS, "tokenizer.encoder.middle_blocks=1"],
     "maskbit": [*CNN, *BITS],
     "ibq": [*CNN, *CODES, "quantizer.codebook_dim=16", "tokenizer.latent_dim=16"],
     "var": [*CNN, *CODES, "quantizer.scales=[1,2,4,8]"],
-    "autoencoder_f8": [*CNN, "tokenizer.encoder.attention=false"],
+    **{f"autoencoder_{f}": [*CNN, "tokenizer.encoder.attention=false"] for f in ("f8", "f16")},
+    "taming_f8": [*CNN, *CODES, "tokenizer.latent_dim=64"],
+    "maskgit_vqgan": [*CNN, *CODES, "tokenizer.latent_dim=64"],
     "vqgan_f16": [*CNN, *CODES, "tokenizer.latent_dim=64"],
-    **{name: [*CNN, *CODES] for name in ("taming_f16", "llamagen_vq16", "rq_vae", "emu3")},
+    **{name: [*CNN, *CODES] for name in SIXTEENS},
     **{name: [*CNN, "quantizer.levels=[4,4,4]"] for name in ("cosmos_di8", "cosmos_di16")},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,13 @@ class MaskGITEncoder(Encoder):
                 offer_level(taps, self.ends[number], x)
         return self.conv_out(F.silu(self.norm_out(x))).flatten(2).transpose(1, 2)
 
+    def at(self, image_size: tuple[int, int]) -> MaskGITEncoder:
+        """Return the same encoder, weights and all, for images of another size."""
+        other = copy.copy(self)
+        grid = grid_of(image_size, 2 ** (len(self.widths) - 1))
+        other.grid, other.num_tokens = grid, grid[0] * grid[1]  # type: ignore[assignment]
+        return other
+
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the levels."""
         return level_taps(self.widths, self.grid)
@@ -156,6 +164,12 @@ class MaskGITDecoder(Decoder):
                 offer_level(taps, self.ends[number], x)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return 2 * x - 1  # the weights know images in [0, 1]
+
+    def at(self, image_size: tuple[int, int]) -> MaskGITDecoder:
+        """Return the same decoder, weights and all, for images of another size."""
+        other = copy.copy(self)
+        other.grid = grid_of(image_size, 2 ** (len(self.widths) - 1))
+        return other
 
     def tap_shapes(self) -> dict[str, Tap]:
         """Return those of the levels."""

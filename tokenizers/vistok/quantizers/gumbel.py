@@ -11,8 +11,12 @@ from vistok.core.outputs import QuantizerOutput
 from vistok.core.registry import register
 from vistok.core.sample_random import uniform
 from vistok.core.signatures import check_values
-from vistok.core.values import CodebookSize, Index, NonNegative, Positive
+from vistok.core.values import CodebookSize, Count, Index, NonNegative, Positive
 from vistok.quantizers.base import Quantizer, token_mean
+from vistok.quantizers.kmeans import kmeans
+
+#: How much a start by k-means prefers the nearest code, in units of the mean squared distance.
+_CONFIDENCE = 10.0
 
 
 @register("gumbel")
@@ -35,6 +39,9 @@ class GumbelLogits(Quantizer):
         final_temperature: T after `anneal_steps`; None for no annealing.
         anneal_steps: optimizer steps of the annealing, which is exponential.
         prior_weight: weight of the loss "prior", 5e-4 in VQGAN.
+        kmeans_init: start codes and logits by k-means on the latents given to `initialize`, so that
+            the likeliest code is the nearest; else both start as they are drawn, as in VQGAN.
+        kmeans_iterations: rounds of k-means.
     """
 
     def __init__(
@@ -46,6 +53,8 @@ class GumbelLogits(Quantizer):
         final_temperature: Positive | None = None,
         anneal_steps: Index = 0,
         prior_weight: NonNegative = 5e-4,
+        kmeans_init: bool = False,
+        kmeans_iterations: Count = 10,
     ) -> None:
         check_values(GumbelLogits, locals())
         super().__init__(dim, None, [codebook_size], {"prior": prior_weight})
@@ -54,6 +63,8 @@ class GumbelLogits(Quantizer):
         self.temperature = temperature
         self.final_temperature = temperature if final_temperature is None else final_temperature
         self.anneal_steps = anneal_steps
+        self.kmeans_init = kmeans_init
+        self.kmeans_iterations = kmeans_iterations
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -83,9 +94,35 @@ class GumbelLogits(Quantizer):
         return F.embedding(indices.squeeze(-1), self.embedding)
 
     @property
+    def num_init_latents(self) -> int:
+        """Return four latents per code if the codes start by k-means."""
+        return 4 * self.codebook_sizes[0] if self.kmeans_init else 0
+
+    @torch.no_grad()
+    def initialize(self, latents: Tensor) -> None:
+        """Set codes and logits by k-means on `latents` `(M, D)`.
+
+        Up to a term that all codes share, the logits are −s |z − E|², with s the confidence over
+        the mean squared distance to the nearest code.
+        """
+        if not self.kmeans_init or latents.shape[0] == 0:
+            return
+        with torch.autocast(latents.device.type, enabled=False):
+            z = latents.float()
+            codes, _ = kmeans(z, len(self.embedding), self.kmeans_iterations, False)
+            self.embedding.copy_(codes)
+            self.logits.weight.copy_(2 * codes)
+            self.logits.bias.copy_(-codes.square().sum(dim=1))
+            error = (z - codes[self.logits(z).argmax(dim=1)]).square().sum(dim=1).mean()
+            scale = _CONFIDENCE / error.clamp(min=1e-6)
+            self.logits.weight.mul_(scale)
+            self.logits.bias.mul_(scale)
+
+    @property
     def against_collapse(self) -> str:
-        """Return that the prior term spreads the use of codes."""
-        return "a higher quantizer.prior_weight, quantizer.temperature, or a lower optimizer.lr"
+        """Return that a start from data and the prior term spread the use of codes."""
+        more = "" if self.kmeans_init else "quantizer.kmeans_init=true, "
+        return f"{more}a higher quantizer.prior_weight, quantizer.temperature, or a lower optimizer.lr"
 
     def codebooks(self) -> list[Tensor]:
         """The table `(K, d)`."""

@@ -204,9 +204,20 @@ class MultiScale(Composite):
 
     @torch.no_grad()
     def initialize(self, latents: Tensor) -> None:
-        """Start the codebook from `latents` `(M, D)`, as if all were of the finest scale."""
+        """Start the codebook from `latents` `(M, D)`, and from what codes leave of them.
+
+        The first scale sees latents, the later ones what is left. How much that is depends on the
+        grid, which is not known here: one and two codes stand for all scales.
+        """
         with torch.autocast(latents.device.type, enabled=False):
-            self.book.initialize(self.project_in(latents.float()))
+            residuals = [self.project_in(latents.float())]
+            self.book.initialize(residuals[0])
+            if not self.book._is_ready():
+                return
+            for _ in range(min(2, len(self.scales) - 1)):
+                ids = self.book._search(residuals[-1][None])
+                residuals.append(residuals[-1] - self.book._lookup(ids)[0])
+            self.book.initialize(torch.cat(residuals))
 
     def decode_prefix(self, indices: Tensor, num_tokens: int, grid: Grid | None = None) -> Tensor:
         """Decode the first scales alone: a coarser picture.

@@ -56,6 +56,34 @@ class TemporalBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(y)))
 
 
+@torch.no_grad()
+def _start_passing(conv: CausalConv, x: Tensor, silu: bool = True) -> None:
+    """Let a convolution hand on its latest frame, each channel on one scale.
+
+    Args:
+        conv: what to set.
+        x: `(B, C, T, h, w)`, samples of what it sees.
+        silu: whether a SiLU follows: the values then lie where that is nearly straight.
+    """
+    mean, deviation = x.mean(dim=(0, 2, 3, 4)), x.std(dim=(0, 2, 3, 4)).clamp(min=1e-6)
+    gain, offset = (0.5, 2.0) if silu else (1.0, 0.0)
+    conv.weight.zero_()
+    middle = conv.kernel_size[1] // 2
+    # Of four frames and three, two lie before the first.
+    conv.weight[:, :, 2, middle, middle] = torch.diag(gain / deviation)
+    assert conv.bias is not None
+    conv.bias.copy_(offset - gain * mean / deviation)
+
+
+@torch.no_grad()
+def _start_as_skips(blocks: nn.ModuleList) -> None:
+    """Let residual blocks start as their skip connections, whatever their norms have seen."""
+    for block in blocks:
+        assert isinstance(block, TemporalBlock)
+        for parameter in block.conv2.parameters():
+            nn.init.zeros_(parameter)
+
+
 def _doublings(frames: int) -> int:
     """Return how often one frame is doubled to become `frames`."""
     if frames & (frames - 1):
@@ -95,13 +123,30 @@ class Emu3Encoder(CNNEncoder):
 
     def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Encode `(B, C, H, W)` in [-1, 1] to `(B, rows * columns, D)`, raster order."""
-        maps = super().forward(images, taps).transpose(1, 2).unflatten(2, self.grid)
-        x = maps[:, :, None].expand(-1, -1, self.frames, -1, -1)
+        x = self._video(super().forward(images, taps))
         for layer in self.shorten:
             x = F.silu(layer(x))
         for block in self.blocks:
             x = block(x)
         return self.project(x).flatten(2).transpose(1, 2)
+
+    def _video(self, latents: Tensor) -> Tensor:
+        """Return the frames `(B, D, frames, rows, columns)` of an image's latents."""
+        maps = latents.transpose(1, 2).unflatten(2, self.grid)
+        return maps[:, :, None].expand(-1, -1, self.frames, -1, -1)
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Start as `CNNEncoder` does, and hand that on over time."""
+        super().initialize(images)
+        few = images[: max(8, 2**18 // images[0, 0].numel())]
+        x = self._video(super().forward(few))
+        for layer in self.shorten:
+            assert isinstance(layer, CausalConv)
+            _start_passing(layer, x)
+            x = F.silu(layer(x))
+        _start_as_skips(self.blocks)
+        _start_passing(self.project, x, silu=False)
 
 
 @register("emu3_decoder")
@@ -132,6 +177,20 @@ class Emu3Decoder(CNNDecoder):
         self.project = CausalConv(latent_dim, side=1)
         self.blocks = nn.ModuleList(TemporalBlock(latent_dim) for _ in range(temporal_blocks))
         self.lengthen = nn.ModuleList(CausalConv(latent_dim) for _ in range(_doublings(frames)))
+
+    @torch.no_grad()
+    def initialize(self, quantized: Tensor, images: Tensor) -> None:
+        """Hand codes on over time, and start as `CNNDecoder` does from there."""
+        few = max(8, 2**18 // images[0, 0].numel())
+        x = quantized[:few].transpose(1, 2).unflatten(2, self.grid)[:, :, None]
+        _start_passing(self.project, x, silu=False)
+        x = self.project(x)
+        _start_as_skips(self.blocks)
+        for layer in self.lengthen:
+            assert isinstance(layer, CausalConv)
+            _start_passing(layer, x)
+            x = F.silu(layer(x))
+        super().initialize(quantized, images)
 
     def _mixed(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         codes = latents[:, :, None]

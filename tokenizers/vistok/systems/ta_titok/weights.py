@@ -24,4 +24,4 @@ def ta_titok(published: Published, image_size: int | None) -> Released:
         "num_text_tokens": len(positions),
         "text_dim": state["decoder.text_embed.weight"].shape[1],
     }
-    return released
+    return released._replace(license="Apache-2.0")
