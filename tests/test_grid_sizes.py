@@ -22,7 +22,8 @@ FAMILIES = [
         "vqgan",
     )
 ]  # fmt: skip
-WIDE = ("bsq_vit_tiny", "maskgit_vqgan_tiny", "vit_vqgan_tiny", "vqgan_tiny")  # that are small as they are
+#: Those that are small as they are.
+WIDE = ("bsq_vit_tiny", "maskgit_vqgan_tiny", "vit_vqgan_tiny", "vqgan_tiny")
 SIZE, OTHER = (64, 96), (32, 64)
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import vistok
-from helpers import config_of
+from helpers import config_of, images_of
 from vistok.core.outputs import TokenizerOutput
 from vistok.export.importer import import_weights
 from vistok.models.build import build_tokenizer
@@ -82,3 +82,17 @@ def test_a_step_reaches_every_weight_and_the_statistics_of_norms():
     # The first frame sees zeros alone where earlier ones would be.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())
     assert not torch.equal(before, tokenizer.encoder.blocks[0].norm1.running_mean)
+
+
+def test_the_start_from_data_hands_pictures_on_over_time():
+    """In training too, where the norms over time take the statistics of the batch."""
+    small = ["tokenizer.encoder.base_channels=32", "quantizer.codebook_size=128"]
+    words = ["experiment=emu3_tiny", "data.image_size=32", *small]
+    tokenizer = build_tokenizer(config_of(*words)).eval()
+    photos = images_of(48, 32)
+    tokenizer.initialize(photos)
+    fresh = photos[:16].float() / 255
+    error = (tokenizer.detokenize(tokenizer.tokenize(fresh)) - fresh).square().mean()
+    assert error < 0.3 * fresh.var()
+    picture = tokenizer.train()(2 * fresh - 1).predictions["image"].value
+    assert ((picture + 1) / 2 - fresh).square().mean() < 1.2 * error + 1e-3

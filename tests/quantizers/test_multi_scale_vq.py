@@ -277,6 +277,28 @@ def test_the_codebook_starts_from_all_latents_not_from_the_coarsest_means():
     assert len(quantizer.book.embedding.round(decimals=4).unique(dim=0)) == 64
 
 
+def test_a_start_from_data_has_codes_for_what_coarser_scales_leave():
+    """Of whole latents alone, finer scales would all take the few codes that lie near zero."""
+    torch.manual_seed(0)
+    latents = (4 * torch.randn(40, 1, 4) + torch.randn(40, 16, 4)).flatten(0, 1)
+    counts = []
+    for whole in (True, False):
+        quantizer = MultiScaleVQ(4, 64, metric="euclidean", codebook="gradient", scales=[1, 2, 4])
+        start = quantizer.book.initialize if whole else quantizer.initialize_from
+        start(latents)
+        ids = quantizer.eval().encode(latents.view(40, 16, 4), grid=(4, 4))
+        fine = ids[:, 5:].flatten().bincount(minlength=64).float() / (40 * 16)
+        counts.append(float((-(fine * fine.clamp(min=1e-9).log()).sum()).exp()))
+    assert counts[1] > 2 * counts[0] and counts[1] > 20
+
+
+def test_a_codebook_that_starts_as_drawn_is_left_alone():
+    quantizer = build(kmeans_init=False)
+    before = quantizer.book.embedding.clone()
+    quantizer.initialize(torch.randn(50, 4))
+    assert torch.equal(quantizer.book.embedding, before)
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [

@@ -121,8 +121,8 @@ class GumbelLogits(Quantizer):
     @property
     def against_collapse(self) -> str:
         """Return that a start from data and the prior term spread the use of codes."""
-        more = "" if self.kmeans_init else "quantizer.kmeans_init=true, "
-        return f"{more}a higher quantizer.prior_weight, quantizer.temperature, or a lower optimizer.lr"
+        advice = "a higher quantizer.prior_weight, quantizer.temperature, or a lower optimizer.lr"
+        return advice if self.kmeans_init else f"quantizer.kmeans_init=true, {advice}"
 
     def codebooks(self) -> list[Tensor]:
         """The table `(K, d)`."""
