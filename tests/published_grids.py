@@ -60,6 +60,7 @@ class Layout:
 LAYOUTS = {
     "vqgan": Layout(),
     "gumbel": Layout(),
+    "chameleon": Layout(levels_attend=False),
     "llamagen": Layout("res", "mid", codes=8),
     "janus": Layout(lowest_first=True, codes=8),
     "var": Layout(fused=True, around=3, other=(32, 48)),
@@ -80,7 +81,12 @@ LAYOUTS = {
     "cosmos_di16": Layout(levels_attend=False, codes=6, stem=4, other=(64, 96)),
 }  # fmt: skip
 LAYOUTS["maskbit_legacy"] = Layout(**{**LAYOUTS["maskbit"].__dict__, "lowest_first": False})
-SOURCES = {"gumbel": "vqgan", "maskbit_legacy": "maskbit", "cosmos_di16": "cosmos"}
+SOURCES = {
+    "gumbel": "vqgan",
+    "chameleon": "vqgan",
+    "maskbit_legacy": "maskbit",
+    "cosmos_di16": "cosmos",
+}
 
 
 def published(family, seed=0, channels=3):

@@ -47,7 +47,7 @@ def test_latents_and_pictures_of_kl_autoencoders_are_the_published_ones(family, 
         assert expected.std() > 0.1 and (expected[0] - expected[1]).std() > 0.01
 
 
-@pytest.mark.parametrize("family", [name for name in LAYOUTS if not LAYOUTS[name].moments])
+@pytest.mark.parametrize("family", [n for n in LAYOUTS if not LAYOUTS[n].moments])
 def test_ids_and_pictures_are_the_published_ones(family, tmp_path, capsys):
     tensors, source = published(family), SOURCES.get(family, family)
     side = 64 if family in ("var", "cosmos_di16") else 32
@@ -78,6 +78,18 @@ def test_images_of_different_sizes_get_the_ids_that_each_has_alone(tmp_path):
     # Batches of other sizes train the same weights.
     tok.train()(pictures(32, 16)).predictions["image"].value.square().mean().backward()
     assert all(p.grad is not None for n, p in tok.named_parameters() if "decoder" in n)
+
+
+def test_chameleon_with_a_decoder(tmp_path):
+    """In VQGAN's names, without attention in levels, as its authors' file has it."""
+    tensors = published("chameleon")
+    tok = imported("chameleon", tensors, tmp_path, image_size=32)
+    images, oracle = pictures(24, 40), Oracle("chameleon", tensors)
+    ids, codes = oracle.codes(images.double())
+    sized = tok.at((24, 40))
+    assert type(tok).__name__ == "Chameleon" and torch.equal(sized.tokenize(images), ids)
+    found, expected = sized.decode(sized.quantizer.decode(ids)), oracle.pictures(codes)
+    assert (found - expected).abs().max() < 1e-4 and expected.std() > 0.1
 
 
 def test_one_channel(tmp_path):

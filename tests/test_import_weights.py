@@ -6,6 +6,7 @@ say themselves how wide they are).
 """
 
 import pickle
+import sys
 from itertools import pairwise
 
 import pytest
@@ -420,7 +421,12 @@ def test_ids_and_pictures_are_the_published_ones(case, suffix, tmp_path):
     assert torch.allclose((raw + 1) / 2, pictures.float(), atol=1e-4)
 
 
-def test_maskgit_vqgan_is_recognized_and_takes_sizes_that_are_not_square(tmp_path, capsys):
+@pytest.mark.parametrize("widths", [(64, 64, 128), (32, 32, 64)])
+def test_maskgit_vqgan_is_recognized_and_takes_sizes_that_are_not_square(
+    widths, tmp_path, capsys, monkeypatch
+):
+    """Of 32 channels too, which are as many as the groups of a norm."""
+    monkeypatch.setattr(sys.modules[__name__], "WIDTHS", widths)
     tensors = maskgit()
     save_file(tensors, tmp_path / "w.safetensors")
     out = import_weights("auto", tmp_path / "w.safetensors", tmp_path / "out", image_size=16)

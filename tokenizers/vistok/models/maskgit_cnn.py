@@ -39,6 +39,7 @@ class MaskGITEncoder(Encoder):
         num_res_blocks: residual blocks per level, and behind the last one.
         mean: of each channel in [0, 1], taken off first; the first convolution has no bias.
         std: of each channel, divided by.
+        norm_groups: of the norms, 32 as published; None for up to 32 of two or more channels each.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class MaskGITEncoder(Encoder):
         num_res_blocks: Count = 2,
         mean: float | Sequence[float] = 0.0,
         std: Positive | Sequence[Positive] = 1.0,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         self.mean: Tensor
@@ -74,12 +76,12 @@ class MaskGITEncoder(Encoder):
             if level:
                 layers.append(nn.AvgPool2d(2))
             for _ in range(num_res_blocks):
-                layers.append(OutputSkipBlock(width, self.widths[level]))
+                layers.append(OutputSkipBlock(width, self.widths[level], norm_groups))
                 width = self.widths[level]
             self.ends[len(layers) - 1] = level
-        layers += [OutputSkipBlock(width, width) for _ in range(num_res_blocks)]
+        layers += [OutputSkipBlock(width, width, norm_groups) for _ in range(num_res_blocks)]
         self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, groups=norm_groups)
         self.conv_out = nn.Conv2d(width, latent_dim, 1)
 
     def forward(self, images: Tensor, taps: Taps = NO_TAPS) -> Tensor:
@@ -117,6 +119,7 @@ class MaskGITDecoder(Decoder):
         base_channels: channels of the last level.
         channel_multipliers: one per level, times `base_channels`, in the *encoder's* order.
         num_res_blocks: residual blocks per level, and before the first one.
+        norm_groups: of the norms, see `MaskGITEncoder`.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class MaskGITDecoder(Decoder):
         base_channels: Count,
         channel_multipliers: Sizes,
         num_res_blocks: Count = 2,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid_of(image_size, 2 ** (len(channel_multipliers) - 1))
@@ -135,16 +139,18 @@ class MaskGITDecoder(Decoder):
         self.ends: dict[int, int] = {}  # levels by the indices of their last layers
         width = self.widths[-1]
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
-        layers: list[nn.Module] = [OutputSkipBlock(width, width) for _ in range(num_res_blocks)]
+        layers: list[nn.Module] = [
+            OutputSkipBlock(width, width, norm_groups) for _ in range(num_res_blocks)
+        ]
         for level in reversed(range(len(channel_multipliers))):
             for _ in range(num_res_blocks):
-                layers.append(OutputSkipBlock(width, self.widths[level]))
+                layers.append(OutputSkipBlock(width, self.widths[level], norm_groups))
                 width = self.widths[level]
             self.ends[len(layers) - 1] = level
             if level:
                 layers.append(Upsample(width))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, groups=norm_groups)
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
 
     def reconstruct(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +36,7 @@ def maskgit_encoder(
         "channel_multipliers": [width // widths[0] for width in widths],
         "latent_dim": len(state["conv_out.weight"]),
         "num_res_blocks": blocks,
+        **_norms(widths),
     }
     return config, state
 
@@ -68,8 +69,14 @@ def maskgit_decoder(
         "base_channels": widths[0],
         "channel_multipliers": [width // widths[0] for width in widths],
         "num_res_blocks": blocks,
+        **_norms(widths),
     }
     return config, state
+
+
+def _norms(widths: Sequence[int]) -> dict[str, int]:
+    """Return the groups of the norms where ours would have others: of fewer than 64 channels."""
+    return {"norm_groups": 32} if min(widths) < 64 else {}
 
 
 def _maskgit_state(published: Published, names: Mapping[str, str]) -> dict[str, Tensor]:
