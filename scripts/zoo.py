@@ -41,17 +41,22 @@ import zoo_table as table  # noqa: E402
 #: Presets that are not trained, and why.
 LEFT_OUT = {"ta_titok_tiny": "its decoder reads a text, which plain photographs do not have"}
 
+#: How an adversary's weight is set; by default it follows the gradients at the picture.
 ADAPTIVE = "loss.terms.adversarial.adaptive=true"
+FIXED = ["loss.terms.adversarial.adaptive=false", "loss.terms.adversarial.weight=0.1"]
 
 #: Rows next to a preset: its name and more words.
 TWINS: dict[str, list[str]] = {
     "one_d_piece_tiny, full": ["tokenizer.length.distribution=full"],
-    "titok_tiny, adversary": ["adversary=patch"],
+    "titok_tiny, adversary": ["adversary=patch", *FIXED],
     "titok_tiny, adaptive adversary": ["adversary=patch", ADAPTIVE],
-    "llamagen_tiny, adversary": ["adversary=patch"],
+    "titok_tiny, lite0 adversary": ["adversary=lite0"],
+    "titok_tiny, hed_vgg, lite0 adversary": ["loss=mse_hed_vgg", "adversary=lite0"],
+    "llamagen_tiny, adversary": ["adversary=patch", *FIXED],
     "llamagen_tiny, adaptive adversary": ["adversary=patch", ADAPTIVE],
     "llamagen_tiny, hed_vgg": ["loss=mse_hed_vgg"],
     "llamagen_tiny, hed_vgg, adaptive adversary": ["loss=mse_hed_vgg", "adversary=patch", ADAPTIVE],
+    "llamagen_tiny, hed_vgg, lite0 adversary": ["loss=mse_hed_vgg", "adversary=lite0"],
 }
 
 #: Rows that are trained with each of `seeds`.

@@ -10,6 +10,7 @@ from helpers import TINY, compared, config_of
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.core.sample_random import aside, drawing, uniform
 from vistok.core.taps import Taps
+from vistok.losses.entry import Entry
 from vistok.losses.gan import players
 from vistok.losses.gan.adversary import Adversary
 from vistok.losses.gan.augment import DiffAugment
@@ -17,8 +18,8 @@ from vistok.losses.gan.dino import DinoDiscriminator
 from vistok.losses.gan.discriminators import ActNorm, MaskBitDiscriminator, PatchDiscriminator
 from vistok.losses.gan.released import load_discriminator
 from vistok.losses.gan.stylegan import StyleGANDiscriminator, minibatch_deviation
-from vistok.losses.gradients import adaptive_scale, carried, leaf_of
-from vistok.losses.objective import Entry, build_objective
+from vistok.losses.gradients import adaptive_scale, carried, leaf_of, picture_scale
+from vistok.losses.objective import build_objective
 from vistok.models.build import build_tokenizer
 from vistok.models.term import Step
 from vistok.training.optimizers import build_optimizer
@@ -470,6 +471,14 @@ def test_adaptive_scale_of_a_linear_layer():
     assert float(adaptive_scale(y, 0 * y, w)) == 1e4  # its bound
 
 
+def test_picture_scale_by_hand():
+    others, own = random_images(2, 5), random_images(2, 5) * 1e-9
+    expected = (others.double().norm() / (own.double().norm() + 1e-12)).item()
+    assert float(picture_scale(others, own)) == 1e4  # its bound
+    assert float(picture_scale(1e-8 * others, own)) == pytest.approx(1e-8 * expected, rel=1e-5)
+    assert float(picture_scale(0 * others, own)) == 0
+
+
 def adaptive_config(*more):
     return config_of(
         *TINY, "adversary=patch", "loss.terms.adversarial.discriminator.base_channels=4",
@@ -512,6 +521,36 @@ def test_an_adaptive_weight_against_autograd_by_hand():
         objective(Step(images, tokenizer(images), tokenizer))
 
 
+def test_a_weight_that_follows_gradients_at_the_picture():
+    config = adaptive_config("loss.terms.adversarial.adaptive=picture")
+    config["loss"]["terms"]["more"] = {"_target_": "l1", "weight": 0.5}
+    tokenizer = build_tokenizer(config)
+    objective = build_objective(config["loss"], tokenizer)
+    objective.equip(build_optimizer)
+    images = random_images(3, 3, 16, 16)
+    output = tokenizer(images)
+    losses = objective(Step(images, output, tokenizer))
+    picture = output.predictions["image"].value
+    pixels = F.mse_loss(picture, images) + 0.5 * F.l1_loss(picture, images)
+    verdict = -objective.players["adversarial"].discriminator(picture).mean()
+    first, second = (
+        torch.autograd.grad(x, picture, retain_graph=True)[0].norm() for x in (pixels, verdict)
+    )
+    weight = 0.8 * first / second
+    assert objective.notes["weight/adversarial"].item() == pytest.approx(weight.item(), rel=1e-4)
+    total = pixels + weight.detach() * verdict
+    for name, loss in output.quantizer.losses.items():
+        total = total + tokenizer.quantizer.loss_weights[name] * loss
+    torch.testing.assert_close(losses["total"], total)
+    names, parameters = zip(*tokenizer.named_parameters(), strict=True)
+    one, two = (
+        torch.autograd.grad(x, parameters, retain_graph=True, allow_unused=True)
+        for x in (losses["total"], total)
+    )
+    for name, found, expected in zip(names, one, two, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_gradients_of_terms_are_measured_aside():
     config = adaptive_config()
     tokenizer = build_tokenizer(config)
@@ -534,6 +573,11 @@ def test_misfits_of_an_adaptive_weight(fails):
     tokenizer = build_tokenizer(config)
     tokenizer.decoder.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"adversarial\.adaptive=true: .*one that is frozen"):
+        build_objective(config["loss"], tokenizer)
+    config = adaptive_config("loss.terms.adversarial.adaptive=picture")
+    build_objective(config["loss"], tokenizer)  # reads no last layer
+    config["loss"]["terms"]["reconstruction"] = None
+    with pytest.raises(ConfigError, match=r"adaptive=picture: no other term compares image"):
         build_objective(config["loss"], tokenizer)
 
 

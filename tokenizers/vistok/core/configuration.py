@@ -229,7 +229,8 @@ def _refuse_misfits(
     before = compose_with([o for o in overrides if o.partition("=")[0] not in misfits])
     for key, override in misfits.items():
         own, now = (OmegaConf.select(c, key, throw_on_missing=False) for c in (before, config))
-        if isinstance(own, (bool, int, float)) and isinstance(now, str):
+        number = isinstance(own, (bool, int, float)) and isinstance(now, str)
+        if number and not _is_word_of(key, now, written):
             what = "true or false" if isinstance(own, bool) else "a number"
             raise ConfigError(f"{override}: expected {what}, for example {key}={as_written(own)}")
         if "." not in key and isinstance(own, (DictConfig, ListConfig)):
@@ -241,6 +242,12 @@ def _is_number(key: str, written: str) -> bool:
     name = re.escape(key.rpartition(".")[2])
     value = r"[-+]?\.?(\d|inf|nan)|(true|false|yes|no|on|off)\b|\$"
     return bool(re.search(rf"\b{name}:\s*({value})", written, re.IGNORECASE))
+
+
+def _is_word_of(key: str, word: str, written: str) -> bool:
+    """Return whether some config holds this very word by the last part of a key."""
+    name = re.escape(key.rpartition(".")[2])
+    return bool(re.search(rf"\b{name}:\s*{re.escape(word)}\s*($|#)", written, re.MULTILINE))
 
 
 def _is_group(key: str, written: str) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor
 from vistok.core.ranks import all_reduce_sum, world_size
 
 _LARGEST = 1e4  # of a ratio of norms
-_EPSILON = 1e-4
+_EPSILON = 1e-4  # VQGAN's, next to gradients of a layer
+_TINY = 1e-12  # next to those of a prediction, each of which is of the order of 1 / its size
 
 
 class _Carried(torch.autograd.Function):
@@ -79,4 +80,24 @@ def adaptive_scale(others: Tensor, own: Tensor, layer: Tensor) -> Tensor:
         joint = all_reduce_sum(torch.cat(gradients)) / world_size()
         gradients = list(joint.split(layer.numel()))
     first, second = (gradient.norm() for gradient in gradients)
-    return (first / (second + _EPSILON)).clamp(max=_LARGEST)
+    return _ratio(first, second, _EPSILON)
+
+
+def picture_scale(others: Tensor, own: Tensor) -> Tensor:
+    """Return the ratio of the norms of two losses' gradients at a prediction.
+
+    |d others / d prediction| / |d own / d prediction|, at most 1e4, a float32 scalar without a
+    gradient. The norms are over the predictions of all ranks, so that the ratio is that of one
+    process with all images.
+
+    Args:
+        others: gradient of the weighted sum of the other terms at the prediction.
+        own: that of the term, without its weight.
+    """
+    squares = torch.stack([gradient.float().square().sum() for gradient in (others, own)])
+    first, second = all_reduce_sum(squares).sqrt()
+    return _ratio(first, second, _TINY)
+
+
+def _ratio(first: Tensor, second: Tensor, epsilon: float) -> Tensor:
+    return (first / (second + epsilon)).clamp(max=_LARGEST)

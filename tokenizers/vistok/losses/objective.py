@@ -5,74 +5,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vistok.core.errors import ArgumentError, ConfigError, nearest
-from vistok.core.registry import build, check_arguments, register, registered, resolve
+from vistok.core.errors import ArgumentError, ConfigError
+from vistok.core.registry import build, check_arguments, register, resolve
 from vistok.core.sample_random import aside
 from vistok.core.signatures import check_values
-from vistok.core.values import Index, NonNegative, Share
-from vistok.losses.gradients import adaptive_scale, carried, leaf_of
-from vistok.models.flexible import WHOLE, FlexibleTokenizer
-from vistok.models.term import MakeOptimizer, Player, Step, Term, check_taps
+from vistok.losses.entry import Entry
+from vistok.losses.fits import (
+    check_fit,
+    check_pictures,
+    check_whole,
+    reads_the_prediction_alone,
+)
+from vistok.losses.gradients import adaptive_scale, carried, leaf_of, picture_scale
+from vistok.models.term import MakeOptimizer, Player, Step, Term
 from vistok.models.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Weight and schedule of a term.
-
-    Attributes:
-        weight: of the term in the sum.
-        of: name of the prediction that it compares.
-        start_samples: position in the data from which it counts; 0 for what `start` says.
-        ramp_samples: samples over which its weight rises from 0, linearly; 0 for what `ramp` says.
-        start: the same as a share of the run, until `resolved` says how many samples these are.
-        ramp: the same as a share of the run.
-        adaptive: whether the weight is times the ratio of the other terms' gradient to the term's
-            own at the decoder's last layer; see `adaptive_scale`.
-    """
-
-    weight: NonNegative
-    of: str = "image"
-    start_samples: Index = 0
-    ramp_samples: Index = 0
-    start: Share = 0.0
-    ramp: Share = 0.0
-    adaptive: bool = False
-
-    def resolved(self, total_samples: int) -> Entry:
-        """Return it with shares in samples of a run of `total_samples`."""
-        start = self.start_samples or round(self.start * total_samples)
-        ramp = self.ramp_samples or round(self.ramp * total_samples)
-        return replace(self, start_samples=start, ramp_samples=ramp, start=0.0, ramp=0.0)
-
-    def counts(self, samples_seen: int) -> bool:
-        """Return whether the term has started."""
-        return samples_seen >= self.start_samples
-
-    def weight_at(self, samples_seen: int) -> float:
-        """Return the weight at a position in the data."""
-        if not self.counts(samples_seen):
-            return 0.0
-        if not self.ramp_samples:
-            return self.weight
-        return self.weight * min(1.0, (samples_seen - self.start_samples) / self.ramp_samples)
-
-
-def resolve_terms(terms: Mapping[str, Any], total_samples: int) -> None:
-    """Turn the shares in the config of an objective's terms into samples, in place."""
-    for options in terms.values():
-        if isinstance(options, dict):
-            for name in ("start", "ramp", "warmup"):
-                if share := options.get(name):
-                    given = options.get(f"{name}_samples")
-                    options[f"{name}_samples"] = given or round(share * total_samples)
-                    options[name] = 0.0
 
 
 class Objective(nn.Module):
@@ -125,6 +77,7 @@ class Objective(nn.Module):
         """Return all losses unweighted under their names, and their weighted sum as "total"."""
         losses: dict[str, Tensor] = {}
         weights: dict[str, Any] = {}
+        gradients: dict[str, Tensor] = {}  # at the prediction, of the terms without their weights
         self.notes = {}
         adaptive = [
             name
@@ -135,24 +88,39 @@ class Objective(nn.Module):
             entry = self.entries[name]
             member = self.players.get(name) or self.terms[name]
             seen = replace(step, of=entry.of)
-            losses[name] = self._loss(member, entry, seen, bool(adaptive))
+            losses[name], found = self._loss(member, entry, seen, bool(adaptive))
+            if found is not None:
+                gradients[name] = found
             weights[name] = entry.weight_at(step.samples_seen)
         for name, loss in step.output.quantizer.losses.items():
             if name not in self.quantizer:
                 raise ConfigError(f"the quantizer's loss '{name}' has no weight")
             losses[name] = loss
             weights[name] = self.quantizer[name].weight_at(step.samples_seen)
-        if adaptive:
-            layer = step.tokenizer.decoder.last_layer
-            assert layer is not None, "checked when it was built"
-            others = sum(w * losses[name] for name, w in weights.items() if name not in adaptive)
-            for name in adaptive:
-                scale = adaptive_scale(others, losses[name], layer)  # type: ignore[arg-type]
-                self.notes[f"weight/{name}"] = weights[name] = weights[name] * scale
+        for name in adaptive:
+            others = {k: w for k, w in weights.items() if k not in adaptive}
+            if self.entries[name].adaptive == "picture":
+                scale = self._picture_scale(name, others, gradients)
+            else:
+                layer = step.tokenizer.decoder.last_layer
+                assert layer is not None, "checked when it was built"
+                total = sum(w * losses[k] for k, w in others.items())
+                scale = adaptive_scale(total, losses[name], layer)  # type: ignore[arg-type]
+            self.notes[f"weight/{name}"] = scale * weights[name]
+        weights |= {name: self.notes[f"weight/{name}"] for name in adaptive}
         if self.measuring and torch.is_grad_enabled():
             self._measure(step, weights)
         total = sum(weights[name] * loss for name, loss in losses.items())
         return {**losses, "total": total}  # type: ignore[dict-item]
+
+    def _picture_scale(
+        self, name: str, others: Mapping[str, float], gradients: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the ratio of gradients at the prediction that a term compares."""
+        own = gradients[name]
+        same = [k for k in others if k in gradients and self.entries[k].of == self.entries[name].of]
+        total = sum((others[k] * gradients[k].float() for k in same), torch.zeros_like(own).float())
+        return picture_scale(total, own)
 
     def _measure(self, step: Step, weights: Mapping[str, Any]) -> None:
         """Note the norm of each weighted term's gradient at what it reads of the tokenizer.
@@ -184,22 +152,29 @@ class Objective(nn.Module):
                     norm = torch.stack(norms).norm()
                     self.notes[f"gradient/{name}"] = norm * weights[name]
 
-    def _loss(self, member: Any, entry: Entry, step: Step, carry: bool) -> Tensor:
-        """Return the loss of a term; with `carry` its graph is walked to the prediction now."""
+    def _loss(
+        self, member: Any, entry: Entry, step: Step, carry: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss of a term, and its gradient at the prediction where that is known.
+
+        It is of players, and with `carry` of terms: then their graph is walked to there now.
+        """
         if entry.counts(step.samples_seen):
-            if not (carry and isinstance(member, Term) and _reads_the_prediction_alone(member)):
-                return member(step)
+            if isinstance(member, Player):
+                return member(step), member.gradient
+            if not (carry and reads_the_prediction_alone(member)):
+                return member(step), None
             predictions, value = step.output.predictions, step.prediction.value
             leaf = leaf_of(value)
             own = {**predictions, step.of: replace(step.prediction, value=leaf)}
             seen = replace(step, output=replace(step.output, predictions=own))
-            return carried(member(seen), leaf, value)[0]
+            return carried(member(seen), leaf, value)
         if isinstance(member, Player):
             if step.samples_seen >= entry.start_samples - member.warmup_samples:
                 member.watch(step)
         elif any(p.requires_grad for p in member.parameters()):
-            return member(step)  # DDP wants every parameter in every step's graph
-        return step.images.new_zeros(())
+            return member(step), None  # DDP wants every parameter in every step's graph
+        return step.images.new_zeros(()), None
 
     # ------------------------------------------------------------------ the players
 
@@ -281,10 +256,6 @@ class QuantizerLoss(Term):
 _COMMON = ("weight", "of", "start_samples", "ramp_samples", "start", "ramp", "adaptive")
 
 
-def _reads_the_prediction_alone(term: Term) -> bool:
-    return bool(term.accepts) and not (term.taps or any(p.requires_grad for p in term.parameters()))
-
-
 def build_objective(
     config: Mapping[str, Any], tokenizer: Tokenizer, key: str = "loss"
 ) -> Objective:
@@ -328,9 +299,10 @@ def build_objective(
             built = build(own, here, **given)
         if not isinstance(built, (Term, Player)):
             raise ConfigError(f"{here}._target_={options['_target_']}: not a term of the objective")
-        _check_fit(built, entries[name], tokenizer, here)
+        check_fit(built, entries[name], tokenizer, here)
         terms[name] = built
-    _check_whole(terms, entries, tokenizer)
+    check_whole(terms, entries, tokenizer)
+    check_pictures(terms, entries, key)
     return Objective(terms, entries, quantizer)
 
 
@@ -346,63 +318,3 @@ def _entry(options: Mapping[str, Any], key: str, weight: float | None = None) ->
     except ArgumentError as error:
         raise ConfigError(f"{key}.{error}") from error
     return Entry(**values)
-
-
-def _check_fit(member: Term | Player, entry: Entry, tokenizer: Tokenizer, key: str) -> None:
-    """Raise if a term cannot compare the prediction that it names, or a tap does not exist."""
-    heads, decoder = tokenizer.heads, type(tokenizer.decoder).__name__
-    drawn = entry.of.removeprefix(WHOLE)
-    if member.accepts and entry.of not in heads and drawn != entry.of and drawn in heads:
-        raise ConfigError(
-            f"{key}.of={entry.of}: there is no second prediction from the whole code; "
-            + (
-                f"set tokenizer.length.whole=true, or {key}.of={drawn}"
-                if isinstance(tokenizer, FlexibleTokenizer)
-                else f"{type(tokenizer).__name__} has one length: set {key}.of={drawn}"
-            )
-        )
-    if member.accepts and entry.of not in heads:
-        known = ", ".join(f"{name} ({kind})" for name, kind in heads.items())
-        raise ConfigError(
-            f"{key}.of={entry.of}: {decoder} predicts no such thing{nearest(entry.of, heads)}; "
-            f"it predicts: {known}"
-        )
-    if member.accepts and heads[entry.of] not in member.accepts:
-        fitting = [
-            name
-            for name, cls in registered().items()
-            if isinstance(cls, type) and heads[entry.of] in getattr(cls, "accepts", ())
-        ]
-        raise ConfigError(
-            f"{key}: {type(member).__name__} compares {' or '.join(member.accepts)}, but {decoder} "
-            f"predicts {entry.of} as {heads[entry.of]}; terms for these are: {', '.join(fitting)}"
-        )
-    if entry.adaptive:
-        layer = tokenizer.decoder.last_layer
-        if not member.accepts:
-            raise ConfigError(
-                f"{key}.adaptive=true: {type(member).__name__} compares no prediction"
-            )
-        if layer is None or not layer.requires_grad:
-            found = "none" if layer is None else "one that is frozen"
-            raise ConfigError(
-                f"{key}.adaptive=true: reads gradients at the decoder's last layer, but {decoder} "
-                f"has {found}; use a fixed weight"
-            )
-    try:
-        check_taps(tokenizer, member.taps)
-    except ArgumentError as error:
-        raise ConfigError(f"{key}.{error}") from error
-
-
-def _check_whole(
-    terms: Mapping[str, Term | Player], entries: Mapping[str, Entry], tokenizer: Tokenizer
-) -> None:
-    """Raise if the whole code is decoded in every step and no term looks at it."""
-    second = [name for name in tokenizer.heads if name not in tokenizer.decoder.heads]
-    compared = {entries[name].of for name, term in terms.items() if term.accepts}
-    if second and not compared & set(second):
-        raise ConfigError(
-            f"tokenizer.length.whole=true: no term of the loss compares {' or '.join(second)}; set "
-            f"loss=log_mse_whole, loss.terms.NAME.of={second[0]} or tokenizer.length.whole=false"
-        )

@@ -179,7 +179,7 @@ def advice(report: dict[str, Any], late: dict[str, int]) -> list[str]:
         if pixels and term in late and norm > 10 * pixels:
             found.append(
                 f"the gradient of {term} is {norm / pixels:.0f} times that of the reconstruction: "
-                f"lower loss.terms.{term}.weight, or set loss.terms.{term}.adaptive=true"
+                f"lower loss.terms.{term}.weight, or set loss.terms.{term}.adaptive=picture"
             )
     return found
 

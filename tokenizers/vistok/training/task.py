@@ -22,7 +22,8 @@ from vistok.core.errors import ConfigError
 from vistok.core.ranks import all_reduce_sum, average_gradients, world_size
 from vistok.core.sample_random import drawing
 from vistok.core.terminal import typed
-from vistok.losses.objective import Objective, resolve_terms
+from vistok.losses.entry import resolve_terms
+from vistok.losses.objective import Objective
 from vistok.training.data import TrainingData
 from vistok.training.ema import EMA
 from vistok.training.guard import ADVICE, Guard
@@ -91,7 +92,8 @@ class Task(L.LightningModule, ABC):
         Raises:
             ConfigError: for an adaptive weight where gradients at one layer cannot be had.
         """
-        adaptive = [name for name, entry in self.objective.entries.items() if entry.adaptive]
+        entries = self.objective.entries.items()
+        adaptive = [name for name, entry in entries if entry.adaptive is True]
         for key, why in (
             ("compile=true", self.config["compile"]),
             ("trainer.strategy=fsdp2", self.config["trainer"]["strategy"] == "fsdp2"),
@@ -99,7 +101,7 @@ class Task(L.LightningModule, ABC):
             if adaptive and why:
                 raise ConfigError(
                     f"loss.terms.{adaptive[0]}.adaptive=true: walks a part of the graph, which "
-                    f"does not work with {key}; use a fixed weight"
+                    f"does not work with {key}; use adaptive=picture or a fixed weight"
                 )
         per_step = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         total = self.schedule["total_samples"] or trainer.max_steps * per_step
