@@ -89,6 +89,7 @@ class Worker:
     captions: bool = False
     told: Callable[[Progress], None] = lambda progress: None
     progress: Progress = field(default_factory=Progress)
+    _opened: dict[int, Future[tuple[Source, range]]] = field(default_factory=dict)
 
     @property
     def alphabet(self) -> Alphabet:
@@ -103,12 +104,15 @@ class Worker:
             count: of workers.
         """
         with ThreadPoolExecutor(self.decode_threads) as pool:
-            for unit in order_of(len(self.units), number, count):
+            following = list(order_of(len(self.units), number, count))
+            following.reverse()
+            while following:
+                unit = following.pop()
                 if self.is_done(unit):
                     continue
                 with claimed(self.out / CLAIMS, unit_name(unit)) as mine:
                     if mine and not self.is_done(unit):
-                        self._do(unit, pool)
+                        self._do(unit, pool, following[-1:])
                         self.progress.units += 1
                         self.told(self.progress)
 
@@ -126,11 +130,11 @@ class Worker:
         ]
         return [self.out / f"{name}.safetensors", *others]
 
-    def _do(self, unit: int, pool: ThreadPoolExecutor) -> None:
+    def _do(self, unit: int, pool: ThreadPoolExecutor, then: list[int]) -> None:
         tokens, *_ = self.files_of(unit)
         begun = time.perf_counter()
         if not tokens.exists():
-            rows = self._rows(unit, pool)
+            rows = self._rows(unit, pool, then)
             notes = {"plan": self.plan["digest"], "unit": str(unit)}
             write_shard(tokens, rows, self.alphabet.sizes, self.plan["dtype"], notes)
         shard = open_shard(tokens, self.alphabet.sizes)
@@ -146,12 +150,15 @@ class Worker:
 
     # ------------------------------------------------------------------ images to ids
 
-    def _rows(self, unit: int, pool: ThreadPoolExecutor) -> ShardRows:
-        source, numbers = self.units.open(unit)
+    def _rows(self, unit: int, pool: ThreadPoolExecutor, then: list[int]) -> ShardRows:
+        ahead, self._opened = self._opened, {}
+        source, numbers = ahead[unit].result() if unit in ahead else self.units.open(unit)
         rows = ShardRows()
         waiting: list[Tensor] = []
         size = self.plan["batch_size"]
         for picture in self._pictures(source, numbers, pool):
+            if not self._opened:  # behind the first images of this one
+                self._opened = {other: pool.submit(self.units.open, other) for other in then}
             self.progress.images += 1
             if isinstance(picture.views, str):
                 rows.left_out.append((picture.key, picture.views))
