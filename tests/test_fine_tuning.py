@@ -51,7 +51,7 @@ def words(photos):
 
 
 def moved(run, source, part, weights="last"):
-    """Whether a part of a run differs from the one that it started from, and in all tensors."""
+    """Compare a part of a run with its source: did any tensor change, and did all of them?"""
     old, new = vistok.load(source), vistok.load(run, weights=weights)
     state = new.get_submodule(part).state_dict()
     same = [

@@ -200,7 +200,7 @@ def test_dropped_tokens_get_no_gradient_from_the_picture():
 
 
 def test_a_mask_gives_the_numbers_of_truncation(monkeypatch):
-    """What torch.compile takes, whose shapes are static."""
+    """Check the branch that torch.compile traces: static shapes, so it masks and never truncates."""
     tok = tiny_tokenizer(tokenizer="one_d_piece_tiny").train()
     seen = spied(tok, monkeypatch)
     images = tok.to_model_range(images_of(3))

@@ -176,7 +176,7 @@ def test_pictures_of_an_export(exported, photos, tmp_path, monkeypatch):
 def test_what_is_wrong_is_one_line(tokens, fails, exported):
     words = [*SMALL, "hydra.run.dir=run"]
     fails("train", *words, words="tokens: which folder? for example tokens=/tokens/cifar10")
-    fails("train", *words, "tokens=nothing", words="nothing: has no manifest.json")
+    fails("train", *words, "tokens=nothing", words="nothing: no such folder")
     other = make_tokens(tokens.parent / "other", tokenizer_hash="cd" * 32)
     fails("train", *words, f"tokens={tokens}", f"data.val={other}", words="tokenizer_hash differs")
     fails("train", *words, f"tokens={tokens}", "prior.condition=caption", words="has no captions")

@@ -159,6 +159,37 @@ def test_work_that_broke_off_anywhere_is_continued(made, tmp_path, monkeypatch):
     assert contents(tmp_path / "t") == contents(tmp_path / "whole")
 
 
+def test_shards_are_opened_once_and_images_are_read_a_little_ahead(made, tmp_path, monkeypatch):
+    from vistok.export.tokenize_units import Worker
+    from vistok.export.units import Units
+
+    place, *_ = made
+    small_shards(tmp_path / "sets", shards=3, images=40)
+    opened, counts, most = [], {"read": 0, "encoded": 0}, [0]
+    real = {"open": Units.open, "read": Worker._read, "encode": Worker.encode}
+
+    def opening(self, number):
+        opened.append(number)
+        return real["open"](self, number)
+
+    def reading(self, *args):
+        counts["read"] += 1
+        most[0] = max(most[0], counts["read"] - counts["encoded"])
+        return real["read"](self, *args)
+
+    def encoding(self, pictures):
+        counts["encoded"] += len(pictures)
+        return real["encode"](self, pictures)
+
+    monkeypatch.setattr(Units, "open", opening)
+    monkeypatch.setattr(Worker, "_read", reading)
+    monkeypatch.setattr(Worker, "encode", encoding)
+    config = settings(place / "export", tmp_path / "t", "batch_size=6", "decode_threads=1")
+    assert tokenize(config, [f"data.train={tmp_path}/sets/*.tar"])
+    assert sorted(opened) == [0, 1, 2] and counts["read"] == 120
+    assert most[0] <= 4 * 6, "two batches ahead, one that waits, and a part"
+
+
 def test_killed_workers_of_changing_number(made, tmp_path):
     """SIGKILL as soon as there is progress, workers 1, then 3, then 2."""
     place, _, config, words = made

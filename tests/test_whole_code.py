@@ -124,7 +124,7 @@ def test_the_objective_weighs_both_pictures(kept, monkeypatch):
 
 
 def test_a_mask_gives_the_objective_of_truncation(monkeypatch):
-    """What torch.compile takes."""
+    """Check the branch that torch.compile traces: it masks where eager code truncates."""
     task = whole_task(WHOLE)
     tok = task.tokenizer.train()
     images = tok.to_model_range(images_of(5))
@@ -148,7 +148,7 @@ def test_a_whole_code_that_nobody_compares_is_refused():
     [("restok_tiny", r"set tokenizer\.length\.whole=true, or"), ("titok_tiny", "has one length")],
 )
 def test_a_term_of_a_whole_code_that_is_not_predicted_is_refused(tokenizer, more):
-    words = rf"^loss\.terms\.whole\.of=whole_image: there is no second .*{more}.*of=image$"
+    words = rf"^loss\.terms\.whole\.of=whole_image: the tokenizer does not also decode .*{more}.*of=image$"
     with pytest.raises(ConfigError, match=words):
         whole_task(tokenizer=tokenizer)
 

@@ -178,8 +178,10 @@ def test_damaged_manifests(tmp_path, text):
 
 
 def test_missing_folders(tmp_path):
-    with pytest.raises(DataError, match=r"has no manifest\.json"):
+    with pytest.raises(DataError, match=r"nothing: no such folder$"):
         TokenFolder(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
+        TokenFolder(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="not a folder of tokens"):
         TokenFolder(tmp_path / "file")

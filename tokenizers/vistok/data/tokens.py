@@ -198,6 +198,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         found = parse_json(path.read_bytes())
     except FileNotFoundError:
+        if not folder.exists():
+            raise DataError(f"{folder}: no such folder") from None
         raise DataError(
             f"{folder}: has no {MANIFEST}; not a folder of tokens, or vistok tokenize has not "
             "finished it: run its command again"

@@ -7,10 +7,12 @@ are formed inside a unit, in its order, so that no worker, restart or share of w
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,9 @@ from vistok.models.tokenizer import Tokenizer
 
 #: Folder of the claims, which vanishes with the last of them.
 CLAIMS = ".claims"
+
+#: Images that a decoding thread reads before it hands them over, at most.
+_TOGETHER = 16
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Worker:
     captions: bool = False
     told: Callable[[Progress], None] = lambda progress: None
     progress: Progress = field(default_factory=Progress)
+    _opened: dict[int, Future[tuple[Source, range]]] = field(default_factory=dict)
 
     @property
     def alphabet(self) -> Alphabet:
@@ -98,12 +104,15 @@ class Worker:
             count: of workers.
         """
         with ThreadPoolExecutor(self.decode_threads) as pool:
-            for unit in order_of(len(self.units), number, count):
+            following = list(order_of(len(self.units), number, count))
+            following.reverse()
+            while following:
+                unit = following.pop()
                 if self.is_done(unit):
                     continue
                 with claimed(self.out / CLAIMS, unit_name(unit)) as mine:
                     if mine and not self.is_done(unit):
-                        self._do(unit, pool)
+                        self._do(unit, pool, following[-1:])
                         self.progress.units += 1
                         self.told(self.progress)
 
@@ -121,11 +130,11 @@ class Worker:
         ]
         return [self.out / f"{name}.safetensors", *others]
 
-    def _do(self, unit: int, pool: ThreadPoolExecutor) -> None:
+    def _do(self, unit: int, pool: ThreadPoolExecutor, then: list[int]) -> None:
         tokens, *_ = self.files_of(unit)
         begun = time.perf_counter()
         if not tokens.exists():
-            rows = self._rows(unit, pool)
+            rows = self._rows(unit, pool, then)
             notes = {"plan": self.plan["digest"], "unit": str(unit)}
             write_shard(tokens, rows, self.alphabet.sizes, self.plan["dtype"], notes)
         shard = open_shard(tokens, self.alphabet.sizes)
@@ -141,12 +150,15 @@ class Worker:
 
     # ------------------------------------------------------------------ images to ids
 
-    def _rows(self, unit: int, pool: ThreadPoolExecutor) -> ShardRows:
-        source, numbers = self.units.open(unit)
+    def _rows(self, unit: int, pool: ThreadPoolExecutor, then: list[int]) -> ShardRows:
+        ahead, self._opened = self._opened, {}
+        source, numbers = ahead[unit].result() if unit in ahead else self.units.open(unit)
         rows = ShardRows()
         waiting: list[Tensor] = []
         size = self.plan["batch_size"]
         for picture in self._pictures(source, numbers, pool):
+            if not self._opened:  # behind the first images of this one
+                self._opened = {other: pool.submit(self.units.open, other) for other in then}
             self.progress.images += 1
             if isinstance(picture.views, str):
                 rows.left_out.append((picture.key, picture.views))
@@ -170,27 +182,26 @@ class Worker:
     ) -> Iterator[_Picture]:
         """Yield the pictures of a unit in order; some are read ahead, so memory is bounded."""
         ahead = 2 * self.plan["batch_size"]
-        futures: list[Future[_Picture]] = [
-            pool.submit(self._read, source, number) for number in numbers[:ahead]
-        ]
-        following = iter(numbers[ahead:])
-        futures.reverse()
-        fresh: list[Future[_Picture]] = []
+        # Handing over single images would cost a small model a twentieth of its time.
+        few = max(1, min(_TOGETHER, ahead // (4 * self.decode_threads)))
+        parts = (numbers[begin : begin + few] for begin in range(0, len(numbers), few))
+        futures: deque[Future[list[_Picture]]] = deque()
         try:
-            while futures or fresh:
-                if not futures:
-                    fresh.reverse()
-                    futures, fresh = fresh, []
-                future = futures.pop()
+            for part in islice(parts, -(-ahead // few)):
+                futures.append(pool.submit(self._read_all, source, part))
+            while futures:
                 begun = time.perf_counter()
-                picture = future.result()
+                pictures = futures.popleft().result()
                 self.progress.waited += time.perf_counter() - begun
-                if (number := next(following, None)) is not None:
-                    fresh.append(pool.submit(self._read, source, number))
-                yield picture
+                if (part := next(parts, None)) is not None:
+                    futures.append(pool.submit(self._read_all, source, part))
+                yield from pictures
         finally:
-            for future in [*futures, *fresh]:
+            for future in futures:
                 future.cancel()
+
+    def _read_all(self, source: Source, numbers: range) -> list[_Picture]:
+        return [self._read(source, number) for number in numbers]
 
     def _read(self, source: Source, number: int) -> _Picture:
         key = source.keys[number].decode("utf-8", "surrogateescape")

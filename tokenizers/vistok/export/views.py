@@ -48,6 +48,7 @@ class Views:
         self.size, self.flip = size, flip
         larger = (int(size[0] * crop_range), int(size[1] * crop_range))
         self.transform = Transform(larger, crop, key="data.val_crop")
+        self._unused = np.random.default_rng(0)  # evaluation's policies draw nothing from it
         self.windows = [(0, 0)] if crops == 1 else _windows(larger, size)
         corners = ("center",) if crops == 1 else _CORNERS
         self.names = [*corners, *(f"{name} mirrored" for name in corners if flip)]
@@ -61,8 +62,9 @@ class Views:
         Raises:
             DecodeError: if the policy cannot take an image of this size.
         """
-        # The policies of evaluation draw nothing from the generator they are called with.
-        large = self.transform(image, np.random.default_rng(0))
+        large = self.transform(image, self._unused)
+        if len(self) == 1:
+            return torch.from_numpy(large[None])
         sides = [large, large[:, ::-1]] if self.flip else [large]
         height, width = self.size
         pictures = [

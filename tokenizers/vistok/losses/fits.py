@@ -23,7 +23,7 @@ def check_fit(member: Term | Player, entry: Entry, tokenizer: Tokenizer, key: st
     drawn = entry.of.removeprefix(WHOLE)
     if member.accepts and entry.of not in heads and drawn != entry.of and drawn in heads:
         raise ConfigError(
-            f"{key}.of={entry.of}: there is no second prediction from the whole code; "
+            f"{key}.of={entry.of}: the tokenizer does not also decode the whole code; "
             + (
                 f"set tokenizer.length.whole=true, or {key}.of={drawn}"
                 if isinstance(tokenizer, FlexibleTokenizer)
