@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import shutil
 import statistics
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -138,6 +141,41 @@ def clustered(data: Any, images: Tensor, limit: int) -> Tensor | None:
         if codebook is not None:
             return quantize_patches(images, codebook, patch)
     return None
+
+
+def texts_added(shards: str, folder: Path) -> Path:
+    """Copy shards to a folder, each sample with a text `(1, 1)` that is zero; return the folder."""
+    from vistok.data.places import expand_shards
+
+    if folder.is_dir():
+        return folder
+    text = io.BytesIO()
+    np.save(text, np.zeros((1, 1), np.float32))
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for shard in expand_shards(shards):
+        if not isinstance(shard, Path):
+            raise SystemExit(f"{shards}: texts are added to shards on this machine alone")
+        with (
+            tarfile.open(shard) as source,
+            tarfile.open(unfinished / shard.name, "w") as copy,
+        ):
+            files = (member for member in source if member.isfile())
+            for key, members in itertools.groupby(files, sample_key):
+                for member in members:
+                    copy.addfile(member, source.extractfile(member))
+                added = tarfile.TarInfo(f"{key}.text.npy")
+                added.size = len(text.getvalue())
+                copy.addfile(added, io.BytesIO(text.getvalue()))
+    unfinished.rename(folder)
+    return folder
+
+
+def sample_key(member: tarfile.TarInfo) -> str:
+    """Return the key of a member's sample: its path up to the first dot of the file's name."""
+    folder, slash, name = member.name.rpartition("/")
+    return folder + slash + name.split(".")[0]
 
 
 def save(pictures: Tensor, keys: Sequence[str], folder: Path) -> None:

@@ -22,7 +22,7 @@ from vistok.metrics.distribution import (
     frechet,
     hashes,
 )
-from vistok.metrics.image import MSSSIM, PSNR, SSIM
+from vistok.metrics.image import MSSSIM, PSNR, SSIM, most_scales
 from vistok.nn.network import Network
 
 DIM = 6
@@ -411,9 +411,23 @@ def test_ms_ssim_is_torchmetrics_per_image():
     assert metric.compute().item() == pytest.approx(np.mean(expected), abs=1e-5)
     assert metric.per_image(a, b).tolist() == pytest.approx(expected, abs=1e-5)
     # One scale is SSIM's luminance, contrast and structure.
-    with pytest.raises(ConfigError, match=r"32 x 32 px are too small for 5 scales, which need 161 px; scales=2 fits"):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"32 x 32 px are too small for 5 scales, which need 176 px; scales=2 fits"):  # fmt: skip
         MSSSIM().update(a[..., :32, :32], b[..., :32, :32])
     MSSSIM(2).update(a[..., :32, :32], b[..., :32, :32])
+
+
+@pytest.mark.parametrize(
+    ("side", "scales"),
+    [(10, 0), (11, 1), (21, 2), (43, 2), (44, 3), (96, 3), (98, 3), (99, 4), (168, 4), (176, 5)],
+)
+def test_as_many_scales_as_torchmetrics_takes(side, scales):
+    assert most_scales(side) == scales
+    a = images_of(1, (side, side + 1))
+    if scales:
+        assert MSSSIM(scales).per_image(a, a).item() == pytest.approx(1, abs=1e-4)
+    if scales < 5:
+        with pytest.raises(ConfigError, match="are too small for"):
+            MSSSIM(scales + 1).per_image(a, a)
 
 
 def test_per_image_is_what_the_mean_is_of():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from helpers import images_of, tiny_tokenizer
-from vistok.core.errors import ConfigError
+from vistok.core.errors import ArgumentError, ConfigError
 from vistok.evaluation.evaluator import Evaluator
 from vistok.evaluation.pictures import comparison, save_png
 from vistok.metrics.image import PSNR, SSIM, to_uint8
@@ -71,6 +71,33 @@ def test_ssim_equals_scikit_image(size, channels):
         )
         expected.append(ssim_map[5:-5, 5:-5].mean())
     assert value(SSIM(), (originals, reconstructions)) == pytest.approx(np.mean(expected), abs=2e-4)
+
+
+@pytest.mark.parametrize(("size", "channels"), [((11, 11), 3), ((32, 48), 3), ((64, 40), 1)])
+def test_ssim_with_its_border_cut_is_scikit_images_own_mean(size, channels):
+    originals, reconstructions = pair(3, size, channels)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [
+        structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=255, **options)
+        for a, b in zip(originals, reconstructions, strict=True)
+    ]
+    metric = SSIM(border="cut")
+    assert metric.per_image(originals, reconstructions).tolist() == pytest.approx(
+        expected, abs=1e-4
+    )
+    assert metric.identity() != SSIM().identity() == SSIM(border="mirrored").identity()
+
+
+def test_ssim_says_what_it_does_not_take():
+    small = images_of(1, (10, 5))
+    with pytest.raises(
+        ConfigError, match=r"^ssim: images of 10 x 5 px are too small; needs 6 px a"
+    ):
+        SSIM().update(small, small)
+    with pytest.raises(ConfigError, match=r"needs 11 px a side$"):
+        SSIM(border="cut").update(small.repeat(1, 1, 1, 3), small.repeat(1, 1, 1, 3))
+    with pytest.raises(ArgumentError, match=r"^border=same: must be mirrored or cut"):
+        SSIM(border="same")
 
 
 def test_rounding_to_8_bits():

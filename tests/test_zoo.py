@@ -1,13 +1,16 @@
 """scripts/zoo.py trains each row once, continues what was under way, and tables what is there."""
 
 import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -40,9 +43,9 @@ def words(tmp_path_factory):
 def test_all_tiny_presets_of_tokenizers_are_rows(zoo):
     rows, names = zoo.rows(), {p.stem for p in (ROOT / "configs/experiment").glob("*_tiny.yaml")}
     priors = {"ar_gpt_tiny", "maskgit_prior_tiny"}
-    assert set(rows) - set(zoo.TWINS) == names - priors - set(zoo.LEFT_OUT)
+    assert set(rows) - set(zoo.TWINS) == names - priors
     assert set(zoo.TWINS) <= set(rows) and set(zoo.SEEDED) <= set(rows)
-    assert set(zoo.LEFT_OUT) <= names and len(rows) >= 20
+    assert set(zoo.TEXTS) <= names and len(rows) >= 20
     slugs = [zoo.slug(name) for name in rows]
     assert len(set(slugs)) == len(slugs)
 
@@ -158,3 +161,17 @@ def test_it_goes_on_after_a_kill(words, tmp_path):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 80 and 0 < summary["resumed_at_step"] < 80
+
+
+def test_texts_are_added_to_each_sample(zoo, words, tmp_path):
+    shards = words[0].removeprefix("train=")
+    folder = zoo.measure.texts_added(shards, tmp_path / "texts")
+    with tarfile.open(shards) as source, tarfile.open(next(folder.glob("*.tar"))) as copy:
+        names, found = source.getnames(), copy.getnames()
+        assert [name for name in found if not name.endswith(".text.npy")] == names
+        assert all(copy.extractfile(n).read() == source.extractfile(n).read() for n in names)
+        texts = [name for name in found if name.endswith(".text.npy")]
+        assert len(texts) == 12 and found.index(texts[0]) < found.index(names[-1])
+        text = np.load(io.BytesIO(copy.extractfile(texts[0]).read()))
+        assert text.tolist() == [[0.0]] and text.dtype == np.float32
+    assert zoo.measure.texts_added(shards, tmp_path / "texts") == folder

@@ -32,8 +32,10 @@ def measured(folder: Path) -> dict[str, Any]:
             results = read_json(path)
             break
     else:
-        what = "was not evaluated yet" if folder.is_dir() else "no such folder"
-        raise CheckpointError(f"{folder}: {what}; {typed('eval')} run={folder} measures it")
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        what = f"was not evaluated yet; {typed('eval')} run={folder} measures it"
+        raise CheckpointError(f"{folder}: {what}")
     if not isinstance(results, dict) or "protocol" not in results:
         raise CheckpointError(
             f"{path}: holds no protocol (an evaluation of an older version); evaluate it again"

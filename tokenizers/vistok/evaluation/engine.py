@@ -33,7 +33,7 @@ class Progressing:
         self.path = folder / f"rank_{ranks.rank()}.pt"
         self.identity = f"{identity} of {ranks.world_size()}"
         self.seconds = seconds
-        self._written = time.monotonic()
+        self._written = self._begun = time.monotonic()
 
     def read(self) -> dict[str, Any] | None:
         """Return the state that a kill left, on every rank or on none."""
@@ -48,9 +48,14 @@ class Progressing:
             return None
         return state if state.get("identity") == self.identity else None
 
-    def write(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Write the state, if the last time is long enough ago."""
-        if time.monotonic() - self._written < self.seconds:
+    def write(self, state: Callable[[], dict[str, Any]], last: bool = False) -> None:
+        """Write the state, if the last time is long enough ago.
+
+        Args:
+            state: returns it.
+            last: no image is left; written unless all of them took less time than that.
+        """
+        if time.monotonic() - (self._begun if last else self._written) < self.seconds:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as file:
@@ -58,8 +63,9 @@ class Progressing:
         self._written = time.monotonic()
 
     def clear(self) -> None:
-        """Remove what was written; the results are there."""
-        self.path.unlink(missing_ok=True)
+        """Remove what all ranks wrote; the results are there."""
+        for path in self.path.parent.glob("rank_*.pt*"):
+            path.unlink(missing_ok=True)
         if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
 
@@ -96,6 +102,7 @@ def run_through(
         if robustness is not None:
             robustness.load_state_dict(state["robustness"])
         source.restore(state["skips"])
+        source.seconds, source.done = state["speed"]
         if ranks.rank() == 0:
             say(f"going on after {first} of {source.num_batches} batches, where a kill ended it")
 
@@ -107,6 +114,7 @@ def run_through(
             "tokens": None if tokens is None else tokens.state_dict(),
             "robustness": None if robustness is None else robustness.state_dict(),
             "skips": list(source.skips),
+            "speed": [source.seconds, source.done],
         }
 
     with bar("evaluating", source.num_images, ranks.rank() == 0) as advance:
@@ -127,6 +135,8 @@ def run_through(
                 rows.append({**row, **{name: values[i] for name, values in columns.items()}})
             advance(len(pairs.numbers) * ranks.world_size())
             progressing.write(lambda done=number: now(done))
+        # Codecs, effects of tokens and the page come next, and may take longer than this did.
+        progressing.write(lambda: now(source.num_batches), last=True)
         return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Findings:
         ids: `(M, N, Q)` of the images whose ids were kept, or None.
         labels: `(M,)` of them.
         codecs: to measure on the same images.
+        done: called when everything is written.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Findings:
         ids: np.ndarray | None,
         labels: np.ndarray,
         codecs: Sequence[str],
+        done: Callable[[], None] = lambda: None,
     ) -> None:
+        self.done = done
         self.job, self.config, self.out = job, config, out
         self.described, self.recorded, self.results, self.rows = described, recorded, results, rows
         self.ids, self.labels, self.codecs = ids, labels, codecs
@@ -86,6 +89,7 @@ class Findings:
         results["pictures"] = self._pictures(results["extremes"])
         write_json(self.out / "metrics.json", results)
         write_report(self.out, page)
+        self.done()
         return results
 
     def _budget_rows(self) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from vistok.data.folders import FolderSource
 from vistok.data.skipped import Skip
 from vistok.data.sources import Source
 from vistok.data.transforms import Transform
-from vistok.evaluation.protocol import stem
+from vistok.evaluation.protocol import reference_hash, stem
 from vistok.evaluation.robustness import Perturbation, Setting
 from vistok.metrics.image import to_uint8
 from vistok.models.tokenizer import Tokenizer
@@ -217,6 +217,11 @@ class FolderPairs:
         self.batch_size, self.device = batch_size, device
         self.reconstructions = FolderSource(folder, "images", [])
         self.members = _matched(originals, self.reconstructions, folder)
+        # Of the reconstructions, which are no part of the protocol: a kill may come between two
+        # sets of them in one folder.
+        self.identity = reference_hash(
+            map(os.fsdecode, self.reconstructions.keys), map(int, self.reconstructions.sizes)
+        )
         self.budgets, self.num_images, self.pick_size = [0], len(self.members), 1
         shapes = [self._checked_shape(pair) for pair in self.members]
         by_size: dict[tuple[int, int], list[int]] = {}

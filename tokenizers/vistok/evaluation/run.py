@@ -64,6 +64,8 @@ def evaluate(config: dict[str, Any], data_overrides: list[str]) -> dict[str, Any
     codecs = checked_codecs(config["eval"]["codecs"])
     with inputs.joined_ranks(inputs.choose_device(config["device"])) as device:
         out = Path(config["out"]) if config["out"] else subject.out
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"out={out}: is a file, not a folder")
         if subject.kind == "images":
             job = _of_folder(subject, config, data_overrides, device)
         else:
@@ -251,7 +253,7 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
     }
     kept = settings["code_images"] if tokenizer else 0
     tokens = TokenSample(kept) if kept else None
-    model = (job.recorded["model"] or {}).get("sha256", job.recorded["checkpoint"])
+    model = (job.recorded["model"] or {}).get("sha256") or getattr(source, "identity", "")
     identity = (
         f"{protocol.protocol_hash(described)} {model} {config['batch_size']} {vistok.__version__}"
     )
@@ -280,8 +282,8 @@ def measure(job: Job, config: Mapping[str, Any], out: Path, codecs: Sequence[str
     }
     if "codecs" in described:
         recorded["machine"]["codecs"] = versions(codecs)
-    progressing.clear()
-    return Findings(job, config, out, described, recorded, results, all_rows, ids, labels, codecs)
+    found = (results, all_rows, ids, labels, codecs)
+    return Findings(job, config, out, described, recorded, *found, done=progressing.clear)
 
 
 def _usage(tokenizer: Tokenizer | None) -> CodeUsage | None:
@@ -318,6 +320,8 @@ def print_results(results: Mapping[str, Any], out: Path) -> None:
     for name, value in results.items():
         if isinstance(value, (list, dict)) or name in ("data", "protocol_hash", "format"):
             continue
+        if results["model"] is None and name in ("model", "images_per_second"):
+            continue  # of another program's images nobody knows
         table.add_row(name, as_text(value))
     say(table)
     say(escape(measured_words(results)))

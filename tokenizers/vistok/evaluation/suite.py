@@ -11,7 +11,7 @@ import torch
 
 from vistok.core.errors import ConfigError, VistokError
 from vistok.metrics.build import build_metrics
-from vistok.metrics.image import ImageMetric
+from vistok.metrics.image import ImageMetric, most_scales
 
 
 @dataclass
@@ -68,7 +68,7 @@ def build_suite(
                 names = f"'vistok[{extra}]'" if extra else names
                 problem = f"its network needs pip install {names}"
             if options.get("scales") == "auto":
-                options["scales"] = _scales(smallest)
+                options["scales"] = most_scales(smallest)
                 if not options["scales"]:
                     problem = f"images of {smallest} px are too small for it"
         if problem is None:
@@ -81,11 +81,8 @@ def build_suite(
     everything = {f"{name}@{k}": options for k in budgets for name, options in table.items()}
     try:
         built = build_metrics(everything, "eval.metrics")
-    except VistokError as error:  # the key without the number of tokens
-        for k in budgets:
-            if f"@{k}" in str(error):
-                raise type(error)(str(error).replace(f"@{k}", "", 1)) from error
-        raise
+    except VistokError as error:
+        raise type(error)(_in_words_of_eval(str(error), settings, budgets)) from error
     for k in budgets:
         own = {name: built[f"{name}@{k}"] for name in table if f"{name}@{k}" in built}
         suite.sets[k] = {name: metric.to(device) for name, metric in own.items()}
@@ -101,9 +98,15 @@ def build_suite(
     return suite
 
 
-def _scales(side: int) -> int:
-    """Return the most scales that MS-SSIM's window of 11 px leaves on images of this side."""
-    return max((n for n in range(1, 6) if 10 * 2 ** (n - 1) < side), default=0)
+def _in_words_of_eval(text: str, settings: Mapping[str, Any], budgets: Sequence[int]) -> str:
+    """Return an error with the keys that people type: no number of tokens, `eval.vgg=FILE`."""
+    for k in budgets:
+        text = text.replace(f"@{k}", "", 1)
+    start, remedy, _ = text.partition("or set weights to a file")
+    for key, what in (("vgg", "VGG16"), ("alex", "AlexNet"), ("inception", "Inception")):
+        if remedy and key in settings and f"{what} is not at hand" in start:
+            return f"{start}or set eval.{key}=FILE"
+    return text
 
 
 def _misfit(metric: ImageMetric, channels: int, sizes: Sequence[tuple[int, int]]) -> str | None:

@@ -43,7 +43,7 @@ def find_weights(
             return folder / name
     raise ArgumentError(
         f"weights=null: {what} is not at hand: no {' or '.join(names)} in {folder}; copy it there, "
-        f"or name a file: weights=FILE{instead}"
+        f"or set weights to a file{instead}"
     )
 
 
@@ -114,7 +114,10 @@ def read_tensors(path: Path, what: str, argument: str = "weights") -> dict[str, 
             raise ValueError("it holds no table of tensors")
         return dict(found)
     except Exception as error:  # damaged files make the readers raise almost anything
-        raise misfit(path, what, error, argument) from error
+        # torch.load's words for a damaged file help nobody.
+        said = path.suffix in (".safetensors", ".h5") or isinstance(error, (ValueError, OSError))
+        reason = error if said else "it cannot be read: damaged, or more than tensors"
+        raise misfit(path, what, reason, argument) from error
 
 
 def _read_h5(path: Path) -> dict[str, Tensor]:
