@@ -172,6 +172,10 @@ class Oracle:
     def __init__(self, family, tensors):
         self.family, self.layout = family, LAYOUTS[family]
         self.p = {k: v.double() for k, v in tensors.items()}
+        # VAR's scales, and which convolution serves each, by the released rule.
+        self.served = dict(
+            zip((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (0, 0, 1, 1, 1, 2, 2, 3, 3, 3), strict=True)
+        )
 
     def conv(self, name, x, padding=None, stride=1):
         weight = self.p[f"{name}.weight"]
@@ -276,14 +280,14 @@ class Oracle:
 
     def scales(self, z):
         table, left, ids = self.p["quantize.embedding.weight"], z, []
-        served = (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)  # which convolution, by the released rule
-        for scale, phi in zip((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), served, strict=True):
+        last = max(self.served)
+        for scale, phi in self.served.items():
             # Of a grid that is not square, sides in proportion.
-            small = [(2 * side * scale + 16) // 32 for side in z.shape[2:]]
+            small = [(2 * side * scale + last) // (2 * last) for side in z.shape[2:]]
             small = F.interpolate(left, size=[max(1, side) for side in small], mode="area")
             ids.append(torch.cdist(small.flatten(2).transpose(1, 2), table).argmin(-1))
             layer = table[ids[-1]].transpose(1, 2).view_as(small)
-            if scale < 16:
+            if scale < last:
                 layer = F.interpolate(layer, size=z.shape[2:], mode="bicubic")
             layer = 0.5 * layer + 0.5 * self.conv(f"quantize.quant_resi.qresi_ls.{phi}", layer)
             left = left - layer

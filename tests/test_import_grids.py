@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import vistok
 from published_grids import LAYOUTS, SOURCES, Oracle, published
+from vistok.cli import import_weights as command
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.export.importer import import_weights
 from vistok.export.released_files import read_released
@@ -78,6 +79,43 @@ def test_images_of_different_sizes_get_the_ids_that_each_has_alone(tmp_path):
     # Batches of other sizes train the same weights.
     tok.train()(pictures(32, 16)).predictions["image"].value.square().mean().backward()
     assert all(p.grad is not None for n, p in tok.named_parameters() if "decoder" in n)
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_a_config_of_the_authors_says_which_scales_var_has(form, tmp_path):
+    tensors = published("var") | {"quantize.ema_vocab_hit_SV": torch.zeros(3, 40)}
+    text = {"json": '{"vae": {"v_patch_nums": [1, 2, 4]}}', "yaml": "v_patch_nums: [1, 2, 4]\n"}
+    said = tmp_path / f"config.{form}"
+    said.write_text(text[form])
+    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, tmp_path / "w.safetensors")
+    words = ["source=auto", f"weights={tmp_path / 'w.safetensors'}", f"out={tmp_path / 'out'}"]
+    words += [f"config={said}", "image_size=16"]
+    assert command(words) == 0
+    tok, oracle = vistok.load(tmp_path / "out"), Oracle("var", tensors)
+    oracle.served = {1: 0, 2: 2, 4: 3}
+    images = pictures(16, 16)
+    ids, codes = oracle.codes(images.double())
+    assert ids.shape[1] == 21 and torch.equal(tok.tokenize(images), ids)
+    found = tok.decode(tok.quantizer.decode(ids, tok.encoder.grid))
+    assert (found - oracle.pictures(codes)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"^config=.*: cannot be read"),
+        ("- 1", r"^config=.*: must be JSON or YAML with keys"),
+        ("{a: [", r"^config=.*: cannot be read"),
+        ("v_patch_nums: many", r"v_patch_nums=.*; must be sides of grids"),
+        ("v_patch_nums: [1, 2]", r"it has 10 scales, not the 2 of"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        imported("var", published("var"), tmp_path, config=tmp_path / "c.yaml")
+    assert "\n" not in str(error.value)
 
 
 def test_chameleon_with_a_decoder(tmp_path):

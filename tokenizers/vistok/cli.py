@@ -160,7 +160,9 @@ def _import_weights(argv: list[str]) -> None:
         from vistok.export.importer import import_weights as run
 
     import_plugins(config.plugins)
-    run(config.source, Path(config.weights), Path(config.out), config.image_size, config.overwrite)
+    said = None if config.config is None else Path(config.config)
+    files = (Path(config.weights), Path(config.out))
+    run(config.source, *files, config.image_size, config.overwrite, said)
 
 
 def _checked(config: dict, schema: str) -> dict:

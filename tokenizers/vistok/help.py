@@ -185,6 +185,7 @@ def import_help() -> None:
         "source=": ", ".join(["auto", *_named("importer")]),
         "weights=": "a .safetensors, .bin or .pth file; it is read without running code",
         "out=": "folder to write, for example exported/my_tokenizer",
+        "config=": "the authors' config, JSON or YAML, for what tensors do not say",
         "image_size=": "for weights that take any size (published: 256)",
         "overwrite=false": "true: replace an export",
         "plugins=": "modules of your own to import first",

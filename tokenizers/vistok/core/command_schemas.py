@@ -48,6 +48,7 @@ IMPORT: dict[str, dict[str, Any]] = {
     "": {
         "source": str,
         "weights": str,
+        "config": or_null(str),
         "out": str,
         "image_size": or_null(ImageSize),
         "overwrite": bool,

@@ -7,7 +7,8 @@ that is missing or left over is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import ast
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -57,6 +58,24 @@ class Published:
         self.missing: list[str] = []
         self.left = dict(tensors)
         self.metadata = dict(metadata or {})
+
+    def said(self) -> dict[str, Any]:
+        """Return all plain values of the config that comes with the file, by their last names."""
+
+        def leaves(value: Any) -> Iterator[tuple[str, Any]]:
+            for name, inner in value.items():
+                if isinstance(inner, Mapping):
+                    yield from leaves(inner)
+                elif inner is not None:
+                    yield name, inner
+
+        parsed = {}
+        for name, text in self.metadata.items():
+            try:
+                parsed[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                parsed[name] = text  # no plain value
+        return dict(leaves(parsed))
 
     def take(self, name: str) -> Tensor:
         """The tensor `name`, float32.

@@ -13,7 +13,7 @@ from vistok.core.registry import resolve
 from vistok.core.released_weights import Published, listed
 from vistok.export.exporter import check_out, place_export
 from vistok.export.recognize import misfits, nearest_family, recognize
-from vistok.export.released_files import read_released
+from vistok.export.released_files import read_released, read_said
 from vistok.models.build import build_tokenizer
 from vistok.models.tokenizer import Tokenizer
 
@@ -29,6 +29,7 @@ def import_weights(
     out: Path,
     image_size: int | Sequence[int] | None = None,
     overwrite: bool = False,
+    config: Path | None = None,
 ) -> Path:
     """Write released weights as an export, which `vistok.load`, `stage.*` and `init_from` take.
 
@@ -42,6 +43,7 @@ def import_weights(
         image_size: side in pixels or (height, width), for weights that take any; None for the
             published one.
         overwrite: replace an export that is there.
+        config: the authors' config, JSON or YAML, for what tensors do not say.
 
     Returns:
         `out`.
@@ -54,15 +56,17 @@ def import_weights(
         resolve(source, kind="importer", key="source")
     check_out(out, overwrite)
     published = read_released(weights, source)
+    if config is not None:
+        published.metadata |= read_said(config)
     untouched = published.copy()
     try:
         if source == "auto":
             source = recognize(published)
-        tokenizer, config = imported_tokenizer(published, source, image_size)
+        tokenizer, written = imported_tokenizer(published, source, image_size)
     except CheckpointError as error:
         raise CheckpointError(f"{weights}: {error}{_reasons(untouched, source)}") from error
-    license = config["released"]["license"]
-    place_export(tokenizer, config, out, {}, None if license == "unknown" else license)
+    license = written["released"]["license"]
+    place_export(tokenizer, written, out, {}, None if license == "unknown" else license)
     print(
         f"imported {weights} to {out} (source={source}, license: {license})\n"
         f"  {type(tokenizer).__name__}, {tokenizer.num_tokens} tokens per image of "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,6 +68,22 @@ def read_released(path: Path, source: str = "") -> Published:
     if tensors is None:
         raise CheckpointError(f"weights={path}: not a plain state_dict of names and tensors")
     return Published(tensors, source=source)
+
+
+def read_said(path: Path) -> dict[str, str]:
+    """Return the keys of the authors' config, JSON or YAML, with values as Python writes them.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"config={path}: cannot be read ({reason})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"config={path}: must be JSON or YAML with keys and values")
+    return {str(key): str(value) for key, value in content.items()}
 
 
 def _read_folder(folder: Path, source: str) -> Published:

@@ -209,11 +209,11 @@ class MultiScale(Composite):
         The first scale sees latents, the later ones what is left. How much that is depends on the
         grid, which is not known here: one and two codes stand for all scales.
         """
+        if not self.book.kmeans_init or latents.shape[0] == 0:
+            return
         with torch.autocast(latents.device.type, enabled=False):
             residuals = [self.project_in(latents.float())]
             self.book.initialize(residuals[0])
-            if not self.book._is_ready():
-                return
             for _ in range(min(2, len(self.scales) - 1)):
                 ids = self.book._search(residuals[-1][None])
                 residuals.append(residuals[-1] - self.book._lookup(ids)[0])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ _KINDS = {
 @register("flextok", kind="importer")
 def flextok(published: Published, image_size: int | None) -> Released:
     """FlexTok (https://arxiv.org/abs/2502.13967); three numbers are in its file's own config."""
-    said = _said(published.metadata)
+    said = published.said()
     scale = _number(said, "scaling_factor", None)
     # Its code has 1000 as the latest time, and stretches shorter ranges to as many radians.
     fastest = 1000 / _number(said, "max_timestep", 1000)
@@ -77,25 +76,6 @@ def flextok(published: Published, image_size: int | None) -> Released:
     }
     quantizer = {"_target_": "fsq", "dim": width, "levels": list(levels)}
     return Released(tokenizer, quantizer, state)
-
-
-def _said(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """All plain values in the config that a file carries, by their last names."""
-
-    def leaves(value: Any) -> Iterator[tuple[str, Any]]:
-        for name, inner in value.items():
-            if isinstance(inner, Mapping):
-                yield from leaves(inner)
-            elif inner is not None:
-                yield name, inner
-
-    parsed = {}
-    for name, text in metadata.items():
-        try:
-            parsed[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no plain value
-            parsed[name] = text
-    return dict(leaves(parsed))
 
 
 def _number(said: Mapping[str, Any], name: str, default: float | None) -> float:
