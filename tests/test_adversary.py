@@ -30,6 +30,7 @@ ADVERSARY = [
     f"{TERM}.discriminator.base_channels=4",
     f"{TERM}.discriminator.num_layers=2",
     f"{TERM}.weight=0.3",
+    f"{TERM}.adaptive=false",
     f"{TERM}.optimizer.lr=3e-3",
     f"{TERM}.optimizer.weight_decay=0.1",
     f"{TERM}.gradient_clip_val=0.2",

@@ -146,9 +146,11 @@ def test_ranks_that_are_killed_go_on_exactly(words, tmp_path, strategy):
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_a_rich_adversary_on_two_ranks_is_one_process(words, tmp_path):
-    assert_ended(fork([*words, *ADAPTIVE, *TWO, "hydra.run.dir=two"]), 0)
-    assert train([*words, *ADAPTIVE, "hydra.run.dir=one"]) == 0
+@pytest.mark.parametrize("adaptive", ["true", "picture"])
+def test_a_rich_adversary_on_two_ranks_is_one_process(words, tmp_path, adaptive):
+    words = [*words, f"{TERM}.adaptive={adaptive}"]
+    assert_ended(fork([*words, *TWO, "hydra.run.dir=two"]), 0)
+    assert train([*words, "hydra.run.dir=one"]) == 0
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     for name in ("loss/total", "loss/discriminator", "weight/adversarial", "gan/logits_real"):
         first, second = ([float(r[name]) for r in rows if r[name]] for rows in (one, two))

@@ -65,6 +65,13 @@ def test_a_kind_that_a_reference_or_a_users_config_gives(override, kind, tmp_pat
         compose("train", [*words, override], [tmp_path])
 
 
+def test_a_flag_may_be_a_word_that_some_config_has_there():
+    words = ["adversary=llamagen", "loss.terms.adversarial.adaptive=picture"]
+    assert compose("train", words).loss.terms.adversarial.adaptive == "picture"
+    with pytest.raises(ConfigError, match=r"adaptive=pict: expected true or false"):
+        compose("train", [words[0], "loss.terms.adversarial.adaptive=pict"])
+
+
 def test_what_may_be_null_below_stays_so():
     config = compose("train", ["quantizer=vq", "quantizer.codebook_dim=null", "name=mine"])
     assert config.quantizer.codebook_dim is None and config.name == "mine"
