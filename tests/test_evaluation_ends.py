@@ -13,6 +13,7 @@ from vistok.core.errors import ConfigError
 from vistok.data.folders import FolderSource
 from vistok.evaluation.engine import Progressing
 from vistok.evaluation.pairs import FolderPairs
+from vistok.evaluation.plots import Panel, Series, figure_of, svg
 from vistok.evaluation.suite import build_suite
 from vistok.export.exporter import export_run
 
@@ -106,3 +107,17 @@ def test_a_card_has_no_numbers_of_other_weights(finished_run, tmp_path, capsys):
     export_run(run, tmp_path / "other")
     assert results["protocol_hash"] not in (tmp_path / "other" / "README.md").read_text()
     assert "measured with other weights; the card is written without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_many_lines_have_their_legend_below(count):
+    lines = [Series(f"codec {n} without headers", [64, 128], [n, n + 1]) for n in range(count)]
+    panel = Panel("bytes per image", "PSNR", lines)
+    figure = figure_of([panel])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    legend, inside = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    label = axes.xaxis.label.get_window_extent()
+    assert (legend.y1 < label.y0) == (count == 9)
+    assert (legend.y0 > inside.y0) == (count == 2)
+    assert legend.y0 >= 0 and svg(panel).count("<g id=") > count
