@@ -116,7 +116,9 @@ def test_many_lines_have_their_legend_below(count):
     figure = figure_of([panel])
     figure.canvas.draw()
     axes = figure.axes[0]
-    legend, inside = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    drawn = axes.get_legend()
+    assert drawn is not None
+    legend, inside = drawn.get_window_extent(), axes.get_window_extent()
     label = axes.xaxis.label.get_window_extent()
     assert (legend.y1 < label.y0) == (count == 9)
     assert (legend.y0 > inside.y0) == (count == 2)

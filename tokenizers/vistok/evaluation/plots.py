@@ -99,7 +99,7 @@ def _draw_panel(axes: Axes, panel: Panel, grid_color: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if _legend_rows(panel):  # codecs both ways: a legend among so many lines hides some
-        below = offset_copy(axes.transAxes, axes.figure, y=-0.42)
+        below = offset_copy(axes.transAxes, axes.get_figure(root=True), y=-0.42)
         axes.legend(
             frameon=False,
             fontsize="small",
