@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import ranks
+import vistok.losses.pixels  # noqa: F401, registers "mse", which is no metric
 from helpers import PATIENCE, images_of, needs_lite0
 from vistok.core.errors import ArgumentError, ConfigError, DataError
 from vistok.metrics.build import build_metrics

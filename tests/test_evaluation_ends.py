@@ -1,6 +1,7 @@
 """What comes after the last image of an evaluation, and questions back before the first one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from vistok.core.errors import ConfigError
 from vistok.data.folders import FolderSource
 from vistok.evaluation.engine import Progressing
 from vistok.evaluation.pairs import FolderPairs
+from vistok.evaluation.plots import Panel, Series, figure_of, svg
 from vistok.evaluation.suite import build_suite
+from vistok.export.exporter import export_run
 
 
 def test_the_state_stays_until_everything_is_written(finished_run, tmp_path, monkeypatch):
@@ -87,3 +90,36 @@ def test_weights_that_are_not_at_hand_are_named_as_people_type_them(tmp_path, mo
     del settings["alex"]
     with pytest.raises(ConfigError, match=r"or set weights to a file; hed_vgg"):
         build_suite(settings, [0], 3, [(64, 64)])
+
+
+def test_a_card_has_no_numbers_of_other_weights(finished_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    photos = make_photos(tmp_path / "photos", 2)
+    words = [f"run={run}", f"data.val={photos}", "eval=pixels", "data.num_workers=0"]
+    assert evaluate([*words, "num_pictures=0"]) == 0
+    results = json.loads((run / "eval" / "metrics.json").read_text())
+    export_run(run, tmp_path / "own")
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert results["protocol_hash"] in card and "| format" not in card
+    results["model"]["sha256"] = "0" * 64
+    (run / "eval" / "metrics.json").write_text(json.dumps(results))
+    export_run(run, tmp_path / "other")
+    assert results["protocol_hash"] not in (tmp_path / "other" / "README.md").read_text()
+    assert "measured with other weights; the card is written without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_many_lines_have_their_legend_below(count):
+    lines = [Series(f"codec {n} without headers", [64, 128], [n, n + 1]) for n in range(count)]
+    panel = Panel("bytes per image", "PSNR", lines)
+    figure = figure_of([panel])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    drawn = axes.get_legend()
+    assert drawn is not None
+    legend, inside = drawn.get_window_extent(), axes.get_window_extent()
+    label = axes.xaxis.label.get_window_extent()
+    assert (legend.y1 < label.y0) == (count == 9)
+    assert (legend.y0 > inside.y0) == (count == 2)
+    assert legend.y0 >= 0 and svg(panel).count("<g id=") > count

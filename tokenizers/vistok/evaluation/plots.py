@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.transforms import offset_copy
 
 from vistok.core.files import replacing
 
@@ -97,8 +98,23 @@ def _draw_panel(axes: Axes, panel: Panel, grid_color: str) -> None:
     axes.grid(color=grid_color)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(panel.series) > 1 or panel.x_scale == "octaves":
-        axes.legend(frameon=False, fontsize="small" if len(panel.series) > 4 else None)
+    if _legend_rows(panel):  # codecs both ways: a legend among so many lines hides some
+        below = offset_copy(axes.transAxes, axes.get_figure(root=True), y=-0.42)
+        axes.legend(
+            frameon=False,
+            fontsize="small",
+            ncols=2,
+            loc="upper center",
+            bbox_to_anchor=(0.45, 0),
+            bbox_transform=below,
+        )
+    elif len(panel.series) > 1 or panel.x_scale == "octaves":
+        axes.legend(frameon=False)
+
+
+def _legend_rows(panel: Panel) -> int:
+    """Return the rows of a legend below the axes; 0 for few lines, whose legend lies in them."""
+    return math.ceil(len(panel.series) / 2) if len(panel.series) > 4 else 0
 
 
 #: Stands for the color of a page's text while matplotlib draws; then it is that color.
@@ -121,8 +137,11 @@ def svg(panel: Panel, width: float = 5.2, height: float = 3.4) -> str:
         "ytick.color": _INK,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width, height))
-        figure.subplots_adjust(left=0.14, right=0.98, bottom=0.16, top=0.97)
+        below = 0.2 * _legend_rows(panel)
+        whole = height + below
+        figure = Figure(figsize=(width, whole))
+        bottom, top = (0.16 * height + below) / whole, 1 - 0.03 * height / whole
+        figure.subplots_adjust(left=0.14, right=0.98, bottom=bottom, top=top)
         FigureCanvasSVG(figure)
         _draw_panel(figure.subplots(), panel, "#80808040")
         figure.patch.set_visible(False)

@@ -23,7 +23,7 @@ def card(description: dict[str, Any], metrics: dict[str, Any]) -> str:
     rows = [
         f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |"
         for k, v in metrics.items()
-        if isinstance(v, (int, float))
+        if isinstance(v, (int, float)) and k != "format"
     ]
     table = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not evaluated yet."
     if "protocol" in metrics:

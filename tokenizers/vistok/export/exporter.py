@@ -20,6 +20,7 @@ from vistok.checkpoints.migrate import FORMAT
 from vistok.checkpoints.read import read_config
 from vistok.core.errors import CheckpointError, ConfigError
 from vistok.core.files import parse_json
+from vistok.evaluation.protocol import weights_hash
 from vistok.export import hub
 from vistok.export.card import card
 from vistok.export.codebooks import codebook_dims, codebook_tensors
@@ -60,7 +61,8 @@ def export_run(
         hub.check_name(push)
     source = find_checkpoint(run)
     tokenizer = load(run, weights=weights)
-    place_export(tokenizer, read_config(source), out, run_metrics(source), license, graphs)
+    metrics = run_metrics(source, tokenizer)
+    place_export(tokenizer, read_config(source), out, metrics, license, graphs)
     sizes = zip(tokenizer.quantizer.codebook_sizes, codebook_dims(tokenizer), strict=True)
     print(
         f"exported {source} to {out}\n"
@@ -212,11 +214,12 @@ _RESIZES = {
 }
 
 
-def run_metrics(checkpoint: Path) -> dict[str, Any]:
+def run_metrics(checkpoint: Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Return the run's `eval/metrics.json` if it was evaluated, else its `summary.json`.
 
     Numbers, and of an evaluation also `protocol`, `protocol_hash` and `data`, which they belong to.
-    A damaged file is passed over: a table in a card is no reason to refuse an export.
+    A damaged file is passed over: a table in a card is no reason to refuse an export. So is an
+    evaluation of other weights than the tokenizer's: of an earlier step, or the raw ones.
     """
     run = run_folder(checkpoint)
     for path in (run / "eval" / "metrics.json", run / "summary.json"):
@@ -228,6 +231,10 @@ def run_metrics(checkpoint: Path) -> dict[str, Any]:
             values = None
         if not isinstance(values, dict):
             print(f"{path}: not readable; the card is written without it")
+            continue
+        measured = (values.get("model") or {}).get("sha256")
+        if tokenizer is not None and measured and measured != weights_hash(tokenizer):
+            print(f"{path}: measured with other weights; the card is written without it")
             continue
         kept: dict[str, Any] = {
             key: value

@@ -208,7 +208,7 @@ def _figure(entry: Mapping[str, Any], folder: Path, shown: str, fixed: str = "")
     original = _image(folder / entry["original"])
     files = entry["files"] if entry["spread"] and not fixed else {shown: entry["files"][shown]}
     stack = "".join(
-        f'<img loading="lazy" alt="" data-tokens="{tokens}"'
+        f'<img alt="" data-tokens="{tokens}"'
         f'{" data-only" if len(files) == 1 else ""} src="{_image(folder / name)}">'
         for tokens, name in sorted(files.items(), key=lambda item: int(item[0]))
     )
