@@ -216,14 +216,15 @@ def _refuse_misfits(
             or ("." not in key and isinstance(now, (bool, int, float)))
         )
     }
-    if misfits:
-        written = _written([config_dir(), *extra_dirs])
-        misfits = {
-            key: override
-            for key, override in misfits.items()
-            if _is_group(key, written)
-            or (isinstance(OmegaConf.select(config, key), str) and _is_number(key, written))
-        }
+    if not misfits:
+        return
+    written = _written([config_dir(), *extra_dirs])
+    misfits = {
+        key: override
+        for key, override in misfits.items()
+        if _is_group(key, written)
+        or (isinstance(OmegaConf.select(config, key), str) and _is_number(key, written))
+    }
     if not misfits:
         return
     before = compose_with([o for o in overrides if o.partition("=")[0] not in misfits])
