@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -85,13 +85,19 @@ class Objective(nn.Module):
             if entry.adaptive and entry.weight_at(step.samples_seen) and torch.is_grad_enabled()
         ]
         for name in self.order:
+            weights[name] = self.entries[name].weight_at(step.samples_seen)
+        joint = _Joint(step)
+        for name in self.order:
             entry = self.entries[name]
-            member = self.players.get(name) or self.terms[name]
+            member: Any = self.players.get(name) or self.terms[name]
             seen = replace(step, of=entry.of)
-            losses[name], found = self._loss(member, entry, seen, bool(adaptive))
+            if adaptive and name not in adaptive and self._carries(member, entry, step):
+                losses[name] = joint.add(name, member, seen, weights[name])
+                continue
+            losses[name], found = self._loss(member, entry, seen, name in adaptive)
             if found is not None:
                 gradients[name] = found
-            weights[name] = entry.weight_at(step.samples_seen)
+        joint.carry()
         for name, loss in step.output.quantizer.losses.items():
             if name not in self.quantizer:
                 raise ConfigError(f"the quantizer's loss '{name}' has no weight")
@@ -100,26 +106,32 @@ class Objective(nn.Module):
         for name in adaptive:
             others = {k: w for k, w in weights.items() if k not in adaptive}
             if self.entries[name].adaptive == "picture":
-                scale = self._picture_scale(name, others, gradients)
+                scale = self._picture_scale(name, others, gradients, joint)
             else:
                 layer = step.tokenizer.decoder.last_layer
                 assert layer is not None, "checked when it was built"
-                total = sum(w * losses[k] for k, w in others.items())
-                scale = adaptive_scale(total, losses[name], layer)  # type: ignore[arg-type]
+                total = joint.added(w * losses[k] for k, w in others.items() if k not in joint)
+                scale = adaptive_scale(total, losses[name], layer)
             self.notes[f"weight/{name}"] = scale * weights[name]
         weights |= {name: self.notes[f"weight/{name}"] for name in adaptive}
         if self.measuring and torch.is_grad_enabled():
             self._measure(step, weights)
-        total = sum(weights[name] * loss for name, loss in losses.items())
-        return {**losses, "total": total}  # type: ignore[dict-item]
+        total = joint.added(weights[k] * loss for k, loss in losses.items() if k not in joint)
+        return {**losses, "total": total}
 
     def _picture_scale(
-        self, name: str, others: Mapping[str, float], gradients: Mapping[str, Tensor]
+        self,
+        name: str,
+        others: Mapping[str, float],
+        gradients: Mapping[str, Tensor],
+        joint: _Joint,
     ) -> Tensor:
         """Return the ratio of gradients at the prediction that a term compares."""
-        own = gradients[name]
-        same = [k for k in others if k in gradients and self.entries[k].of == self.entries[name].of]
-        total = sum((others[k] * gradients[k].float() for k in same), torch.zeros_like(own).float())
+        own, of = gradients[name], self.entries[name].of
+        total = joint.gradients.get(of, torch.zeros_like(own)).float()
+        for k, weight in others.items():
+            if k in gradients and self.entries[k].of == of:
+                total = total + weight * gradients[k].float()
         return picture_scale(total, own)
 
     def _measure(self, step: Step, weights: Mapping[str, Any]) -> None:
@@ -152,6 +164,11 @@ class Objective(nn.Module):
                     norm = torch.stack(norms).norm()
                     self.notes[f"gradient/{name}"] = norm * weights[name]
 
+    def _carries(self, member: Any, entry: Entry, step: Step) -> bool:
+        """Tell whether a term's graph may be walked to its prediction before the step's is."""
+        counts = isinstance(member, Term) and entry.counts(step.samples_seen)
+        return counts and reads_the_prediction_alone(member)
+
     def _loss(
         self, member: Any, entry: Entry, step: Step, carry: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -162,13 +179,10 @@ class Objective(nn.Module):
         if entry.counts(step.samples_seen):
             if isinstance(member, Player):
                 return member(step), member.gradient
-            if not (carry and reads_the_prediction_alone(member)):
+            if not (carry and self._carries(member, entry, step)):
                 return member(step), None
-            predictions, value = step.output.predictions, step.prediction.value
-            leaf = leaf_of(value)
-            own = {**predictions, step.of: replace(step.prediction, value=leaf)}
-            seen = replace(step, output=replace(step.output, predictions=own))
-            return carried(member(seen), leaf, value)
+            leaf = leaf_of(step.prediction.value)
+            return carried(member(instead(step, leaf)), leaf, step.prediction.value)
         if isinstance(member, Player):
             if step.samples_seen >= entry.start_samples - member.warmup_samples:
                 member.watch(step)
@@ -242,6 +256,51 @@ class Objective(nn.Module):
         for name, player in self.players.items():
             if name in state:
                 player.load_state_dict(state[name])
+
+
+class _Joint:
+    """The terms of fixed weight that read a prediction alone, next to an adaptive one.
+
+    They begin at one leaf for each prediction, and the graph of their sum is walked there once. So
+    they look at a view of the leaf: of a leaf itself `Step.once` shares nothing.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.leaves: dict[str, Tensor] = {}
+        self.views: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.names: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def add(self, name: str, term: Term, step: Step, weight: float) -> Tensor:
+        """Compute a term; return its value, without a graph."""
+        if step.of not in self.leaves:
+            leaf = self.leaves[step.of] = leaf_of(step.prediction.value)
+            self.views[step.of] = leaf.view_as(leaf)
+        loss = term(instead(step, self.views[step.of]))
+        self.sums[step.of] = weight * loss + self.sums.get(step.of, 0.0)
+        self.names.add(name)
+        return loss.detach()
+
+    def carry(self) -> None:
+        """Walk the sums' graphs to their predictions."""
+        for of, leaf in self.leaves.items():
+            value = self.step.output.predictions[of].value
+            self.sums[of], self.gradients[of] = carried(self.sums[of], leaf, value)
+
+    def added(self, losses: Iterable[Tensor]) -> Tensor:
+        """Return the sum of weighted losses and of these."""
+        return sum([*losses, *self.sums.values()])  # type: ignore[return-value]
+
+
+def instead(step: Step, value: Tensor) -> Step:
+    """Return a step with another tensor as the prediction that its term compares."""
+    own = {**step.output.predictions, step.of: replace(step.prediction, value=value)}
+    return replace(step, output=replace(step.output, predictions=own))
 
 
 @register("quantizer_loss")
