@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import ranks
-import vistok.losses.pixels  # noqa: F401, registers "mse", which is no metric
+import vistok.losses.pixels  # noqa: F401, registers "mse", which is not a metric
 from helpers import PATIENCE, images_of, needs_lite0
 from vistok.core.errors import ArgumentError, ConfigError, DataError
 from vistok.metrics.build import build_metrics

@@ -1,4 +1,4 @@
-"""What comes after the last image of an evaluation, and questions back before the first one."""
+"""The end of an evaluation, after its last image, and requests that are refused before the first."""
 
 import json
 import shutil

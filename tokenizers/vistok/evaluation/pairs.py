@@ -217,8 +217,7 @@ class FolderPairs:
         self.batch_size, self.device = batch_size, device
         self.reconstructions = FolderSource(folder, "images", [])
         self.members = _matched(originals, self.reconstructions, folder)
-        # Of the reconstructions, which are no part of the protocol: a kill may come between two
-        # sets of them in one folder.
+        # The protocol leaves out the reconstructions, and a folder may get others after a kill.
         self.identity = reference_hash(
             map(os.fsdecode, self.reconstructions.keys), map(int, self.reconstructions.sizes)
         )

@@ -74,7 +74,7 @@ def read_said(path: Path) -> dict[str, str]:
     """Return the keys of the authors' config, JSON or YAML, with values as Python writes them.
 
     Raises:
-        CheckpointError: if it cannot be read, or is no mapping.
+        CheckpointError: if it cannot be read, or is not a mapping.
     """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML

@@ -1,4 +1,4 @@
-"""What an objective is checked for when it is built: whether its terms fit the tokenizer."""
+"""Checks that the terms of an objective fit the tokenizer, made when it is built."""
 
 from __future__ import annotations
 
