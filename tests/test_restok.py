@@ -145,26 +145,39 @@ def test_released_places_lie_one_behind_the_other():
     assert queued_points([2, (1, 2)]).tolist() == [[0, 0], [1, 1], [2, 2], [2, 3]]
 
 
-def test_attention_starts_among_neighbours():
-    """Logits of the start by hand: strength times the cosines of the six fastest turns."""
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.5, 0.0), (0.0, 1.0)])
+def test_attention_starts_among_neighbours(offset):
+    """Logits of the start by hand: strength times the cosines of the six fastest turns.
+
+    Half of the heads read before a place, the others behind it; the norm of the queries takes
+    their mean off, which bends the logits a little.
+    """
     torch.manual_seed(0)
-    net = RotaryAttention(32, 2)
-    attend_by_place_(net, strength=4.0)
+    net = RotaryAttention(64, 2)
+    attend_by_place_(net, strength=4.0, offset=offset)
+    net.qkv.weight.data[: 2 * 64] = 0  # content out of queries and keys
     places = torch.tensor([[float(y), float(x)] for y in range(6) for x in range(6)])
-    turn = rotation(places, 16)
-    offset = net.q_norm.bias.expand(36, -1)
-    logits = rotate(offset, turn) @ rotate(offset, turn).T / 16**0.5
-    gaps = (places[:, None] - places).double()
-    expected = sum(4 * torch.cos(gaps * 1e4 ** (-step / 4)).sum(-1) for step in range(3))
-    assert torch.allclose(logits.double(), expected, atol=1e-3)
-    assert torch.equal(logits.argmax(1), torch.arange(36))
-    x = torch.randn(1, 36, 32)
-    near = (expected.softmax(1).float() @ x[0])[None]
-    flat = torch.nn.Parameter(torch.zeros(2 * 32, 32))
+    turn, near = rotation(places, 32), []
+    for head, side in enumerate([-1, 1]):
+        bias = net.q_bias.unflatten(0, (2, 32))[head]
+        queries = rotate(net.q_norm(bias).expand(36, -1), turn)
+        keys = rotate(net.k_norm(torch.zeros(32)).expand(36, -1), turn)
+        logits = queries @ keys.T / 32**0.5
+        gaps = (places[:, None] - places + side * torch.tensor(offset)).double()
+        expected = sum(4 * torch.cos(gaps * 1e4 ** (-step / 8)).sum(-1) for step in range(3))
+        assert torch.allclose(logits.double(), expected, atol=1e-3 + 0.8 * max(offset))
+        read = 14 + side * round(6 * 2 * offset[0] + offset[1])  # row 2, column 2
+        if offset != (0.5, 0.0):  # there it lies between two rows
+            assert logits[14].argmax() == read
+        near.append(logits.softmax(1))
+    x = torch.randn(1, 36, 64)
     with torch.no_grad():
         net.proj.bias.zero_()
-        net.qkv.weight[:64] = flat  # content out of the logits: what is left copies the near
-    assert torch.allclose(net(x, turn), near, atol=1e-3)
+        values = (x @ net.qkv.weight[128:].T).unflatten(2, (2, 32))
+        mixed = torch.cat([share @ values[0, :, head] for head, share in enumerate(near)], dim=1)
+    assert torch.allclose(net(x, turn)[0], mixed @ net.proj.weight.T, atol=1e-4)
+    if offset == (0.0, 0.0):  # values pass unchanged
+        assert torch.allclose(net(x, turn)[0], near[0] @ x[0], atol=1e-3)
 
 
 def test_rotation_by_complex_numbers_and_by_differences_alone():

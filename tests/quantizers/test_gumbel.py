@@ -43,3 +43,14 @@ def test_few_latents_leave_no_number_that_is_not_finite(rows):
     )
     output = quantizer(torch.ones(1, 4, 8))
     assert output.quantized.isfinite().all() and output.losses["prior"].isfinite()
+
+
+def test_codes_that_fit_few_latents_exactly_leave_a_gradient():
+    """As many latents as codes, and a few more: logits as sure as k-means would be are constant."""
+    torch.manual_seed(0)
+    latents = torch.randn(40, 8)
+    quantizer = GumbelLogits(8, 32, kmeans_init=True)
+    quantizer.initialize_from(latents)
+    given = latents[None].requires_grad_()
+    (quantizer(given).quantized.square().sum()).backward()
+    assert given.grad.abs().amax(dim=-1).max() > 1e-2  # 1e-5 where logits are that sure

@@ -16,9 +16,16 @@ from vistok.models.cnn import CNNDecoder, CNNEncoder
 from vistok.models.decoder import Decoder
 from vistok.models.encoder import Encoder
 from vistok.nn.blocks import init_transformer_
-from vistok.nn.data_init import chunks, start_at_components_, start_conv_
+from vistok.nn.data_init import chunks, start_at_components_, start_at_target_, start_conv_
+from vistok.nn.halves import halves_maps
 from vistok.nn.positions import grid_points, position_table
-from vistok.nn.qformer import QFormer, pooling_pyramid, read_by_position_, token_positions
+from vistok.nn.qformer import (
+    CrossAttention,
+    QFormer,
+    pooling_pyramid,
+    read_by_position_,
+    token_positions,
+)
 
 #: What is normalised on the way in.
 Norm = Literal["input", "embedding"]
@@ -32,9 +39,9 @@ class QFormerEncoder(Encoder):
     them), so the first tokens see the whole image and the last ones small parts of it.
 
     Differs from the released code in its start: there weights and positions are drawn; here
-    positions start as sines and cosines, the queries' layer as the identity, and `initialize`,
-    which a run with `init=random` leaves out, sets embedding and projection to principal
-    components.
+    positions start as sines and cosines, the queries' layer as the identity, the first block by
+    reading what the halves of a query's part differ by, and `initialize`, which a run with
+    `init=random` leaves out, sets embedding and projection to principal components.
 
     Paper: GigaTok, Xiong et al. 2025, https://arxiv.org/abs/2504.08736.
 
@@ -80,6 +87,11 @@ class QFormerEncoder(Encoder):
         init_transformer_(self)
         nn.init.eye_(self.query.weight)
         self.cnn = cnn
+        reading = self.transformer.blocks[0].cross_attn
+        assert isinstance(reading, CrossAttention)
+        read_by_position_(reading, width // 2, self.levels[-1], cnn.grid)
+        for net, weight in zip((reading.v, reading.proj), halves_maps(width, 0.0), strict=True):
+            net.weight.data.copy_(weight)
         points = grid_points(cnn.grid)
         self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
         self.padding_start = padding_start
@@ -182,7 +194,9 @@ class QFormerDecoder(Decoder):
         self.norm_out = nn.LayerNorm(width)
         self.conv_out = nn.Conv2d(width, latent_dim, 3, padding=1)
         init_transformer_(self)
-        read_by_position_(self.transformer.blocks[0].cross_attn, width // 2)  # type: ignore[arg-type]
+        reading = self.transformer.blocks[0].cross_attn
+        assert isinstance(reading, CrossAttention)
+        read_by_position_(reading, width // 2, pooling_pyramid(num_latent_tokens)[-1], cnn.grid)
         self.cnn = cnn
         points = grid_points(cnn.grid)
         self.grid_positions = nn.Parameter(position_table(points, width, width // 2, cnn.grid))
@@ -223,8 +237,9 @@ class QFormerDecoder(Decoder):
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
-        """Start the CNN as a map that hands on what the code says of `images`."""
-        start_conv_(self.conv_out, self.maps(quantized[:64]))
+        """Start what follows the Q-Former as a map that hands on what it says of `images`."""
+        maps = torch.cat([self.maps(part) for _, part in chunks(images, quantized)])
+        start_at_target_(self.conv_out, maps, images)
         self.cnn.initialize(
             torch.cat(
                 [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]

@@ -20,6 +20,8 @@ _REFERENCE = 0.5  # in units of what differs between images
 
 _ROWS = 20000  # samples are enough
 
+_INPUTS = 2048  # of least squares over windows: more take minutes, and their middles serve
+
 #: Is told which part of a start comes next.
 Say = Callable[[str], None]
 
@@ -75,6 +77,36 @@ def start_upsampling_(layer: Upsample | DepthToSpace, maps: Tensor, wanted: Tens
         rows, targets = pixels(large, 3), pixels(targets)
     weight, bias = least_squares(rows, targets)
     _set(layer.conv, weight, bias, 1)
+
+
+@torch.no_grad()
+def start_at_target_(layer: nn.Conv2d | nn.Linear, maps: Tensor, images: Tensor) -> None:
+    """Let a layer start as a rotation of what its input says of the pixels of each cell.
+
+    Of all that it sees, principal components would keep what differs most; these keep what the
+    image can be told from.
+
+    Args:
+        layer: linear, or a convolution of an odd side and stride 1.
+        maps: `(M, C, H, W)`, samples of what it sees.
+        images: `(M, F, H * s, W * s)`.
+    """
+    side = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else 1
+    if layer.weight[0].numel() > _INPUTS:
+        side = 1
+    wanted = F.pixel_unshuffle(images, images.shape[2] // maps.shape[2])
+    weight, bias = least_squares(pixels(maps, side), pixels(wanted))
+    taps = weight.view(len(weight), -1, side, side)
+    turn = nn.Conv2d(len(weight), len(layer.weight), 1).to(maps.device)
+    start_conv_(turn, F.conv2d(maps, taps, bias, padding=side // 2))
+    assert turn.bias is not None
+    turned = turn.weight.flatten(1)
+    weight, bias = turned @ weight, turned @ bias + turn.bias
+    if isinstance(layer, nn.Conv2d):
+        _set(layer, weight, bias, 1)
+    else:
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
 
 
 @torch.no_grad()

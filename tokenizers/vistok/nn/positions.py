@@ -31,10 +31,30 @@ def sincos_positions(points: Tensor, width: int, grid: tuple[int, int]) -> Tenso
         raise ArgumentError(
             f"width: sine-cosine positions take {width} of its channels, must be a multiple of 4"
         )
-    steps = torch.arange(width // 4) / max(1, width // 4 - 1)
-    frequencies = math.pi * max(2.0, float(max(grid))) ** -steps
-    angles = points.float()[:, :, None] * frequencies
+    angles = points.float()[:, :, None] * _frequencies(width, grid)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def _frequencies(width: int, grid: tuple[int, int]) -> Tensor:
+    """Return the `width / 4` frequencies of each coordinate, in radians per patch."""
+    steps = torch.arange(width // 4) / max(1, width // 4 - 1)
+    return math.pi * max(2.0, float(max(grid))) ** -steps
+
+
+def shift_matrix(offset: Sequence[float], width: int, grid: tuple[int, int]) -> Tensor:
+    """Matrix `(width, width)` from `sincos_positions` of a point to those of point + offset.
+
+    Args:
+        offset: rows and columns, in units of patches.
+        width: number of features.
+        grid: as for the positions.
+    """
+    blocks = []
+    for along in offset:
+        angles = along * _frequencies(width, grid)
+        cos, sin = angles.cos().diag(), angles.sin().diag()
+        blocks.append(torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)]))
+    return torch.block_diag(*blocks)
 
 
 def position_table(points: Tensor, width: int, num_dims: int, grid: tuple[int, int]) -> Tensor:

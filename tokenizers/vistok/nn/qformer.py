@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from vistok.core.errors import ArgumentError
 from vistok.core.taps import NO_TAPS, Taps
 from vistok.nn.attention import attend
-from vistok.nn.positions import level_points, position_table
+from vistok.nn.halves import half_offset, side_of
+from vistok.nn.positions import level_points, position_table, shift_matrix
 
 
 class CrossAttention(nn.Module):
@@ -169,21 +170,34 @@ def token_positions(
 
 
 @torch.no_grad()
-def read_by_position_(attention: CrossAttention, num_position_dims: int) -> None:
+def read_by_position_(
+    attention: CrossAttention,
+    num_position_dims: int,
+    level: tuple[int, int],
+    grid: tuple[int, int],
+) -> None:
     """Let queries start by copying from the memory whose position is near theirs.
 
     As `attend_by_position_` does for self-attention, and for the same reason: grid queries that
-    all start as one token would otherwise stay alike for long.
+    all start as one token would otherwise stay alike for long. Half of the heads read before a
+    query's place and half of them behind it, see `nn/halves.py`: so a token finds both halves of
+    its part, and a cell that reads tokens knows which half it is.
 
     Args:
         attention: of queries and keys that carry positions, and values that don't.
         num_position_dims: P, the last dimensions, where the positions lie.
+        level: the finest of the tokens' grids.
+        grid: rows and columns of the image's cells.
     """
     width, heads = attention.proj.in_features, attention.num_heads
-    shared = torch.zeros(heads, width // heads, width)
-    for head in shared:
-        nn.init.orthogonal_(head[:, -num_position_dims:])
-    attention.q.weight.copy_(shared.flatten(0, 1))
-    attention.k.weight.copy_(shared.flatten(0, 1))
+    keys = torch.zeros(heads, width // heads, width)
+    queries = keys.clone()
+    for number in range(heads):
+        nn.init.orthogonal_(keys[number, :, -num_position_dims:])
+        offset = [side_of(number, heads) * along for along in half_offset(level, grid)]
+        moved = shift_matrix(offset, num_position_dims, grid)
+        queries[number, :, -num_position_dims:] = keys[number, :, -num_position_dims:] @ moved
+    attention.q.weight.copy_(queries.flatten(0, 1))
+    attention.k.weight.copy_(keys.flatten(0, 1))
     nn.init.orthogonal_(attention.v.weight)
     attention.proj.weight.copy_(attention.v.weight.T)

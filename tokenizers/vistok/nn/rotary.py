@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from vistok.core.errors import ArgumentError
 from vistok.nn.attention import Mask, attend
+from vistok.nn.halves import side_of
+
+#: Of `attend_by_place_`: what a token holds in its key, and its place in its query, at the start.
+_CONTENT, _OVER_CONTENT = 0.1, 4.0
 
 
 def rotation(points: Tensor, head_dim: int, theta: float = 1e4) -> Tensor:
@@ -108,24 +112,38 @@ class RotaryBlock(nn.Module):
 
 
 @torch.no_grad()
-def attend_by_place_(attention: RotaryAttention, strength: float = 4.0) -> None:
+def attend_by_place_(
+    attention: RotaryAttention, strength: float = 4.0, offset: tuple[float, float] = (0.0, 0.0)
+) -> None:
     """Let rotary attention start by copying content between tokens that lie near each other.
 
-    Queries and keys start with one offset in common, in the three fastest turning pairs of each
+    Queries and keys start with one vector in common, in the three fastest turning pairs of each
     axis. Turned, its product with itself falls with the distance; values pass unchanged. What
     `attend_by_position_` is for positions that are added.
 
     Args:
         attention: any.
         strength: of the logit, per pair.
+        offset: rows and columns; the first half of the heads reads so far before a token's place,
+            the others so far behind it. See `nn/halves.py`.
     """
     width, heads = attention.proj.in_features, attention.num_heads
     head = width // heads
-    pairs = torch.arange(head // 2).unflatten(0, (2, -1))[:, :3].flatten()
-    offset = torch.zeros(head // 2, 2)
-    offset[pairs] = (strength * head**0.5 / 2) ** 0.5
-    attention.q_norm.bias.copy_(offset.flatten())
-    attention.k_norm.bias.copy_(offset.flatten())
+    pairs = torch.arange(head // 2).unflatten(0, (2, -1))[:, :3]
+    size = strength * head**0.5  # of a pair's vector, squared
+    # A norm takes the mean of a query off. It is zero, and nearly so when the query is turned:
+    # where the first pair's goes up, the others' go down.
+    signs = torch.tensor([1.0, -1.0, -1.0])[: pairs.shape[1]].expand_as(pairs).flatten()
+    pairs = pairs.flatten()
+    common = torch.zeros(head // 2, 2)
+    common[pairs] = (size / 2) ** 0.5 * torch.stack([signs, -signs], dim=1)
+    common = common.flatten()
+    attention.k_norm.bias.copy_(common)
+    attention.k_norm.weight.fill_(_CONTENT)
+    for number, bias in enumerate(attention.q_bias.unflatten(0, (heads, head))):
+        place = side_of(number, heads) * torch.tensor([offset])
+        bias.copy_(_OVER_CONTENT * rotate(common[None], rotation(place, head))[0])
+    attention.q_norm.weight.fill_((size * len(pairs) / head) ** 0.5)  # takes the norm off again
     values = torch.empty(width, width)
     nn.init.orthogonal_(values)
     attention.qkv.weight[2 * width :] = values

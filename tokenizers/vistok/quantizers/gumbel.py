@@ -103,7 +103,7 @@ class GumbelLogits(Quantizer):
         """Set codes and logits by k-means on `latents` `(M, D)`.
 
         Up to a term that all codes share, the logits are −s |z − E|², with s the confidence over
-        the mean squared distance to the nearest code.
+        the mean squared distance to the nearest code, of the latents that are not codes.
         """
         if not self.kmeans_init or latents.shape[0] == 0:
             return
@@ -113,8 +113,12 @@ class GumbelLogits(Quantizer):
             self.embedding.copy_(codes)
             self.logits.weight.copy_(2 * codes)
             self.logits.bias.copy_(-codes.square().sum(dim=1))
-            error = (z - codes[self.logits(z).argmax(dim=1)]).square().sum(dim=1).mean()
-            scale = _CONFIDENCE / error.clamp(min=1e-6)
+            nearest = codes[self.logits(z).argmax(dim=1)]
+            # K of the latents fit their codes exactly. Few latents fit too well: logits that say
+            # so leave no gradient.
+            error = (z - nearest).square().sum() / max(1, len(z) - len(codes))
+            least = 0.1 * (z - z.mean(dim=0)).square().sum(dim=1).mean()
+            scale = _CONFIDENCE / torch.maximum(error, least).clamp(min=1e-6)
             self.logits.weight.mul_(scale)
             self.logits.bias.mul_(scale)
 

@@ -15,7 +15,8 @@ from vistok.models.cnn import CNNDecoder
 from vistok.models.decoder import Decoder
 from vistok.models.maskgit_cnn import MaskGITDecoder
 from vistok.nn.blocks import init_transformer_
-from vistok.nn.data_init import chunks
+from vistok.nn.data_init import chunks, start_at_target_
+from vistok.nn.halves import half_offset
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
 from vistok.nn.rotary import RotaryBlock, attend_by_place_, rotation
@@ -31,7 +32,7 @@ class ResTokDecoder(Decoder):
     biases of the linear layers tell the levels apart; the released code adds vectors of their own,
     which say no more, so that the forward is the released one. The start is not: the linear layers
     are orthogonal, with `places` centered the first block copies from the tokens that lie near, and
-    `initialize`, which a run with `init=random` leaves out, fits the CNN's last layer.
+    `initialize`, which a run with `init=random` leaves out, fits what follows the blocks.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
@@ -76,13 +77,16 @@ class ResTokDecoder(Decoder):
         init_transformer_(self)
         for net in self.embed.layers:
             nn.init.orthogonal_(net.weight)  # type: ignore[arg-type]
+            # A norm follows: next to these vectors it leaves the size of what a token says.
+            net.bias.data.copy_(0.35 * torch.randn(width).sign())  # type: ignore[union-attr]
         self.cnn = cnn
         self.dropped = nn.Parameter(torch.randn(1, 1, latent_dim) * 0.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         if places == "queued":
             points = queued_points([num_latent_tokens, cnn.grid])
         else:
-            attend_by_place_(self.blocks[0].attn)  # type: ignore[arg-type]
+            offset = half_offset(levels[-1], cnn.grid)
+            attend_by_place_(self.blocks[0].attn, offset=offset)  # type: ignore[arg-type]
             points = level_points([*levels, cnn.grid], cnn.grid)
         self.turn: Tensor
         self.register_buffer("turn", rotation(points, width // num_heads), persistent=False)
@@ -139,7 +143,13 @@ class ResTokDecoder(Decoder):
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
-        """Start the CNN's last layer at the linear map that reconstructs `images` best."""
+        """Start what follows the blocks as a map that hands on what they say of `images`."""
+        painted = [
+            self.norm_out(self.paint(self.embed(self.filled(part)), self.mask_token))
+            for _, part in chunks(images, quantized)
+        ]
+        maps = torch.cat(painted).transpose(1, 2).unflatten(2, self.grid)
+        start_at_target_(self.project, maps, images)
         self.cnn.initialize(
             torch.cat(
                 [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]

@@ -21,9 +21,10 @@ from vistok.models.maskgit_cnn import MaskGITEncoder
 from vistok.nn.attention import AttentionKind, mask_for
 from vistok.nn.blocks import init_transformer_
 from vistok.nn.data_init import chunks, start_at_components_
+from vistok.nn.halves import half_offset, halves_maps
 from vistok.nn.positions import level_points
 from vistok.nn.qformer import pooling_pyramid
-from vistok.nn.rotary import RotaryBlock, rotation
+from vistok.nn.rotary import RotaryAttention, RotaryBlock, attend_by_place_, rotation
 from vistok.systems.restok.hierarchy import (
     LevelLinear,
     Places,
@@ -49,7 +50,8 @@ class ResTokEncoder(Encoder):
 
     The forward is the released one; the released weights also mix channels over tokens, see
     `ReshapedResTokEncoder`. The start is not: `initialize`, which a run with `init=random` leaves
-    out, starts embedding and projections at principal components.
+    out, starts embedding and projections at principal components, and with `places` centered the
+    first block reads the halves of a token's part: what they have in common, and what differs.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
@@ -111,6 +113,13 @@ class ResTokEncoder(Encoder):
         self.project = LevelLinear(counts, width, dim)
         init_transformer_(self)
         self.cnn = cnn
+        if places == "centered":
+            reading = self.blocks[0].attn
+            assert isinstance(reading, RotaryAttention)
+            attend_by_place_(reading, 16.0, half_offset(self.levels[-1], cnn.grid))
+            values, output = halves_maps(width, 0.5)
+            reading.qkv.weight.data[2 * width :] = values
+            reading.proj.weight.data.copy_(output)
         # About as large as the features: where these are zero (the second level of one cell), the
         # norm would blow up a small vector, and the gradient to it.
         self.image_levels = nn.Parameter(torch.randn(len(self.grids), width) * 0.5)
