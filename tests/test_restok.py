@@ -419,6 +419,9 @@ def test_policies_out_of_range_are_refused():
     with pytest.raises(ConfigError, match=r"full_probability=1\.5: must be a number, 0 to 1"):
         LevelPolicy(4, 1.5)
     assert LevelPolicy(4).budgets(4) == [4]
+    assert LevelPolicy(1, 0.0).budgets(8) == [1, 2, 4]
+    assert LevelPolicy(1, 0.0, whole=True).budgets(8) == [1, 2, 4, 8]  # which is shown every step
+    assert LevelPolicy(1, 1.0).budgets(8) == [8]
     for call in (LevelPolicy(8).budgets, lambda n: LevelPolicy(8)(1, n)):
         with pytest.raises(ConfigError, match=r"length\.shortest=8: must be at most 4"):
             call(4)

@@ -193,7 +193,7 @@ class CNNEncoder(Encoder):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Start as a map that keeps the principal components; see `linear_start`."""
+        """Start as a map that keeps the principal components; see `nn/data_init.py`."""
         few = images[: max(8, 2**18 // images[0, 0].numel())]
         x = self._folded(few)
         start_conv_(self.conv_in, x)
@@ -410,7 +410,7 @@ class CNNDecoder(Decoder):
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
-        """Start as a map that hands on what latents say of `images`; see `linear_start`.
+        """Start as a map that hands on what latents say of `images`; see `nn/data_init.py`.
 
         The last convolution is the linear map that reconstructs them best.
         """

@@ -117,10 +117,11 @@ class LevelPolicy(nn.Module):
         return torch.where(full, num_tokens, drawn)
 
     def budgets(self, num_tokens: int) -> list[int]:
-        """Return the lengths that a code may be cut to: whole levels, those that training draws."""
-        levels = self._levels(num_tokens)
-        drawn = set(levels) if self.full_probability < 1 else set()
-        return sorted(drawn | {num_tokens} if self.full_probability > 0 else drawn)
+        """Return the lengths that a code may be cut to: whole levels, those that training shows."""
+        shown = set(self._levels(num_tokens)) if self.full_probability < 1 else set()
+        if self.full_probability > 0 or self.whole:
+            shown |= {num_tokens}
+        return sorted(shown)
 
     def _levels(self, num_tokens: int) -> list[int]:
         if self.shortest > num_tokens:

@@ -63,6 +63,7 @@ class ResTokDecoder(Decoder):
     ) -> None:
         super().__init__()
         check("places", places, Places)
+        self.places = places
         self.dim = latent_dim
         self.grid = cnn.grid
         self.num_tokens = num_latent_tokens
@@ -77,8 +78,6 @@ class ResTokDecoder(Decoder):
         init_transformer_(self)
         for net in self.embed.layers:
             nn.init.orthogonal_(net.weight)  # type: ignore[arg-type]
-            # A norm follows: next to these vectors it leaves the size of what a token says.
-            net.bias.data.copy_(0.35 * torch.randn(width).sign())  # type: ignore[union-attr]
         self.cnn = cnn
         self.dropped = nn.Parameter(torch.randn(1, 1, latent_dim) * 0.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
@@ -87,6 +86,9 @@ class ResTokDecoder(Decoder):
         else:
             offset = half_offset(levels[-1], cnn.grid)
             attend_by_place_(self.blocks[0].attn, offset=offset)  # type: ignore[arg-type]
+            for net in self.embed.layers:
+                # A norm follows: next to these vectors it leaves the size of what a token says.
+                net.bias.data.copy_(0.35 * torch.randn(width).sign())  # type: ignore[union-attr]
             points = level_points([*levels, cnn.grid], cnn.grid)
         self.turn: Tensor
         self.register_buffer("turn", rotation(points, width // num_heads), persistent=False)
@@ -143,13 +145,17 @@ class ResTokDecoder(Decoder):
 
     @torch.no_grad()
     def initialize(self, quantized: Tensor, images: Tensor) -> None:
-        """Start what follows the blocks as a map that hands on what they say of `images`."""
-        painted = [
-            self.norm_out(self.paint(self.embed(self.filled(part)), self.mask_token))
-            for _, part in chunks(images, quantized)
-        ]
-        maps = torch.cat(painted).transpose(1, 2).unflatten(2, self.grid)
-        start_at_target_(self.project, maps, images)
+        """Start what follows the blocks as a map that hands on what they say of `images`.
+
+        With `places` queued they say little yet: there the CNN alone is fitted.
+        """
+        if self.places == "centered":
+            painted = [
+                self.norm_out(self.paint(self.embed(self.filled(part)), self.mask_token))
+                for _, part in chunks(images, quantized)
+            ]
+            maps = torch.cat(painted).transpose(1, 2).unflatten(2, self.grid)
+            start_at_target_(self.project, maps, images)
         self.cnn.initialize(
             torch.cat(
                 [self.cells(part) for _, part in chunks(images[:64], quantized[:64], most=8)]
