@@ -83,9 +83,13 @@ def test_a_layer_starts_at_what_its_input_says_of_the_pixels(kind):
     assert lost < (0.1 if kind == "wide convolution" else 0.02)
 
 
-@pytest.mark.parametrize("name, least", [("retok_whole_tiny", 2.0), ("restok_whole_tiny", 2.0)])
-def test_a_start_from_data_shows_pictures(name, least):
-    """Clearly better than the mean picture of the images, before the first step."""
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retok_whole_tiny", "restok_whole_tiny"])
+def test_a_start_from_data_shows_pictures(name):
+    """By 4 dB better than each picture's mean color, before the first step.
+
+    Without the halves and the pixels it was 3.1 dB for ReTok and none for ResTok.
+    """
     torch.manual_seed(0)
     config = config_of(f"experiment={name}")
     tokenizer = build_tokenizer({key: config[key] for key in ("tokenizer", "quantizer")})
@@ -97,4 +101,4 @@ def test_a_start_from_data_shows_pictures(name, least):
     wanted = images.float() / 255
     error = (found - wanted).square().mean()
     flat = (wanted - wanted.mean(dim=(2, 3), keepdim=True)).square().mean()
-    assert 10 * torch.log10(flat / error) > least
+    assert 10 * torch.log10(flat / error) > 4
