@@ -118,7 +118,8 @@ class LevelPolicy(nn.Module):
 
     def budgets(self, num_tokens: int) -> list[int]:
         """Return the lengths that a code may be cut to: whole levels, those that training shows."""
-        shown = set(self._levels(num_tokens)) if self.full_probability < 1 else set()
+        levels = self._levels(num_tokens)  # refuses a longer shortest
+        shown = set(levels) if self.full_probability < 1 else set()
         if self.full_probability > 0 or self.whole:
             shown |= {num_tokens}
         return sorted(shown)
