@@ -11,7 +11,8 @@ from vistok.core.errors import ArgumentError
 from vistok.nn.attention import Mask, attend
 from vistok.nn.halves import side_of
 
-#: Of `attend_by_place_`: what a token holds in its key, and its place in its query, at the start.
+#: Scales that `attend_by_place_` sets: of the content in keys, and of the place in queries, which
+#: must outweigh their content before the norm.
 _CONTENT, _OVER_CONTENT = 0.1, 4.0
 
 
