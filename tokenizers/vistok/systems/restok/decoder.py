@@ -32,8 +32,8 @@ class ResTokDecoder(Decoder):
     biases of the linear layers tell the levels apart; the released code adds vectors of their own,
     which say no more, so that the forward is the released one. The start is not: the linear layers
     are orthogonal, with `places` centered the first block copies from the tokens that lie near, and
-    `initialize`, which a run with `init=random` leaves out, fits the CNN's last layer (centered, also
-    the one behind the blocks).
+    `initialize`, which a run with `init=random` leaves out, fits the CNN's last layer and, with
+    `places` centered, the layer behind the blocks.
 
     Paper: ResTok, Zhang et al. 2026, https://arxiv.org/abs/2601.03955.
 
