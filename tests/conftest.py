@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("helpers", "same_runs")
+
 # Before torch is imported: processes that share cores with several threads each would wait for one
 # another at every barrier.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,17 +37,13 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, photos) -> Path:
     """A finished run of 7 steps with its validation at 4 and at the end; do not write to it."""
-    from helpers import TINY
+    from helpers import tiny_words
     from vistok.cli import train
 
     run = tmp_path_factory.mktemp("finished") / "run"
     code = train(
         [
-            *TINY,
-            "data=folder",
-            f"data.train={photos}",
-            "data.image_size=16",
-            "data.val_fraction=0.2",
+            *tiny_words(photos),
             "trainer.max_steps=7",
             "baseline.patch_size=8",
             "baseline.num_patches=60",

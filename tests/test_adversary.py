@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from helpers import SIZES, TINY, config_of, losses_of
 from ranks import TWO, assert_ended, fork
+from same_runs import assert_same, assert_same_training, state_of
 from test_distributed_training import floats
-from test_pipeline import assert_same, assert_same_training, state_of
 from vistok.cli import train
 from vistok.core.registry import build
 from vistok.data.datamodule import VistokDataModule

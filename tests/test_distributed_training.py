@@ -8,7 +8,7 @@ import torch
 
 from helpers import ROOT, TINY, losses_of, metrics_of
 from ranks import TWO, assert_ended, ended, fork, start, start_command
-from test_pipeline import assert_same_training, state_of
+from same_runs import assert_same_training, state_of
 from vistok.cli import train
 from vistok.core.errors import ConfigError
 from vistok.training.optimizers import learning_rate

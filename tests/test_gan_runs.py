@@ -13,9 +13,9 @@ import yaml
 
 from helpers import PATIENCE, ROOT, SIZES, losses_of, metrics_of
 from ranks import TWO, assert_ended, ended, fork
+from same_runs import assert_same, assert_same_training, state_of
 from test_adversary import TERM
 from test_guard import words_of
-from test_pipeline import assert_same, assert_same_training, state_of
 from vistok.cli import train
 from vistok.quantizers.usage import CodeUsage
 from vistok.tasks.callbacks import CodebookWatch

@@ -8,8 +8,8 @@ import torch
 
 from helpers import TINY, metrics_of
 from ranks import TWO, assert_ended, fork
+from same_runs import assert_same, assert_same_training, state_of
 from test_adversary import ADVERSARY, TERM
-from test_pipeline import assert_same, assert_same_training, state_of
 from vistok.cli import train
 
 

@@ -215,7 +215,9 @@ def test_samples_count_by_their_weight():
     assert L1Loss()(weighted).item() == pytest.approx((3 * 1 + 1 * 3) / 4)
 
 
-NEEDS = {"mse_features": needs_lite0, "mse_hed_vgg": needs_hed, "mse_gram": needs_hed}
+NEEDS = {"mse_features": needs_lite0} | dict.fromkeys(
+    ("mse_hed_vgg", "mse_gram", "log_mse_whole_hed_vgg"), needs_hed
+)
 PIXEL_LOSSES = sorted(
     {p.stem for p in (CONFIGS / "loss").glob("[!_]*.yaml")} - {"proxy_codes", "mse_prior"}
 )

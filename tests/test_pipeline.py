@@ -1,74 +1,31 @@
-"""Whole runs through the command line: files, exact resume, evaluation, fine-tuning, loggers."""
+"""Whole runs through the command line: files, evaluation, fine-tuning, loggers."""
 
 import json
 import math
 import os
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 import vistok
-from helpers import PATIENCE, ROOT, TINY, losses_of, make_photos, metrics_of
+from helpers import PATIENCE, ROOT, losses_of, make_photos, metrics_of, tiny_words
+from same_runs import assert_same, state_of
 from vistok.checkpoints.find import find_checkpoint
-from vistok.checkpoints.read import read_checkpoint
 from vistok.cli import evaluate, train
 from vistok.core import registry
 from vistok.core.errors import ConfigError
-from vistok.training.metrics_file import MetricsFile
 
 
 @pytest.fixture
 def words(photos, tmp_path, monkeypatch):
-    """A tiny run on 18 training pictures, so that an epoch of 4 batches does not divide."""
+    """Words of a tiny run, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return [
-        *TINY,
-        "data=folder",
-        f"data.train={photos}",
-        "data.image_size=16",
-        "data.val_fraction=0.2",
-    ]
-
-
-def state_of(run, name="last"):
-    return read_checkpoint(run / "checkpoints" / f"{name}.ckpt")
-
-
-def assert_same(a, b, path=""):
-    """Equal containers, tensors bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}/{number}")
-    else:
-        assert a == b, path
-
-
-def assert_same_training(run, other):
-    """Equal weights, averaged weights, optimizer, codebook statistics, random state, position."""
-    first, second = state_of(run), state_of(other)
-    assert first["ema"]["num_updates"] > 0
-    assert any("tokenizer.quantizer." in key for key in first["state_dict"])
-    for part in ("state_dict", "ema", "optimizer_states", "random_state", "global_step"):
-        assert_same(first[part], second[part], part)
-    (position,) = [v for k, v in first.items() if "DataModule" in k]
-    (other_position,) = [v for k, v in second.items() if "DataModule" in k]
-    assert_same(position, other_position)
+    return tiny_words(photos)
 
 
 # ---------------------------------------------------------------------- what a run leaves behind
@@ -177,208 +134,6 @@ def test_the_loss_falls_and_validation_line_shows(cli, words):
 
 def metrics_of_cwd(name):
     return metrics_of(Path(name))
-
-
-# ---------------------------------------------------------------------- resume
-
-#: An EMA codebook whose dead codes restart all the time, from latents chosen by chance; sampling
-#: of codes, which draws from torch's generator; averaged weights; more than one epoch.
-HARD = [
-    "quantizer.codebook_size=32",
-    "quantizer.dead_code_threshold=0.3",
-    "quantizer.ema_decay=0.5",
-    "quantizer.assignment=stochastic",
-    "quantizer.temperature=0.5",
-    "ema.decay=0.9",
-    "optimizer.warmup_samples=20",
-    "optimizer.total_samples=44",
-    "trainer.val_check_interval=3",
-    "callbacks.checkpoint_every=3",
-]
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(0, id="in-process"),
-        pytest.param(2, id="workers", marks=pytest.mark.slow),
-    ],
-)
-def whole(request, photos, tmp_path_factory):
-    """Words of a run of 11 steps and its folder, uninterrupted."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    words = [
-        *TINY,
-        "data=folder",
-        f"data.train={photos}",
-        "data.image_size=16",
-        "data.val_fraction=0.2",
-    ]
-    words += [*HARD, f"data.num_workers={request.param}"]
-    assert train([*words, "trainer.max_steps=11", f"hydra.run.dir={run}"]) == 0
-    revived = [
-        float(r["quantizer/dead_codes_revived"] or 0) for r in metrics_of(run) if r["loss/total"]
-    ]
-    assert sum(revived[:5]) > 0 and sum(revived[6:]) > 0, "no restarts: the test would show nothing"
-    return words, run
-
-
-def metric_rows(run):
-    rows = metrics_of(run)
-    for row in rows:
-        row.pop("data/wait_share", None)  # a time
-    return [tuple(sorted(row.items())) for row in rows]
-
-
-@pytest.mark.parametrize("stop", [5, 6])  # in mid-epoch; at a validation, which shares the step
-def test_resume_after_max_steps_is_exact(whole, tmp_path, stop):
-    words, full = whole
-    run = tmp_path / "run"
-    assert train([*words, f"trainer.max_steps={stop}", f"hydra.run.dir={run}"]) == 0
-    assert list(losses_of(run)) == list(range(1, stop + 1))
-    assert train([f"resume={run}", "trainer.max_steps=11"]) == 0
-    assert losses_of(run) == losses_of(full)
-    assert_same_training(run, full)
-    kept = [row for row in metric_rows(run) if dict(row)["step"] != "5" or dict(row)["loss/total"]]
-    assert kept == metric_rows(full)  # but for the validation at the end of the first part
-    seen = json.loads((run / "summary.json").read_text())["samples_seen"]
-    assert seen == 44
-    assert len((run / "command.txt").read_text().splitlines()) == 2
-
-
-def test_another_seed_or_no_resume_gives_other_losses(whole, tmp_path):
-    words, full = whole
-    assert (
-        train([*words, "trainer.max_steps=4", "seed=1", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
-    )
-    other = losses_of(tmp_path / "run")
-    assert all(other[step] != losses_of(full)[step] for step in other)
-
-
-class Stop(Exception):
-    """Something that goes wrong."""
-
-
-class Breaks(L.Callback):
-    """Raises in the middle of a run."""
-
-    def __init__(self, step, what, hook):
-        self.step, self.what, self.hook = step, what, hook
-
-    def _break(self, trainer, where):
-        if trainer.global_step == self.step and where == self.hook:
-            self.what()
-
-    def on_train_batch_start(self, trainer, *args):
-        self._break(trainer, "start")
-
-    def on_before_zero_grad(self, trainer, *args):
-        self._break(trainer, "zero_grad")  # after the forward and the backward pass
-
-    def on_train_batch_end(self, trainer, *args):
-        self._break(trainer, "end")
-
-    def on_validation_batch_start(self, trainer, *args):
-        self._break(trainer, "validation")
-
-
-def break_runs(monkeypatch, *args):
-    import vistok.training.run as run
-
-    real = run.build_trainer
-
-    def build(*arguments):
-        trainer = real(*arguments)
-        trainer.callbacks.insert(0, Breaks(*args))
-        return trainer
-
-    monkeypatch.setattr(run, "build_trainer", build)
-
-
-def raise_stop():
-    raise Stop("an accident")
-
-
-def raise_interrupt():
-    raise KeyboardInterrupt
-
-
-def press_ctrl_c():
-    signal.raise_signal(signal.SIGINT)
-
-
-def training_rows(run):
-    return [row for row in metric_rows(run) if dict(row)["loss/total"]]
-
-
-@pytest.mark.parametrize(
-    ("what", "step", "hook", "code", "saved"),
-    [
-        (raise_stop, 5, "start", 1, 3),
-        (raise_stop, 8, "zero_grad", 1, 6),
-        (raise_stop, 6, "validation", 1, 6),  # saved just before the validation of that step
-        (raise_interrupt, 7, "end", 130, 6),
-        (press_ctrl_c, 4, "zero_grad", 130, 5),  # the step is finished, then saved
-        (press_ctrl_c, 5, "start", 130, 6),
-    ],
-)
-def test_resume_after_an_accident_is_exact(
-    whole, tmp_path, monkeypatch, what, step, hook, code, saved
-):
-    words, full = whole
-    run = tmp_path / "run"
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        break_runs(patch, step, what, hook)
-        assert train([*words, "trainer.max_steps=11", f"hydra.run.dir={run}"]) == code
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert state_of(run)["global_step"] == saved
-    assert not (run / "summary.json").exists()
-    assert train([f"resume={run}"]) == 0
-    assert losses_of(run) == losses_of(full)
-    assert_same_training(run, full)
-    if hook != "validation":
-        # A run that ends by Ctrl-C validates once more, which is a row of its own.
-        assert training_rows(run) == training_rows(full)
-
-
-def test_resume_from_an_older_checkpoint_and_a_moved_run(whole, tmp_path):
-    words, full = whole
-    moved = shutil.copytree(full, tmp_path / "elsewhere")
-    best = moved / "checkpoints" / "best.ckpt"
-    step = state_of(full, "best")["global_step"]
-    before = metrics_of(full)
-    assert step < 11
-    assert train([f"resume={best}"]) == 0
-    assert losses_of(moved) == losses_of(full)
-    assert_same_training(moved, full)
-    assert metrics_of(full) == before  # the original is left alone
-    validations = [row["step"] for row in metrics_of(moved) if row["val/psnr"]]
-    assert validations == [row["step"] for row in before if row["val/psnr"]]
-
-
-def test_rows_that_do_not_hold_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    rows = ['{"step": 1, "a": 1}', '{"step": 2, "a": 2}', '{"step": 2, "b": 2}', '{"step": 3}']
-    whole = "".join(row + "\n" for row in rows)
-    for torn in ("", '{"step": 3', '{"step": 3}', "\0\0\0\n"):
-        for first_step, kept in ((0, 0), (1, 1), (2, 3), (9, 4)):
-            path.write_text(whole + torn)
-            assert MetricsFile(tmp_path, first_step).begin() == path
-            assert path.read_text() == "".join(row + "\n" for row in rows[:kept])
-    path.unlink()
-    assert MetricsFile(tmp_path, 5).begin().read_text() == ""
-
-
-def test_second_ctrl_c_stops_at_once(words, tmp_path, monkeypatch):
-    def twice():
-        press_ctrl_c()
-        press_ctrl_c()
-
-    break_runs(monkeypatch, 2, twice, "start")
-    more = ["callbacks.checkpoint_every=1", "trainer.max_steps=9", "hydra.run.dir=run"]
-    assert train([*words, *more]) == 130
-    assert state_of(tmp_path / "run")["global_step"] == 2
 
 
 # ---------------------------------------------------------------------- evaluation

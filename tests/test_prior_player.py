@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from helpers import SIZES, TINY, config_of, images_of, losses_of, metrics_of, tiny_tokenizer
 from ranks import TWO, assert_ended, fork
-from test_pipeline import assert_same, state_of
+from same_runs import assert_same, state_of
 from vistok.cli import train
 from vistok.core.errors import ConfigError
 from vistok.losses.objective import build_objective

@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers import losses_of, metrics_of, needs_lite0
 from ranks import TWO, assert_ended, fork
-from test_pipeline import assert_same, state_of
+from same_runs import assert_same, state_of
 from token_folders import make_tokens
 from vistok.checkpoints.load import load_prior
 from vistok.cli import evaluate, main, tokenize, train

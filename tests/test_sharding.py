@@ -11,8 +11,8 @@ from torch import nn
 import vistok
 from helpers import SIZES, TINY, losses_of, tiny_tokenizer
 from ranks import TWO, assert_ended, fork
+from same_runs import assert_same_training, state_of
 from test_distributed_training import floats, plan
-from test_pipeline import assert_same_training, state_of
 from test_sudden_death import content_of, flip
 from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.read import SHARD, read_checkpoint

@@ -13,7 +13,7 @@ import torch
 
 from helpers import PATIENCE, ROOT, TINY, losses_of
 from ranks import TWO
-from test_pipeline import assert_same_training, break_runs, state_of
+from same_runs import assert_same_training, break_runs, state_of
 from vistok.checkpoints import write as checkpoints
 from vistok.checkpoints.read import read_checkpoint, read_config
 from vistok.checkpoints.resume import newest_whole

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from helpers import SIZES, TINY, config_of, images_of, stepped, tiny_tokenizer
+from helpers import SIZES, TINY, config_of, images_of, needs_hed, stepped, tiny_tokenizer
 from vistok.core.errors import ConfigError
 from vistok.models.flexible import prefix_mask
 from vistok.tasks.reconstruction import Reconstruction
@@ -121,6 +121,35 @@ def test_the_objective_weighs_both_pictures(kept, monkeypatch):
     assert losses["whole"].item() == pytest.approx(second, rel=1e-5)
     expected = 0.0075 * first + 0.0225 * second + 0.5 * losses["commitment"].item()
     assert losses["total"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@needs_hed
+@pytest.mark.parametrize("kept", [2, 4])
+def test_a_perceptual_term_looks_at_each_picture_once(kept, monkeypatch):
+    task = whole_task(WHOLE, "quantizer.commitment_weight=0.5", loss="log_mse_whole_hed_vgg")
+    tok = task.tokenizer.train()
+    images = tok.to_model_range(images_of(3))
+    tok.initialize(images)
+    drawn_as(tok, monkeypatch, kept)
+    step, seen = stepped(task, images), []
+    networks = [
+        task.objective.terms[name].network.module for name in ("perceptual", "perceptual_whole")
+    ]
+    look = networks[0].maps
+    for network in networks:
+        monkeypatch.setattr(network, "maps", lambda x: seen.append(x.requires_grad) or look(x))
+    losses = task.objective(step)
+    assert sorted(seen) == [False, True] + [True] * (kept < 4)  # the originals, and the pictures
+    code = step.output.quantizer.quantized.detach()
+    pictures = [tok.decode(code[:, :k]) for k in (kept, 4)]
+    expected = [networks[0].distances(look(x), look(images)).mean().item() for x in pictures]
+    found = [losses[name].item() for name in ("perceptual", "perceptual_whole")]
+    assert found == pytest.approx(expected, rel=1e-3)
+    weights = {"reconstruction": 0.03, "whole": 0.09, "perceptual": 0.1, "perceptual_whole": 0.3}
+    total = sum(weight * losses[name].item() for name, weight in weights.items())
+    assert losses["total"].item() == pytest.approx(
+        total + 0.5 * losses["commitment"].item(), rel=1e-5
+    )
 
 
 def test_a_mask_gives_the_objective_of_truncation(monkeypatch):
