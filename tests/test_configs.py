@@ -363,6 +363,13 @@ def test_the_quantizer_of_an_experiment_can_be_exchanged(experiment):
         assert type(quantizer).__name__ == kind
 
 
+def test_the_loss_of_an_experiment_can_be_exchanged():
+    """What an experiment says of a term stays behind when another loss has no such term."""
+    for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
+        terms = ((yaml.safe_load(path.read_text()) or {}).get("loss") or {}).get("terms") or {}
+        assert all("_target_" in options for options in terms.values()), path.name
+
+
 def test_pairs_cover_all_that_ships():
     assert len(TOKENIZERS) >= 9 and len(QUANTIZERS) >= 10
     assert {name for name, _ in REFUSED} <= set(TOKENIZERS) and set(SCALES) <= set(QUANTIZERS)

@@ -339,7 +339,7 @@ def build_objective(
             continue
         here = f"{key}.terms.{name}"
         if not isinstance(options, Mapping) or "_target_" not in options:
-            raise ConfigError(f"{here}: expected a mapping with a _target_")
+            raise ConfigError(f"{here}{_not_a_term(options, here)}")
         cls = resolve(options["_target_"], key=f"{here}._target_")
         if cls is QuantizerLoss:
             if name not in quantizer:
@@ -363,6 +363,17 @@ def build_objective(
     check_whole(terms, entries, tokenizer)
     check_pictures(terms, entries, key)
     return Objective(terms, entries, quantizer)
+
+
+def _not_a_term(options: Any, here: str) -> str:
+    """Say what is wrong with a term that has no `_target_`; another loss may have had the term."""
+    if not isinstance(options, Mapping) or not options:
+        return f"={options}: expected a mapping with a _target_; ~{here} leaves the term out"
+    found = ", ".join(map(str, options))
+    return (
+        f": has {found} but no _target_, so the chosen loss has no term of that name; leave it out "
+        f"with ~{here}, or name its _target_"
+    )
 
 
 def _entry(options: Mapping[str, Any], key: str, weight: float | None = None) -> Entry:
