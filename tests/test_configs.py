@@ -364,7 +364,7 @@ def test_the_quantizer_of_an_experiment_can_be_exchanged(experiment):
 
 
 def test_the_loss_of_an_experiment_can_be_exchanged():
-    """What an experiment says of a term stays behind when another loss has no such term."""
+    """No experiment sets options of a term that only the loss it has chosen defines."""
     for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
         terms = ((yaml.safe_load(path.read_text()) or {}).get("loss") or {}).get("terms") or {}
         assert all("_target_" in options for options in terms.values()), path.name

@@ -110,7 +110,7 @@ def test_resume_after_an_accident_is_exact(
     assert losses_of(run) == losses_of(full)
     assert_same_training(run, full)
     if hook != "validation":
-        # A run that ends by Ctrl-C validates once more, which is a row of its own.
+        # A run stopped by Ctrl-C validates once more, which adds a row.
         assert training_rows(run) == training_rows(full)
 
 

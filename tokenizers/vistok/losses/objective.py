@@ -368,11 +368,11 @@ def build_objective(
 def _not_a_term(options: Any, here: str) -> str:
     """Say what is wrong with a term that has no `_target_`; another loss may have had the term."""
     if not isinstance(options, Mapping) or not options:
-        return f"={options}: expected a mapping with a _target_; ~{here} leaves the term out"
+        return f"={options}: expected a mapping with a _target_, or null for no such term"
     found = ", ".join(map(str, options))
     return (
-        f": has {found} but no _target_, so the chosen loss has no term of that name; leave it out "
-        f"with ~{here}, or name its _target_"
+        f": has {found} but no _target_, so the chosen loss has no term of that name; set "
+        f"{here}=null to leave it out, or name its _target_"
     )
 
 
